@@ -1,0 +1,1 @@
+"""Flax Linen modules that know nothing of diffusion."""

@@ -1,0 +1,1 @@
+"""Public weights <-> ours, strict: every key is used exactly once and every shape is equal."""

@@ -1,0 +1,248 @@
+"""The U-Net against diffusers' (a recorded golden), and its options against the plain network."""
+
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.networks.layers import Attention, Conv, GroupNorm, sinusoidal_embedding, upsample
+from diffusion.networks.unet import UNet
+from diffusion.pretrained.unet import from_diffusers, to_diffusers
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "unet_tiny.npz"
+TINY = UNet(
+    channels=8,
+    multipliers=(1, 2, 2),
+    num_blocks=1,
+    attention_resolutions=(4,),
+    head_channels=8,
+    num_classes=3,
+    out_channels=2,
+    num_groups=4,
+    dropout=0.5,
+)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    arrays = dict(np.load(GOLDEN))
+    arrays["weights"] = {key.removeprefix("weights/"): a for key, a in arrays.items() if key.startswith("weights/")}
+    return arrays
+
+
+@pytest.fixture(scope="module")
+def inputs(golden):
+    return jnp.asarray(golden["x_t"]), jnp.asarray(golden["time"]), jnp.asarray(golden["label"])
+
+
+@pytest.fixture(scope="module")
+def shapes(inputs):
+    return jax.eval_shape(TINY.init, jax.random.key(0), *inputs)["params"]
+
+
+@pytest.fixture(scope="module")
+def params(golden, shapes):
+    return from_diffusers(golden["weights"], shapes)
+
+
+@pytest.fixture(scope="module")
+def apply():
+    """`apply(network, params, *inputs)`, compiled once for each network."""
+    return jax.jit(lambda network, params, *inputs: network.apply({"params": params}, *inputs), static_argnums=0)
+
+
+def count(network, size):
+    x_t, time = jnp.zeros((1, size, size, 3)), jnp.zeros(1)
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0), x_t, time)))
+
+
+def test_parameter_count_is_the_papers():
+    assert count(UNet(), 32) == 35_746_307
+
+
+def test_class_table_has_a_null_row():
+    assert count(UNet(num_classes=10), 32) == 35_746_307 + 11 * 512
+
+
+def test_equals_diffusers(golden, params, inputs, apply):
+    # Outputs are of order 1 and pass about 60 float32 roundings of products: 1e-5 leaves a factor of ten.
+    np.testing.assert_allclose(apply(TINY, params, *inputs), golden["output"], atol=1e-5)
+
+
+def test_conversion_is_bit_for_bit(golden, params, shapes):
+    weights = to_diffusers(params)
+    assert weights.keys() == golden["weights"].keys()
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(weight, golden["weights"][name], strict=True)
+    chex.assert_trees_all_equal(from_diffusers(weights, shapes), params)
+
+
+def test_conversion_reads_the_old_names_of_attention(golden, params, shapes):
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = dict(golden["weights"])
+    for name in golden["weights"]:
+        for new_part, old_part in old.items():
+            if f".{new_part}." in name:
+                renamed[name.replace(new_part, old_part)] = renamed.pop(name)
+    assert renamed.keys() != golden["weights"].keys()
+    chex.assert_trees_all_equal(from_diffusers(renamed, shapes), params)
+    with pytest.raises(ValueError, match="twice"):
+        from_diffusers(renamed | golden["weights"], shapes)
+
+
+def test_conversion_is_strict(golden, shapes):
+    key = "mid_block.resnets.0.conv1.weight"
+    weights = golden["weights"]
+    with pytest.raises(ValueError, match=f"missing .*{key}"):
+        from_diffusers({name: weights[name] for name in weights if name != key}, shapes)
+    with pytest.raises(ValueError, match="left over .*extra.bias"):
+        from_diffusers(weights | {"extra.bias": weights["conv_out.bias"]}, shapes)
+    with pytest.raises(ValueError, match=key):
+        from_diffusers(weights | {key: weights[key][:, :-1]}, shapes)
+
+
+def test_missing_label_is_the_null_class(params, inputs, apply):
+    x_t, time, _ = inputs
+    null = jnp.full(time.shape, TINY.num_classes)
+    np.testing.assert_array_equal(apply(TINY, params, x_t, time), apply(TINY, params, x_t, time, null))
+
+
+def test_every_class_matters(params, inputs, apply):
+    x_t, time, _ = inputs
+    same = jnp.broadcast_to(x_t[:1], x_t.shape), jnp.broadcast_to(time[:1], time.shape)
+    outputs = np.asarray(apply(TINY, params, *same, jnp.arange(4)))
+    distances = np.abs(outputs[:, None] - outputs[None]).max(axis=(2, 3, 4))
+    assert np.all(distances[~np.eye(4, dtype=bool)] > 1e-2)
+
+
+def test_starts_at_zero_and_every_block_at_the_identity():
+    network = TINY.clone(num_classes=None)
+    x_t, time = jax.random.normal(jax.random.key(0), (2, 8, 8, 3)), jnp.array([0.0, 7.0])
+    variables = network.init(jax.random.key(1), x_t, time)
+    np.testing.assert_array_equal(network.apply(variables, x_t, time), 0.0)
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
+    attention = Attention(head_channels=8, num_groups=4)
+    np.testing.assert_array_equal(attention.init_with_output(jax.random.key(1), x)[0], x)
+
+
+def test_dropout_draws_from_its_key_only_in_training(params, inputs):
+    @jax.jit
+    def train(key):
+        return TINY.apply({"params": params}, *inputs, train=True, rngs={"dropout": key})
+
+    first = train(jax.random.key(0))
+    np.testing.assert_array_equal(first, train(jax.random.key(0)))
+    assert np.abs(first - train(jax.random.key(1))).max() > 1e-2
+
+
+def test_remat_changes_neither_outputs_gradients_nor_names(params, inputs):
+    def loss(network):
+        def fn(params):
+            output = network.apply({"params": params}, *inputs, train=True, rngs={"dropout": jax.random.key(0)})
+            return jnp.mean(jnp.square(output)), output
+
+        return jax.jit(jax.value_and_grad(fn, has_aux=True))(params)
+
+    (_, output), gradient = loss(TINY)
+    (_, remat_output), remat_gradient = loss(TINY.clone(remat=True))
+    chex.assert_trees_all_close(remat_output, output, atol=1e-6)
+    # Sums of 4 * 96 products, compiled in another order.
+    scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradient))
+    chex.assert_trees_all_close(remat_gradient, gradient, atol=1e-5 * scale)
+
+
+def test_bfloat16_is_close_and_keeps_float32_outside(params, inputs, apply):
+    network = TINY.clone(dtype=jnp.bfloat16)
+    output = apply(network, params, *inputs)
+    exact = apply(TINY, params, *inputs)
+    assert output.dtype == jnp.float32
+    shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    # bfloat16 rounds to 2^-9 relative. The longest path has 8 blocks and 3 attentions of about 6 rounded steps each;
+    # were all of them to push the same way the output would be off by 66 * 2^-9 of its size. Zero error means that
+    # nothing was computed in bfloat16.
+    error = np.sqrt(np.mean(np.square(output - exact)) / np.mean(np.square(exact)))
+    assert 1e-4 < error < 66 * 2.0**-9
+
+
+def test_bfloat16_network_tells_times_apart(params, inputs, apply):
+    # 750 and 751 are both 752 in bfloat16.
+    x_t = jnp.broadcast_to(inputs[0][:1], (4, *inputs[0].shape[1:]))
+    output = apply(
+        TINY.clone(dtype=jnp.bfloat16), params, x_t, jnp.array([750.0, 751.0, 752.0, 750.0]), inputs[2][:1].repeat(4)
+    )
+    assert np.all(output[0] == output[3])
+    assert not np.all(output[0] == output[1])
+    assert not np.all(output[1] == output[2])
+
+
+def test_time_scale_scales_time(params, inputs, apply):
+    x_t, time, label = inputs
+    scaled = apply(TINY.clone(time_scale=1024.0), params, x_t, time / 1024.0, label)
+    np.testing.assert_array_equal(scaled, apply(TINY, params, x_t, time, label))
+
+
+def test_sinusoidal_embedding_against_float64():
+    time = np.array([0.0, 0.5, 749.0, 750.0, 999.0], np.float32)
+    angle = np.outer(time.astype(np.float64), 10_000.0 ** -(np.arange(64) / 63))
+    expected = np.concatenate([np.sin(angle), np.cos(angle)], axis=-1)
+    # An angle of 999 carries a float32 rounding of 999 * 2^-24 twice (frequency and product).
+    for dtype in (jnp.float32, jnp.bfloat16):
+        embedding = sinusoidal_embedding(jnp.asarray(time, dtype if dtype == jnp.float32 else jnp.float32), 128)
+        np.testing.assert_allclose(embedding, expected, atol=2 * 999 * 2.0**-24)
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_group_norm_against_float64(mean):
+    rng = np.random.RandomState(0)
+    x = (mean + rng.randn(2, 16, 16, 12) * rng.uniform(0.5, 2.0, 12)).astype(np.float32)
+    layer = GroupNorm(num_groups=4)
+    scale, bias = rng.randn(2, 12).astype(np.float32)
+    groups = x.astype(np.float64).reshape(2, 256, 4, 3)
+    expected = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-6)
+    expected = expected.reshape(x.shape) * scale + bias
+    actual = layer.apply({"params": {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}}, jnp.asarray(x))
+    # The mean of 768 float32 is off by at most sqrt(768) * 2^-24 of its size, the variance by as much of its own.
+    np.testing.assert_allclose(actual, expected, atol=(4 + mean) * 28 * 2.0**-24 * np.abs(scale).max())
+
+
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (3, 1), (3, 2)])
+def test_convolution_against_float64(size, stride):
+    rng = np.random.RandomState(0)
+    x, kernel, bias = rng.randn(2, 6, 8, 5), rng.randn(size, size, 5, 7), rng.randn(7)
+    before = (size - 1) // 2 if stride == 1 else 0
+    padded = np.pad(x, ((0, 0), (before, size - 1 - before), (before, size - 1 - before), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))[:, ::stride, ::stride]
+    expected = np.einsum("bhwcij,ijco->bhwo", windows, kernel) + bias
+    layer = Conv(7, size=size, stride=stride)
+    variables = {"params": {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}}
+    actual = layer.apply(variables, jnp.asarray(x, jnp.float32))
+    # Sums of at most 46 products of size up to 10.
+    np.testing.assert_allclose(actual, expected, atol=46 * 10 * 2.0**-24)
+
+
+def test_upsample_repeats_pixels():
+    x = np.arange(2 * 3 * 5 * 2, dtype=np.float32).reshape(2, 3, 5, 2)
+    np.testing.assert_array_equal(upsample(jnp.asarray(x)), x.repeat(2, axis=1).repeat(2, axis=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "message"),
+    [
+        ({}, (8, 10), "image size 8x10 .* 3 levels.* multiples of 4"),
+        ({}, (9, 8), "image size 9x8"),
+        ({"num_groups": 3}, (8, 8), "3 groups do not divide 8 channels"),
+        ({"head_channels": 6}, (8, 8), "heads of 6 channels do not divide 16"),
+        ({"attention_resolutions": (16, 4)}, (8, 8), r"\[16\] are at no level .*\[8, 4, 2\]"),
+        ({"channels": 5}, (8, 8), "even width"),
+        ({"num_classes": None}, (8, 8), "labels were given .* set num_classes"),
+    ],
+)
+def test_bad_input_is_one_clear_line(changes, size, message):
+    network = TINY.clone(**changes)
+    with pytest.raises(ValueError, match=message) as error:
+        jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *size, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
+    assert "\n" not in str(error.value)
