@@ -1,0 +1,108 @@
+"""Which images make batch number `step`: a pure function of (seed, step), so a run's place in the data is its step.
+
+Every epoch is a fresh permutation of the whole set and the epochs follow each other without a gap, so an image is seen
+exactly once an epoch whatever the batch size. NumPy's RandomState is used because its streams are frozen for good.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from jaxtyping import Bool, Int64
+
+from diffusion.data.sources import Source
+
+_ORDER, _FLIP = 1, 2  # purposes: each has its own stream of random numbers
+
+
+def _stream(seed: int, purpose: int, count: int) -> np.random.RandomState:
+    words = (purpose, seed & 0xFFFFFFFF, seed >> 32, count & 0xFFFFFFFF, count >> 32)
+    return np.random.RandomState(np.array(words, np.uint32))
+
+
+@functools.lru_cache(maxsize=8)  # a batch touches at most two epochs, the batches read ahead hardly more
+def _permutation(seed: int, epoch: int, num_examples: int) -> Int64[np.ndarray, "num_examples"]:
+    return _stream(seed, _ORDER, epoch).permutation(num_examples)
+
+
+@functools.lru_cache(maxsize=8)
+def _coins(seed: int, epoch: int, num_examples: int) -> Bool[np.ndarray, "num_examples"]:
+    return _stream(seed, _FLIP, epoch).random_sample(num_examples) < 0.5
+
+
+def _rows(of_epoch: Callable[[int, int, int], np.ndarray], seed: int, step: int, batch_size: int, num_examples: int):
+    """Positions step * B .. step * B + B - 1 of the stream of epochs, in which each is `of_epoch(seed, epoch, N)`."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in 0..2^64-1, not {seed}")
+    if step < 0:
+        raise ValueError(f"batches are counted from 0: there is no batch number {step}")
+    if not 1 <= batch_size <= num_examples:
+        raise ValueError(f"batch_size {batch_size} must be between 1 and the data set's {num_examples} images")
+    epoch, start = divmod(step * batch_size, num_examples)
+    rows = of_epoch(seed, epoch, num_examples)[start : start + batch_size]
+    if len(rows) < batch_size:
+        return np.concatenate([rows, of_epoch(seed, epoch + 1, num_examples)[: batch_size - len(rows)]])
+    return rows.copy()
+
+
+def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> Int64[np.ndarray, "B"]:
+    """The images of batch number `step` (from 0): a pure function of its arguments.
+
+    Raises:
+      ValueError: if the batch is larger than the data set, the step negative or the seed not in 0..2^64-1.
+    """
+    return _rows(_permutation, seed, step, batch_size, num_examples)
+
+
+def batch_flips(seed: int, step: int, batch_size: int, num_examples: int) -> Bool[np.ndarray, "B"]:
+    """Which images of batch number `step` are mirrored, each with probability 1/2: a pure function of its arguments."""
+    return _rows(_coins, seed, step, batch_size, num_examples)
+
+
+def make_batches(
+    source: Source,
+    seed: int,
+    batch_size: int,
+    *,
+    start_step: int = 0,
+    num_steps: int | None = None,
+    flip: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 4,
+    prefetch: int = 16,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches {"image": uint8[B/P, H, W, C], "label": int32[B/P]} from number `start_step` on, read ahead in threads.
+
+    `batch_size` is the global one: process p of P reads and returns only rows [p * B/P, (p + 1) * B/P) of it, so the
+    global batch does not depend on the number of processes. Without `num_steps` the batches never end. An error while
+    reading is raised here, by the `next` that should have given that batch. At most `prefetch` batches are held.
+
+    Raises:
+      ValueError: if the processes do not divide the batch, or the batch is larger than the data set.
+    """
+    import grain  # half a second that only training needs to spend
+
+    batch_indices(seed, start_step, batch_size, source.num_examples)  # to refuse bad arguments now, not in a thread
+    if not 0 <= process_index < process_count or batch_size % process_count:
+        raise ValueError(
+            f"batch_size {batch_size} does not divide among {process_count} processes (this is number {process_index})"
+        )
+    rows = batch_size // process_count
+    mine = slice(process_index * rows, (process_index + 1) * rows)
+
+    columns_reversed = np.arange(source.image_shape[1])[::-1]
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        read = source.read(batch_indices(seed, step, batch_size, source.num_examples)[mine])
+        if flip:
+            mirrored = batch_flips(seed, step, batch_size, source.num_examples)[mine]
+            read["image"][mirrored] = read["image"][mirrored].take(
+                columns_reversed, axis=2
+            )  # [::-1] takes twice as long
+        return read
+
+    stop = sys.maxsize if num_steps is None else start_step + num_steps
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    return iter(grain.MapDataset.range(start_step, stop).map(batch).to_iter_dataset(options))

@@ -1,0 +1,72 @@
+"""Images as people and files hold them (uint8) and as networks see them ([-1, 1]); grids of them as PNG."""
+
+import math
+import os
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from diffusion.files import replacing
+
+
+def to_float(image: UInt8[Array | np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
+    """x / 127.5 - 1, from 0..255 to [-1, 1] in the default float type: DDPM, section 3.3. May be jitted."""
+    return jnp.asarray(image).astype(jnp.result_type(float)) / 127.5 - 1.0
+
+
+def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[Array, "*shape"]:
+    """From [-1, 1] to the nearest of 0..255; what lies outside is clipped. Undoes `to_float`. May be jitted."""
+    return jnp.clip(jnp.round((jnp.asarray(x) + 1.0) * 127.5), 0.0, 255.0).astype(jnp.uint8)
+
+
+def check_uint8_images(image: np.ndarray, what: str = "images") -> None:
+    """Raises ValueError, with one line that says what to do, unless `image` is uint8 [N >= 1, H, W, C in 1, 3, 4]."""
+    if image.dtype != np.uint8:
+        if np.issubdtype(image.dtype, np.floating) and image.size:
+            bad = ~np.isfinite(image)
+            if bad.any():
+                first = np.argwhere(bad)[0]
+                raise ValueError(
+                    f"{what} hold {image[tuple(first)]} at example {first[0]}: mend or leave out that example"
+                )
+            ends = f" in [{image.min():.4g}, {image.max():.4g}]"
+        else:
+            ends = ""
+        raise ValueError(
+            f"{what} are {image.dtype}{ends}, not uint8: floats in [-1, 1] are converted by images.to_uint8"
+        )
+    if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
+        raise ValueError(
+            f"{what} have shape {list(image.shape)}, not [N, H, W, C] with C = 1, 3 or 4 and nothing empty"
+        )
+
+
+def image_grid(image: np.ndarray, columns: int | None = None, separator: int = 1) -> UInt8[np.ndarray, "h w C"]:
+    """Lays uint8[N, H, W, C] out in rows of `columns` (default: near a square), `separator` mid-grey pixels between."""
+    check_uint8_images(image)
+    count, height, width, channels = image.shape
+    columns = math.ceil(math.sqrt(count)) if columns is None else columns
+    if columns < 1:
+        raise ValueError(f"a grid needs at least 1 column, not {columns}")
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    grid = np.full((rows * columns, height + separator, width + separator, channels), 128, np.uint8)
+    grid[:count, :height, :width] = image
+    grid = grid.reshape(rows, columns, height + separator, width + separator, channels).swapaxes(1, 2)
+    grid = grid.reshape(rows * (height + separator), columns * (width + separator), channels)
+    return grid[: grid.shape[0] - separator, : grid.shape[1] - separator]
+
+
+def save_png(path: str | os.PathLike, image: np.ndarray, smallest_side: int = 256) -> None:
+    """Writes uint8[H, W, C] as a PNG; a small picture is enlarged by a whole factor so that every pixel can be seen.
+
+    The factor is the least that brings the shorter side to `smallest_side`, the pixels stay square and sharp.
+    """
+    from PIL import Image
+
+    check_uint8_images(image[None], "the picture")
+    factor = math.ceil(smallest_side / min(image.shape[:2]))
+    image = image.repeat(factor, axis=0).repeat(factor, axis=1)
+    with replacing(path) as temporary:
+        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(temporary, "png")

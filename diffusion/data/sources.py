@@ -1,0 +1,83 @@
+"""Where images come from: a `Source` reads them by index. From arrays, and the digits that scikit-learn ships."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffusion.data.images import check_uint8_images
+
+
+class Source(NamedTuple):
+    """Labelled images that can be read in any order.
+
+    `read(indices: int64[B])` gives fresh arrays {"image": uint8[B, H, W, C], "label": int32[B]} and may be called from
+    several threads. A set without labels has `num_classes` None and label 0 everywhere. The `fingerprint` says exactly
+    which data this is and belongs in every report: "sha256:..." over all pixels and labels of a set held in memory,
+    "files-sha256:..." over names, sizes and descriptions of the files of a set that is read from disk.
+    """
+
+    name: str
+    split: str
+    num_examples: int
+    image_shape: tuple[int, int, int]
+    num_classes: int | None
+    read: Callable[[np.ndarray], dict[str, np.ndarray]]
+    fingerprint: str
+
+
+def array_source(image: np.ndarray, label: np.ndarray | None, name: str, split: str, num_classes: int | None) -> Source:
+    """A source over arrays in memory: uint8 [N, H, W, C] with C = 1, 3 or 4, and whole numbers [N] or None.
+
+    Raises:
+      ValueError: naming the first bad example, if the images are not uint8 (NaN is told apart) or of another shape,
+        or if the labels do not fit the images or `num_classes`.
+    """
+    what = f"{name} ({split}): images"
+    check_uint8_images(image, what)
+    if label is None:
+        label, num_classes = np.zeros(len(image), np.int32), None
+    if label.shape != (len(image),) or not np.issubdtype(label.dtype, np.integer):
+        raise ValueError(
+            f"{what} are {len(image)} but labels {label.dtype}{list(label.shape)}: one whole number for each"
+        )
+    outside = (label < 0) | (label >= (np.iinfo(np.int32).max if num_classes is None else num_classes))
+    if outside.any():
+        first = int(outside.argmax())
+        raise ValueError(f"{name} ({split}): label {label[first]} of example {first} is not in 0..{num_classes} - 1")
+    return _in_memory(np.ascontiguousarray(image), label.astype(np.int32), name, split, num_classes)
+
+
+def _in_memory(image: np.ndarray, label: np.ndarray, name: str, split: str, num_classes: int | None) -> Source:
+    digest = hashlib.sha256(repr((image.shape, num_classes)).encode())
+    digest.update(image.data)
+    digest.update(label.astype("<i4").tobytes())
+
+    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {"image": image[indices], "label": label[indices]}
+
+    _, height, width, channels = image.shape
+    shape = (height, width, channels)
+    return Source(name, split, len(image), shape, num_classes, read, f"sha256:{digest.hexdigest()}")
+
+
+def digits(split: str) -> Source:
+    """The 1,797 handwritten digits that scikit-learn ships (8x8x1, 16 grey levels): no download.
+
+    "test" is a fixed hold-out of 500, 50 of every class; "train" is the other 1,297. Alpaydin and Kaynak, Optical
+    recognition of handwritten digits, UCI Machine Learning Repository, 1998.
+
+    Raises:
+      ValueError: if `split` is neither.
+    """
+    from sklearn.datasets import load_digits  # takes a second
+
+    data: Any = load_digits()
+    image, label = np.round(data["images"] * (255 / 16)).astype(np.uint8)[..., None], data["target"].astype(np.int32)
+    order = np.random.RandomState(0).permutation(len(label))
+    test = np.sort(np.concatenate([order[label[order] == digit][:50] for digit in range(10)]))
+    if split not in ("train", "test"):
+        raise ValueError(f"digits has the splits 'train' and 'test', not '{split}'")
+    indices = test if split == "test" else np.setdiff1d(order, test)
+    return array_source(image[indices], label[indices], "digits", split, 10)

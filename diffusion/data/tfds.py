@@ -1,0 +1,160 @@
+"""Image sets prepared by TensorFlow Datasets, read without TensorFlow.
+
+Only array_record files can be read in any order. They are found by looking into the data folder, never by asking TFDS
+for the set by name: it would search the network for minutes where there is none.
+"""
+
+import contextlib
+import hashlib
+import io
+import math
+import os
+import re
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from diffusion.data.sources import Source, array_source
+from diffusion.files import cache_folder, replacing
+
+LARGEST_IN_MEMORY = 2 * 2**30  # bytes, decoded
+
+
+def tfds_source(
+    name: str,
+    split: str,
+    data_dir: str | os.PathLike | None = None,
+    in_memory: bool | None = None,
+    image_size: int | None = None,
+) -> Source:
+    """A split of a prepared TFDS image set, for example ("cifar10", "train") or ("name/config:1.0.0", "train[:90%]").
+
+    A set of at most 2 GiB is decoded once, held in memory, and its decoded form cached under `cache_folder()`; a larger
+    one, or `in_memory=False`, is decoded as it is read. With `image_size` every image is cropped to its central square
+    and resized (Lanczos); sets whose images differ in size need it. `data_dir` defaults to TFDS' own, $TFDS_DATA_DIR or
+    ~/tensorflow_datasets. The image is the feature "image", the label the feature "label" where there is one.
+
+    Raises:
+      ValueError: if the set is not in `data_dir` (with the two ways to get it), is not in array_record form, has no
+        such split, no uint8 images, or images of differing sizes while no `image_size` is given.
+    """
+    folder = _find(name, Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser())
+    import tensorflow_datasets as tfds  # 0.4 s, and without a set there is no use for it
+
+    try:
+        builder: Any = tfds.builder_from_directory(folder, file_format="array_record")
+    except ValueError as error:
+        raise ValueError(f"{folder}: prepare it again with file_format='array_record' ({_line(error)})") from error
+    features = dict(builder.info.features)
+    try:
+        decoders = {"image": tfds.decode.SkipDecoding()} if "image" in features else None
+        records = builder.as_data_source(split=split, decoders=decoders)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {_line(error)}") from error
+    if not isinstance(features.get("image"), tfds.features.Image) or features["image"].np_dtype != np.uint8:
+        raise ValueError(f"{folder} has no feature 'image' of uint8 images, only {', '.join(sorted(features))}")
+    height, width, channels = (image_size, image_size, features["image"].shape[-1])
+    if image_size is None:
+        height, width, _ = features["image"].shape
+    if height is None or width is None:
+        raise ValueError(
+            f"the images of {name} differ in size: give image_size (--config.data.image_size=N) to resize them"
+        )
+    shape = (height, width, channels)
+    num_classes = features["label"].num_classes if isinstance(features.get("label"), tfds.features.ClassLabel) else None
+
+    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
+        examples = records.__getitems__(indices.tolist())
+        image = np.stack([_decode(example["image"], shape, image_size) for example in examples])
+        label = [example["label"] if num_classes else 0 for example in examples]
+        return {"image": image, "label": np.array(label, np.int32)}
+
+    digest = hashlib.sha256(repr((name, split, shape, image_size)).encode())
+    for path in sorted(folder.iterdir()):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        if path.suffix == ".json":
+            digest.update(path.read_bytes())
+    source = Source(name, split, len(records), shape, num_classes, read, f"files-sha256:{digest.hexdigest()}")
+    if in_memory is None:
+        in_memory = source.num_examples * math.prod(shape) <= LARGEST_IN_MEMORY
+    return _decoded_once(source, folder) if in_memory else source
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _find(name: str, data_dir: Path) -> Path:
+    """The folder DATA_DIR/name[/config]/version of a prepared set; of several versions the newest."""
+    parts = re.fullmatch(r"(\w+)(?:/([\w.\-+]+))?(?::(\d+\.\d+\.\d+))?", name)
+    if not parts:
+        raise ValueError(f"'{name}' does not name a TFDS data set: write it as NAME, NAME/CONFIG or NAME:1.2.3")
+    base, config, version = parts.groups()
+    found: dict[str, list[Path]] = {}
+    for info in (*data_dir.glob(f"{base}/*/dataset_info.json"), *data_dir.glob(f"{base}/*/*/dataset_info.json")):
+        folder = info.parent
+        its_config = "" if folder.parent.name == base else folder.parent.name
+        right = config in (None, its_config) and version in (None, folder.name)
+        if right and re.fullmatch(r"\d+\.\d+\.\d+", folder.name):
+            found.setdefault(its_config, []).append(folder)
+    if len(found) > 1:
+        raise ValueError(
+            f"{data_dir / base} holds several configs: write {base}/CONFIG with one of {', '.join(sorted(found))}"
+        )
+    if not found:
+        raise ValueError(
+            f"no prepared data set '{name}' in {data_dir}: on a connected machine run pip install '.[prepare]' && "
+            f"python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='{data_dir}', "
+            "file_format='array_record').download_and_prepare()\", "
+            f"or copy {data_dir / base} from a machine that has it (--config.data.dir=DIR names another folder)"
+        )
+    (folders,) = found.values()
+    return max(folders, key=lambda folder: [int(number) for number in folder.name.split(".")])
+
+
+def _decode(encoded: bytes, shape: tuple[int, int, int], image_size: int | None) -> np.ndarray:
+    from PIL import Image, ImageOps
+
+    image: Any = Image.open(io.BytesIO(encoded))
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[shape[2]]
+    if image.mode != mode:
+        image = image.convert(mode)
+    if image_size is not None and image.size != (image_size, image_size):
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(shape)
+
+
+def _decoded_once(source: Source, folder: Path) -> Source:
+    """The same images held in memory, from the cache where they are; its CRC32 tells when that file is not whole."""
+    key = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
+    digest = hashlib.sha256(repr((source.fingerprint, str(folder.resolve()), key)).encode()).hexdigest()
+    cached = cache_folder() / "decoded" / f"{source.name.split('/')[0].split(':')[0]}-{digest[:32]}.npz"
+    try:
+        with np.load(cached, allow_pickle=False) as arrays:
+            image, label = arrays["image"], arrays["label"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        image, label = _read_all(source)
+        with contextlib.suppress(OSError), replacing(cached) as temporary:  # without a cache the next start is slower
+            np.savez(temporary, image=image, label=label)
+    return array_source(image, label if source.num_classes else None, source.name, source.split, source.num_classes)
+
+
+def _read_all(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    image = np.empty((source.num_examples, *source.image_shape), np.uint8)
+    label = np.empty(source.num_examples, np.int32)
+    parts = [slice(start, min(start + 256, len(label))) for start in range(0, len(label), 256)]
+
+    def read(part: slice) -> int:
+        examples = source.read(np.arange(part.start, part.stop))
+        image[part], label[part] = examples["image"], examples["label"]
+        return part.stop - part.start
+
+    title = f"decoding {source.name} {source.split}, once"
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(label), desc=title, unit=" images", delay=2) as bar:
+        for count in pool.map(read, parts):
+            bar.update(count)
+    return image, label
