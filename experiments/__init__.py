@@ -1,0 +1,1 @@
+"""The experiments: one runnable file each, and the configs of published results."""

@@ -1,0 +1,208 @@
+"""The training loop: batches in, checkpoints, metrics and pictures out."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from diffusion.data.images import image_grid, save_png
+from diffusion.training.checkpoints import Checkpoints, provenance
+from diffusion.training.errors import RunError
+from diffusion.training.experiment import Experiment, TrainState, init_state
+from diffusion.training.interrupt import StopSignal
+from diffusion.training.loggers import Loggers
+from diffusion.training.sharding import Rule, place_batch, replicated, state_shardings
+from diffusion.training.step import Report, make_train_step
+
+
+class Settings(NamedTuple):
+    """How a run is done; what is learned stands in `Experiment`."""
+
+    seed: int
+    num_steps: int
+    ema_decay: float
+    accumulate: int = 1
+    log_every: int = 100
+    checkpoint_every: int = 1000
+    preview_every: int = 1000
+    keep_newest: int = 3
+    keep_every: int = 0
+    rule: Rule = replicated
+
+
+def check_settings(settings: Settings, experiment: Experiment, mesh: Mesh) -> None:
+    """Refuses what cannot run.
+
+    Raises:
+      RunError: num_steps < 1, or a batch that the devices, times the micro-batches, do not divide.
+    """
+    if settings.num_steps < 1:
+        raise RunError(f"training.num_steps is {settings.num_steps}: it must be at least 1")
+    parts = mesh.size * settings.accumulate
+    if settings.accumulate < 1 or experiment.batch_size % parts:
+        raise RunError(
+            f"a batch of {experiment.batch_size} cannot be split into {mesh.size} devices x {settings.accumulate} "
+            f"micro-batches: make data.batch_size a multiple of {parts}"
+        )
+
+
+def abstract_train_state(experiment: Experiment, settings: Settings, mesh: Mesh, batch: dict[str, Any]) -> TrainState:
+    """Returns the state's shapes, dtypes and shardings, nothing allocated."""
+    shapes = jax.eval_shape(lambda: init_state(experiment, settings.seed, batch))
+    shardings = state_shardings(mesh, shapes, settings.rule)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def train(
+    experiment: Experiment, settings: Settings, *, workdir: Path, mesh: Mesh, description: dict[str, Any]
+) -> TrainState:
+    """Trains until `settings.num_steps`, going on from the newest checkpoint in `workdir`; returns the last state.
+
+    Ctrl-C or SIGTERM: the step in hand is finished and saved, then the interpreter exits (130, or 0 after SIGTERM).
+
+    Raises:
+      RunError: settings that cannot run, or a loss or gradient that is not finite (names the step; nothing of it is
+        saved).
+    """
+    begun = time.perf_counter()
+    check_settings(settings, experiment, mesh)
+    folder = workdir / "checkpoints"
+    with Checkpoints(folder, keep_newest=settings.keep_newest, keep_every=settings.keep_every) as checkpoints:
+        step = checkpoints.newest or 0
+        batches = experiment.batches(step)
+        batch = place_batch(mesh, next(batches))
+        abstract = abstract_train_state(experiment, settings, mesh, batch)
+        shardings = jax.tree.map(lambda x: x.sharding, abstract)
+        if checkpoints.newest is None:
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+            state = jax.jit(lambda: init_state(experiment, settings.seed, shapes), out_shardings=shardings)()
+        else:
+            state = checkpoints.restore(abstract)
+        if step >= settings.num_steps:
+            return state
+
+        train_step = jax.jit(
+            make_train_step(
+                experiment,
+                seed=settings.seed,
+                ema_decay=settings.ema_decay,
+                accumulate=settings.accumulate,
+                log_every=settings.log_every,
+            ),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+        )
+        # Compiled before the first step: its cost is known apart, and another shape later is an error, not a recompile.
+        compiling = time.perf_counter()
+        train_step = train_step.lower(state, batch).compile()
+        compile_seconds = time.perf_counter() - compiling
+        description = {**description, "provenance": provenance()}
+
+        logs = Loggers(workdir, start_step=step, num_steps=settings.num_steps, active=jax.process_index() == 0)
+        with logs, StopSignal() as stop:
+            if step:
+                logs.say(f"going on from step {step} in {workdir}")
+            clock = Stopwatch()
+            previous: Report | None = None
+            while True:
+                clock.resume()
+                state, report = train_step(state, batch)
+                step += 1
+                logs.advance()
+                # The device works on this step while the host looks at the one before.
+                if previous is not None:
+                    check_finite(previous, step - 1, workdir)
+                previous = report
+                if clock.steps == 0:
+                    jax.block_until_ready(report)
+                    logs.say(
+                        f"first step {time.perf_counter() - begun:.1f} s after the start, "
+                        f"of which {compile_seconds:.1f} s compiling"
+                    )
+                clock.steps += 1
+
+                last = step == settings.num_steps
+                ending = last or stop.received is not None
+                log_now = step % settings.log_every == 0 or last
+                save_now = step % settings.checkpoint_every == 0 or ending
+                preview_now = experiment.preview is not None and (step % settings.preview_every == 0 or last)
+                if log_now or save_now or preview_now:
+                    check_finite(report, step, workdir)
+                    clock.pause()
+                if log_now:
+                    values = metric_values(state)
+                    values["learning_rate"] = float(experiment.learning_rate(step - 1))
+                    values["images_per_second"] = clock.lap() * experiment.batch_size
+                    logs.log(step, values)
+                if save_now:
+                    checkpoints.save(step, state, description)
+                if preview_now:
+                    draw_previews(experiment, state, workdir / "previews" / f"step_{step:08d}")
+                if ending:
+                    break
+                batch = place_batch(mesh, next(batches))
+            total = time.perf_counter() - begun
+            logs.say(
+                f"{clock.steps} steps in {total:.1f} s, {clock.seconds:.1f} s of it in steps "
+                f"(goodput {clock.seconds / total:.0%})"
+            )
+    if stop.received is not None and not last:
+        logs.say(f"stopped and saved at step {step}; the same command goes on from there")
+        raise SystemExit(130 if stop.received.name == "SIGINT" else 0)
+    return state
+
+
+def check_finite(report: Report, step: int, workdir: Path) -> None:
+    """Raises RunError when step number `step` had a loss or gradient that is not finite."""
+    loss, grad_norm = float(report.loss), float(report.grad_norm)
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise RunError(
+            f"step {step}: loss {loss}, gradient norm {grad_norm}. Stopped; the checkpoints in "
+            f"{workdir / 'checkpoints'} are from before it. Look at the data of that step, or lower the learning rate"
+        )
+
+
+def metric_values(state: TrainState) -> dict[str, float]:
+    """Returns the means since the last log line; a mean over nothing (no example in that time range) is left out."""
+    means = jax.device_get(state.metrics)
+    return {name: float(mean.total / mean.count) for name, mean in means.items() if mean.count > 0}
+
+
+def draw_previews(experiment: Experiment, state: TrainState, path: Path) -> None:
+    """Draws what the raw and the averaged weights make of the same fixed noise."""
+    assert experiment.preview is not None
+    for name, params in (("raw", state.params), ("ema", state.ema)):
+        images = np.asarray(experiment.preview(params))
+        if jax.process_index() == 0:
+            save_png(path.with_name(f"{path.name}_{name}.png"), image_grid(images))
+
+
+class Stopwatch:
+    """Seconds spent in steps, saving and drawing not counted."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.seconds = 0.0
+        self._since: float | None = None
+        self._lap = (0, 0.0)
+
+    def resume(self) -> None:
+        """Starts counting; does nothing while it counts."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stops counting."""
+        if self._since is not None:
+            self.seconds += time.perf_counter() - self._since
+            self._since = None
+
+    def lap(self) -> float:
+        """Returns the steps per second since the last lap."""
+        steps, seconds = self.steps - self._lap[0], self.seconds - self._lap[1]
+        self._lap = (self.steps, self.seconds)
+        return steps / seconds

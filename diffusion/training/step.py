@@ -1,0 +1,83 @@
+"""One step of training: gradient, update, moving average; a pure function of (state, batch)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from diffusion.training.experiment import Batch, Experiment, Mean, TrainState, run_key
+
+
+class Report(NamedTuple):
+    """What one step says of itself; the loop stops when either is not finite."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+
+
+def ema_decay_at(step: int | jax.Array, decay: float) -> jax.Array:
+    """Returns min(decay, (1 + step) / (10 + step)): an average warmed up so that it forgets the initial weights.
+
+    The rule of TensorFlow's `ExponentialMovingAverage(num_updates=step)`. `step` counts the updates before this one.
+    """
+    step = jnp.asarray(step, jnp.float32)
+    return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+
+
+def make_train_step(
+    experiment: Experiment, *, seed: int, ema_decay: float, accumulate: int = 1, log_every: int = 1
+) -> Callable[[TrainState, Batch], tuple[TrainState, Report]]:
+    """Returns train_step(state, batch) -> (state, report), to be jitted with the state donated.
+
+    Args:
+      experiment: its loss is called with the key of (seed, "train", step).
+      seed: of the run.
+      ema_decay: of the moving average of the parameters, see `ema_decay_at`.
+      accumulate: the gradient is the mean over so many micro-batches, one after the other: the memory of
+        B / accumulate examples. Micro-batch number i holds the rows i, i + accumulate, ..., which leaves every row on
+        the device it is on.
+      log_every: `state.metrics` hold the means since the last multiple of it.
+    """
+
+    def mean_loss(params, batch, key):
+        losses, metrics = experiment.loss(params, batch, key)
+        count = jnp.float32(losses.shape[0])
+        metrics = {"loss": Mean(losses, jnp.ones_like(losses)), **metrics}
+        return losses.sum() / count, jax.tree.map(lambda x: jnp.sum(x, dtype=jnp.float32), metrics)
+
+    gradient = jax.value_and_grad(mean_loss, has_aux=True)
+
+    def accumulated_gradient(params, batch, key):
+        if accumulate == 1:
+            return gradient(params, batch, key)
+        parts = jax.tree.map(
+            lambda x: jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1), batch
+        )
+
+        def add(total, part):
+            index, batch = part
+            return jax.tree.map(jnp.add, total, gradient(params, batch, jax.random.fold_in(key, index))), None
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(gradient, params, first, key)
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        ((loss, metrics), grads), _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), parts))
+        return (loss / accumulate, metrics), jax.tree.map(lambda g: g / accumulate, grads)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Report]:
+        key = run_key(seed, "train", state.step)
+        (loss, metrics), grads = accumulated_gradient(state.params, batch, key)
+        grad_norm = optax.global_norm(grads)
+        updates, opt_state = experiment.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = ema_decay_at(state.step, ema_decay)
+        ema = jax.tree.map(lambda average, new: average + (1.0 - decay) * (new - average), state.ema, params)
+
+        metrics["grad_norm"] = Mean(grad_norm, jnp.ones_like(grad_norm))
+        fresh = state.step % log_every == 0
+        metrics = jax.tree.map(lambda old, new: jnp.where(fresh, 0.0, old) + new, state.metrics, metrics)
+        return TrainState(state.step + 1, params, ema, opt_state, metrics), Report(loss, grad_norm)
+
+    return train_step

@@ -1,0 +1,31 @@
+"""DDPM on CIFAR-10, as in Ho, Jain & Abbeel (2020).
+
+    python -m experiments.cifar10 --config=experiments/configs/cifar10_ddpm.py --workdir=runs/ddpm
+    python -m experiments.cifar10 --workdir=runs/ddpm --mode=sample --num_samples=50000 --out=samples.npz
+
+Any other TFDS image set is trained by naming it: --config.data.name=svhn_cropped.
+"""
+
+from diffusion.data.sources import Source
+from diffusion.data.tfds import tfds_source
+from experiments import image_modes
+from experiments.command_line import Config, Run, main
+
+
+def make_source(config: Config, split: str) -> Source:
+    """Returns a split of the configured TFDS set."""
+    return tfds_source(config.data.name, split, config.data.dir or None, image_size=config.data.image_size or None)
+
+
+def train(run: Run) -> None:
+    """Trains on the train split."""
+    image_modes.train(run, make_source(run.config, "train"))
+
+
+def sample(run: Run) -> None:
+    """Draws samples."""
+    image_modes.sample(run, make_source(run.config, "train"))
+
+
+if __name__ == "__main__":
+    main(__file__, __doc__, default_config="cifar10_ddpm.py", modes={"train": train, "sample": sample})

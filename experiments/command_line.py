@@ -1,0 +1,185 @@
+"""What every experiment's command line shares: flags, configs, the work folder, errors in one line."""
+
+import difflib
+import json
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from diffusion.files import cache_folder
+from diffusion.training import RunError, distributed, make_mesh, workdir
+from diffusion.training.checkpoints import open_existing
+
+Config = Any  # an ml_collections.ConfigDict, whose fields type checkers cannot know
+
+
+class Run(NamedTuple):
+    """One call of an experiment: what to do is settled, nothing is done yet."""
+
+    experiment: str
+    config: Config
+    workdir: Path
+    mesh: Mesh
+    flags: flags.FlagValues
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint says of itself, plain JSON."""
+        return {"experiment": self.experiment, "config": plain(self.config)}
+
+
+Mode = Callable[[Run], None]
+
+
+def main(
+    file: str,
+    doc: str | None,
+    *,
+    default_config: str,
+    modes: dict[str, Mode],
+    flag_values: flags.FlagValues | None = None,
+) -> NoReturn:
+    """Runs the experiment in `file` as the command line says; never returns.
+
+    Args:
+      file: the experiment module's `__file__`; its stem is the experiment's name.
+      doc: its docstring, shown by --help.
+      default_config: a file beside it, used without --config.
+      modes: what --mode can name; "train" is the default and the only one that starts a work folder.
+      flag_values: further flags of this experiment.
+    """
+    try:
+        run, mode = parse(sys.argv, Path(file), doc, default_config, modes, flag_values or flags.FlagValues())
+        modes[mode](run)
+    except (RunError, ValueError, OSError, flags.Error) as error:
+        if "--traceback" in sys.argv:
+            traceback.print_exc()
+        line = " ".join(str(error).split())
+        sys.exit(f"error: {line}" + ("" if isinstance(error, RunError) else " (--traceback shows where)"))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def define_flags(values: flags.FlagValues, modes: dict[str, Mode]) -> None:
+    """Defines the flags of every experiment."""
+    flags.DEFINE_string("config", None, "config file, FILE or FILE:ARGUMENT", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder of the run; default: runs/CONFIG", flag_values=values)
+    flags.DEFINE_enum("mode", "train", list(modes), "what to do", flag_values=values)
+    flags.DEFINE_integer("num_samples", None, "how many samples", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of the samples (the training's is config.seed)", flag_values=values)
+    flags.DEFINE_string("out", None, "samples as .npz (default: in the work folder)", flag_values=values)
+    flags.DEFINE_string("sampler", None, "in place of config.sampling.sampler", flag_values=values)
+    flags.DEFINE_integer("steps", None, "in place of config.sampling.num_steps", lower_bound=1, flag_values=values)
+    flags.DEFINE_bool("traceback", False, "show where an error comes from", flag_values=values)
+
+
+def parse(
+    argv: list[str],
+    file: Path,
+    doc: str | None,
+    default_config: str,
+    modes: dict[str, Mode],
+    values: flags.FlagValues,
+) -> tuple[Run, str]:
+    """Returns the run that `argv` asks for and its mode.
+
+    Raises:
+      RunError: unknown flag, config field or experiment file; a bad value; a work folder that does not fit.
+    """
+    define_flags(values, modes)
+    default_path = file.parent / "configs" / default_config
+    if {"--help", "-h"} & set(argv):
+        print(f"{doc}\nFlags:\n{values.get_help()}\n\nConfig ({default_path.name}), --config.FIELD=VALUE:")
+        for name, value in workdir.flatten(plain(load(str(default_path)))).items():
+            print(f"  {name} = {value}")
+        raise SystemExit(0)
+    rest = values(argv, known_only=True)
+    path = values.config or str(default_path)
+    folder = Path(values.workdir or f"runs/{file.stem if values.config is None else Path(path.split(':')[0]).stem}")
+    config = load(path) if values.mode == "train" or values.config else None
+
+    if values.mode != "train":
+        with open_existing(folder) as checkpoints:
+            stored = checkpoints.description()
+        if stored["experiment"] != file.stem:
+            raise RunError(f"{folder} holds experiment {stored['experiment']}, not {file.stem}")
+        if config is not None and (changed := workdir.differences(stored["config"], plain(config))):
+            raise RunError(f"{folder} was trained with another config (there -> asked): {'; '.join(changed)}")
+        config = config or from_plain(stored["config"])
+    assert config is not None
+    config = override(config, rest, values)
+    if values.sampler is not None:
+        config.sampling.sampler = values.sampler
+    if values.steps is not None:
+        config.sampling.num_steps = values.steps
+    if values.mode == "train":
+        workdir.claim(folder, file.stem, plain(config))
+    use_compilation_cache()
+    distributed.join()
+    return Run(file.stem, config, folder, make_mesh(), values), values.mode
+
+
+def load(path: str) -> Config:
+    """Returns `get_config()` (or `get_config(ARGUMENT)` for FILE:ARGUMENT) of a config file, locked."""
+    name, _, argument = path.partition(":")
+    if not Path(name).is_file():
+        there = ", ".join(sorted(p.stem for p in (Path(__file__).parent / "configs").glob("[!_]*.py")))
+        raise RunError(f"no config file {name}; those in experiments/configs are: {there}")
+    return runpy.run_path(name)["get_config"](*([argument] if argument else [])).lock()
+
+
+def override(config: Config, arguments: list[str], known: flags.FlagValues) -> Config:
+    """Applies `--config.FIELD=VALUE` arguments, each value read as its field's type.
+
+    Raises:
+      RunError: a field or flag that is not there (names the nearest), or a value that is not of the field's type.
+    """
+    fields = workdir.flatten(plain(config))
+    for argument in arguments[1:]:
+        name = argument.lstrip("-").split("=")[0]
+        if name.startswith("config.") and name.removeprefix("config.") in fields:
+            continue
+        names = [f"config.{field}" for field in fields] + list(known)
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+        kind = "config field" if name.startswith("config.") else "flag"
+        raise RunError(f"unknown {kind} {argument.split('=')[0]}: did you mean --{near}? (--help lists all)")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values)
+    try:
+        values(arguments)
+    except (flags.Error, TypeError) as error:
+        raise RunError(str(error)) from error
+    return config
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """Returns a config as JSON holds it (tuples become lists)."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def from_plain(tree: dict[str, Any]) -> Config:
+    """Returns the config that `plain` was made of: every list was a tuple."""
+
+    def restore(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: restore(child) for name, child in value.items()}
+        return tuple(restore(child) for child in value) if isinstance(value, list) else value
+
+    return ConfigDict(restore(tree)).lock()
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, so that the second start is fast. JAX_COMPILATION_CACHE_DIR moves it."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

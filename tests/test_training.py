@@ -1,0 +1,261 @@
+"""The trainer on a problem small enough to know the answer, and on dropout and noise where only equality is known."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from diffusion.training import (
+    Experiment,
+    Mean,
+    RunError,
+    Settings,
+    fully_sharded,
+    init_state,
+    make_mesh,
+    make_train_step,
+    place_batch,
+    replicated,
+    run_key,
+    state_shardings,
+    train,
+)
+from diffusion.training import loop as training_loop
+from diffusion.training.step import ema_decay_at
+
+BATCH_SIZE = 16
+WIDTH = 64
+
+
+def noisy_loss(params, batch, key):
+    """A loss with noise and dropout in it, so that a wrong key cannot go unseen."""
+    eps_key, dropout_key = jax.random.split(key)
+    eps = jax.random.normal(eps_key, batch["x"].shape)
+    hidden = jnp.tanh((batch["x"] + eps) @ params["w"])
+    kept = jax.random.bernoulli(dropout_key, 0.9, hidden.shape)
+    losses = jnp.mean((hidden * kept @ params["w"].T - eps) ** 2, axis=1) + params["b"] ** 2
+    big = (jnp.abs(eps[:, 0]) > 1).astype(jnp.float32)
+    return losses, {"loss_of_big": Mean(losses * big, big)}
+
+
+def batches_from(start_step):
+    step = start_step
+    while True:
+        yield {"x": np.random.RandomState(step).randn(BATCH_SIZE, 8).astype(np.float32)}
+        step += 1
+
+
+def make_experiment(loss=noisy_loss, **changes):
+    experiment = Experiment(
+        init=lambda key: {"w": jax.random.normal(key, (8, WIDTH)) / 8, "b": jnp.ones(())},
+        loss=loss,
+        optimizer=optax.adam(1e-2),
+        learning_rate=lambda step: 1e-2,
+        batches=batches_from,
+        batch_size=BATCH_SIZE,
+    )
+    return experiment._replace(**changes)
+
+
+def run_steps(experiment, num_steps, mesh, *, rule=replicated, accumulate=1):
+    batch = place_batch(mesh, next(experiment.batches(0)))
+    state = init_state(experiment, 0, batch)
+    shardings = state_shardings(mesh, state, rule)
+    state = jax.device_put(state, shardings)
+    step = make_train_step(experiment, seed=0, ema_decay=0.9, accumulate=accumulate, log_every=num_steps)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    losses, batches = [], experiment.batches(0)
+    for _ in range(num_steps):
+        state, report = step(state, place_batch(mesh, next(batches)))
+        losses.append(float(report.loss))
+    assert step._cache_size() == 1, "compiled again after the first step"
+    return state, losses
+
+
+def assert_same_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.mark.parametrize("rule", [replicated, lambda shape, n: fully_sharded(shape, n, smallest=1)])
+def test_eight_devices_give_the_noise_and_loss_of_one(rule):
+    one, losses = run_steps(make_experiment(), 5, make_mesh(1))
+    eight, eight_losses = run_steps(make_experiment(), 5, make_mesh(8), rule=rule)
+    # float32 sums in another order: a few units of 2^-24 a step.
+    np.testing.assert_allclose(eight_losses, losses, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one.params, eight.params)
+
+
+def test_sharded_state_is_really_spread():
+    state, _ = run_steps(make_experiment(), 1, make_mesh(8), rule=lambda shape, n: fully_sharded(shape, n, smallest=1))
+    w = state.params["w"]
+    assert {shard.data.shape for shard in w.addressable_shards} == {(8, WIDTH // 8)}
+    assert state.opt_state[0].mu["w"].sharding == w.sharding
+    assert fully_sharded((7, 3), 8, smallest=1) == fully_sharded((8, 8), 8, smallest=65) == replicated((), 8)
+
+
+def test_accumulated_gradient_is_that_of_the_whole_batch():
+    def quiet_loss(params, batch, key):
+        del key
+        losses = jnp.mean((batch["x"] @ params["w"] - 1.0) ** 2, axis=1)
+        return losses, {}
+
+    experiment = make_experiment(quiet_loss)
+    whole, _ = run_steps(experiment, 3, make_mesh(2))
+    parts, _ = run_steps(experiment, 3, make_mesh(2), accumulate=4)
+    np.testing.assert_allclose(parts.params["w"], whole.params["w"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(parts.metrics["loss"].total, whole.metrics["loss"].total, rtol=1e-6)
+    assert float(parts.metrics["loss"].count) == 3 * BATCH_SIZE
+
+
+def test_microbatches_draw_different_noise():
+    seen = []
+
+    def spying_loss(params, batch, key):
+        jax.debug.callback(lambda k: seen.append(tuple(np.ravel(k))), jax.random.key_data(key))
+        return jnp.sum(batch["x"] ** 2, axis=1) * params["b"], {}
+
+    run_steps(make_experiment(spying_loss), 2, make_mesh(1), accumulate=2)
+    jax.effects_barrier()
+    assert len(set(seen)) == 4
+
+
+def test_moving_average_follows_its_recursion():
+    decays = [float(ema_decay_at(step, 0.9)) for step in range(200)]
+    np.testing.assert_allclose(decays[:2], [1 / 10, 2 / 11], rtol=1e-6)
+    assert max(decays) == pytest.approx(0.9) and decays == sorted(decays)
+
+    # A gradient of one under plain SGD moves b by -0.5 a step: b_n = 1 - n / 2, so the average is known by hand.
+    experiment = make_experiment(lambda p, batch, key: (p["b"] * jnp.ones(BATCH_SIZE), {}), optimizer=optax.sgd(0.5))
+    state, _ = run_steps(experiment, 2, make_mesh(1))
+    after_one = 1 / 10 * 1.0 + 9 / 10 * 0.5
+    after_two = 2 / 11 * after_one + 9 / 11 * 0.0
+    assert float(state.ema["b"]) == pytest.approx(after_two, rel=1e-6)
+
+
+def test_metrics_are_means_over_the_log_interval():
+    state, losses = run_steps(make_experiment(), 4, make_mesh(1))
+    values = training_loop.metric_values(state)
+    assert values["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+    assert 0 < float(state.metrics["loss_of_big"].count) < 4 * BATCH_SIZE
+    assert "grad_norm" in values
+
+
+def test_keys_differ_by_seed_purpose_and_index():
+    draws = {
+        float(jax.random.uniform(run_key(seed, purpose, index)))
+        for seed in (0, 1)
+        for purpose in ("init", "train")
+        for index in (0, 1)
+    }
+    assert len(draws) == 8
+
+
+def settings(**changes):
+    base = Settings(seed=0, num_steps=12, ema_decay=0.9, log_every=5, checkpoint_every=4, preview_every=100)
+    return base._replace(**changes)
+
+
+def do_train(workdir, experiment=None, **changes):
+    workdir.mkdir(exist_ok=True)
+    description = {"experiment": "test", "config": {"a": 1}}
+    return train(
+        experiment or make_experiment(),
+        settings(**changes),
+        workdir=workdir,
+        mesh=make_mesh(2),
+        description=description,
+    )
+
+
+def logged(workdir):
+    timings = ("images_per_second",)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in timings} for line in lines]
+
+
+class StopAfter:
+    """Batches that send SIGINT to the run after some steps, as Ctrl-C would."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def __call__(self, start_step):
+        import os
+        import signal
+
+        for count, batch in enumerate(batches_from(start_step)):
+            if count == self.steps:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+
+def test_interrupted_and_resumed_run_ends_with_the_same_bits(tmp_path):
+    whole = do_train(tmp_path / "whole")
+    # Stopped twice, once in the middle of a log interval and off the checkpoint grid.
+    for steps in (5, 1):
+        with pytest.raises(SystemExit) as stopped:
+            do_train(tmp_path / "parts", make_experiment(batches=StopAfter(steps)))
+        assert stopped.value.code == 130
+    parts = do_train(tmp_path / "parts")
+    assert int(parts.step) == 12
+    assert_same_bits(parts, whole)
+    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+    assert [line["step"] for line in logged(tmp_path / "whole")] == [5, 10, 12]
+
+
+def test_checkpoint_of_one_layout_goes_on_in_another(tmp_path):
+    experiment = make_experiment()
+    whole = do_train(tmp_path / "whole")
+    do_train(tmp_path / "parts", num_steps=8)
+    description = {"experiment": "test", "config": {}}
+    rule = lambda shape, n: fully_sharded(shape, n, smallest=1)  # noqa: E731
+    parts = train(
+        experiment, settings(rule=rule), workdir=tmp_path / "parts", mesh=make_mesh(8), description=description
+    )
+    np.testing.assert_allclose(parts.params["w"], whole.params["w"], rtol=1e-4, atol=1e-5)
+    assert len(parts.params["w"].addressable_shards) == 8
+
+
+def test_nan_stops_the_run_naming_the_step_and_keeps_sound_checkpoints(tmp_path):
+    def batches(start_step):
+        for step, batch in enumerate(batches_from(start_step), start_step):
+            if step == 6:
+                batch["x"][3, 2] = np.nan
+            yield batch
+
+    with pytest.raises(RunError, match=r"^step 7: loss nan"):
+        do_train(tmp_path, make_experiment(batches=batches))
+    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    assert kept == [4]
+    whole = do_train(tmp_path / "whole")
+    assert_same_bits(do_train(tmp_path), whole)  # the data mended, the run goes on as if nothing had been
+
+
+def test_newest_and_every_mth_checkpoint_are_kept(tmp_path):
+    do_train(tmp_path, num_steps=7, checkpoint_every=1, keep_newest=2, keep_every=3)
+    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    assert kept == [3, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_steps": 0}, "num_steps is 0"),
+        ({"accumulate": 3}, "multiple of 6"),
+    ],
+)
+def test_settings_that_cannot_run_are_refused(tmp_path, changes, message):
+    with pytest.raises(RunError, match=message) as refused:
+        do_train(tmp_path, **changes)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_previews_show_raw_and_averaged_weights(tmp_path):
+    images = jnp.full((4, 8, 8, 1), 255, jnp.uint8)
+    do_train(tmp_path, make_experiment(preview=lambda params: images), num_steps=4, preview_every=2)
+    names = sorted(path.name for path in (tmp_path / "previews").iterdir())
+    assert names == [f"step_0000000{step}_{kind}.png" for step in (2, 4) for kind in ("ema", "raw")]
