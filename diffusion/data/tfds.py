@@ -68,8 +68,11 @@ def tfds_source(
     num_classes = features["label"].num_classes if isinstance(features.get("label"), tfds.features.ClassLabel) else None
 
     def read(indices: np.ndarray) -> dict[str, np.ndarray]:
-        examples = records.__getitems__(indices.tolist())
-        image = np.stack([_decode(example["image"], shape, image_size) for example in examples])
+        try:
+            examples = records.__getitems__(indices.tolist())
+            image = np.stack([_decode(example["image"], shape, image_size) for example in examples])
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{folder} cannot be read; copy or prepare it again ({_line(error)})") from error
         label = [example["label"] if num_classes else 0 for example in examples]
         return {"image": image, "label": np.array(label, np.int32)}
 

@@ -1,0 +1,420 @@
+"""Data: which images make a batch, where they come from, and how they are shown."""
+
+import functools
+import io
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion.data import array_source, batch_indices, digits, make_batches, tfds, tfds_source
+from diffusion.data.batches import batch_flips
+from diffusion.data.images import image_grid, save_png, to_float, to_uint8
+from diffusion.files import replacing
+
+
+def numbered(count=20, shape=(4, 3, 1)):
+    """Image i holds i in its left half and 100 + i elsewhere, its label is i."""
+    image = np.tile(np.arange(100, 100 + count, dtype=np.uint8)[:, None, None, None], (1, *shape))
+    image[:, :, : shape[1] // 2] -= 100
+    return array_source(image, np.arange(count), "numbered", "train", count)
+
+
+# --- the order
+
+
+def test_order_is_frozen():
+    # Recorded once; a published run can only be repeated while these hold, whatever NumPy is installed.
+    assert batch_indices(7, 3, 8, 20).tolist() == [3, 12, 8, 17, 4, 14, 18, 15]
+    assert batch_indices(2**40 + 1, 10**9, 5, 1000).tolist() == [985, 391, 15, 818, 493]
+    assert batch_flips(7, 3, 16, 20).astype(int).tolist() == [0, 1, 1, 0, 1, 0, 0, 0, 0, 1, 1, 1, 1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 13, 20])
+def test_every_epoch_shows_every_image_once(batch_size):
+    stream = np.concatenate([batch_indices(3, step, batch_size, 20) for step in range(60 // batch_size + 1)])[:60]
+    epochs = stream.reshape(3, 20)
+    assert (np.sort(epochs) == np.arange(20)).all()
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
+    # One stream, cut differently: the batch size does not change the order in which images come.
+    assert (stream == np.concatenate([batch_indices(3, step, 20, 20) for step in range(3)])).all()
+
+
+def test_order_depends_on_the_whole_seed():
+    orders = [tuple(batch_indices(seed, 0, 20, 20).tolist()) for seed in (0, 1, 2**32, 2**32 + 1, 2**63)]
+    assert len(set(orders)) == len(orders)
+
+
+def test_batches_are_the_callers_own():
+    batch_indices(5, 0, 4, 20)[:] = 0
+    assert len(set(batch_indices(5, 0, 4, 20).tolist())) == 4
+
+
+def test_flips_are_fair():
+    coins = np.concatenate([batch_flips(0, step, 500, 1000) for step in range(40)])
+    assert abs(coins.mean() - 0.5) < 4 * 0.5 / len(coins) ** 0.5  # four standard errors
+    assert (coins[:1000] != coins[1000:2000]).any()  # every epoch has its own
+
+
+@pytest.mark.parametrize(
+    ("seed", "step", "batch_size", "line"),
+    [
+        (-1, 0, 4, "seed"),
+        (0, -1, 4, "no batch number -1"),
+        (0, 0, 21, "batch_size 21.*20 images"),
+        (0, 0, 0, "batch_size"),
+    ],
+)
+def test_bad_batches_are_refused(seed, step, batch_size, line):
+    with pytest.raises(ValueError, match=line):
+        batch_indices(seed, step, batch_size, 20)
+    with pytest.raises(ValueError, match=line):
+        make_batches(numbered(), seed, batch_size, start_step=step)
+
+
+# --- the batches
+
+
+def collect(source, steps, **options):
+    batches = list(make_batches(source, 11, 8, num_steps=steps, **options))
+    return {name: np.stack([batch[name] for batch in batches]) for name in ("image", "label")}
+
+
+def test_batches_hold_the_images_of_their_indices():
+    got = collect(numbered(), 7)
+    assert got["image"].shape == (7, 8, 4, 3, 1) and got["image"].dtype == np.uint8 and got["label"].dtype == np.int32
+    assert (got["label"] == [batch_indices(11, step, 8, 20) for step in range(7)]).all()
+    assert (got["image"][..., 0, 0] == got["label"][..., None]).all()
+    assert (got["image"][..., 2, 0] == got["label"][..., None] + 100).all()
+
+
+def test_batches_start_anywhere_and_do_not_depend_on_threads_or_processes():
+    whole = collect(numbered(), 7, flip=True)
+    later = collect(numbered(), 4, flip=True, start_step=3, num_threads=1, prefetch=1)
+    parts = [collect(numbered(), 7, flip=True, process_index=p, process_count=4, num_threads=0) for p in range(4)]
+    for name in ("image", "label"):
+        assert (whole[name][3:] == later[name]).all()
+        assert (whole[name] == np.concatenate([part[name] for part in parts], axis=1)).all()
+
+
+def test_flip_mirrors_left_and_right_and_nothing_else():
+    plain, flipped = collect(numbered(), 7), collect(numbered(), 7, flip=True)
+    mirrored = np.stack([batch_flips(11, step, 8, 20) for step in range(7)])
+    assert 10 < mirrored.sum() < 46
+    assert (flipped["image"][mirrored] == plain["image"][mirrored][:, :, ::-1]).all()
+    assert (flipped["image"][~mirrored] == plain["image"][~mirrored]).all()
+    assert (flipped["label"] == plain["label"]).all()
+
+
+def test_a_process_reads_only_its_share():
+    asked = []
+
+    def read(indices):
+        asked.extend(indices.tolist())
+        return {"image": np.zeros((len(indices), 4, 3, 1), np.uint8), "label": np.zeros(len(indices), np.int32)}
+
+    next(make_batches(numbered()._replace(read=read), 11, 8, num_steps=1, process_index=1, process_count=4))
+    assert asked == batch_indices(11, 0, 8, 20)[2:4].tolist()
+    with pytest.raises(ValueError, match="8 does not divide among 3 processes"):
+        make_batches(numbered(), 11, 8, process_count=3)
+
+
+def test_an_error_while_reading_comes_out_as_it_was():
+    def read(indices):
+        raise LookupError("shelf 17 is empty")
+
+    with pytest.raises(LookupError, match="shelf 17 is empty"):
+        next(make_batches(numbered()._replace(read=read), 0, 8))
+
+
+# --- arrays
+
+
+def test_array_source_tells_what_is_wrong():
+    good, label = np.zeros((30, 4, 4, 3), np.uint8), np.zeros(30, np.int64)
+    nan = good / 127.5 - 1
+    nan[17, 2, 1, 0] = np.nan
+    for image, labels, line in [
+        (nan, label, "hold nan at example 17"),
+        (good / 127.5 - 1, label, r"float64 in \[-1, -1\], not uint8.*to_uint8"),
+        (good.astype(np.int32), label, "int32, not uint8"),
+        (good[..., 0], label, r"shape \[30, 4, 4\]"),
+        (good[..., :2], label, r"shape \[30, 4, 4, 2\]"),
+        (good[:0], label[:0], r"shape \[0, 4, 4, 3\]"),
+        (good, label[:29], r"images are 30 but labels int64\[29\]"),
+        (good, label / 2, r"labels float64\[30\]"),
+        (good, label + 10, r"label 10 of example 0 is not in 0\.\.10 - 1"),
+        (good, label - 1, "label -1 of example 0"),
+    ]:
+        with pytest.raises(ValueError, match=line) as error:
+            array_source(image, labels, "set", "train", 10)
+        assert "\n" not in str(error.value) and "set (train)" in str(error.value)
+
+
+def test_fingerprint_says_which_data_it_is():
+    image, label = np.random.RandomState(0).randint(0, 256, (9, 4, 4, 3), np.uint8), np.arange(9)
+    one = array_source(image, label, "a", "train", 9).fingerprint
+    assert one == array_source(image.copy(), label.astype(np.uint8), "b", "test", 9).fingerprint
+    changed = image.copy()
+    changed[8, 3, 3, 2] ^= 1
+    others = [(changed, label), (image[::-1], label), (image, label[::-1]), (image.reshape(9, 2, 8, 3), label)]
+    assert len({one, *(array_source(i, n, "a", "train", 9).fingerprint for i, n in others)}) == 5
+
+
+def test_without_labels():
+    source = array_source(np.zeros((3, 2, 2, 1), np.uint8), None, "set", "train", None)
+    assert source.num_classes is None and source.read(np.array([2]))["label"].tolist() == [0]
+
+
+def test_digits():
+    from sklearn.datasets import load_digits
+
+    train, test = digits("train"), digits("test")
+    assert (train.num_examples, test.num_examples, test.image_shape, test.num_classes) == (1297, 500, (8, 8, 1), 10)
+    parts = [source.read(np.arange(source.num_examples)) for source in (train, test)]
+    assert np.bincount(parts[1]["label"]).tolist() == [50] * 10
+    # Both together are scikit-learn's set, each of its 17 grey levels at its place in 0..255.
+    data: Any = load_digits()
+    both = [np.concatenate([part[name].reshape(len(part[name]), -1) for part in parts]) for name in ("image", "label")]
+    assert sorted(np.unique(both[0]).tolist()) == [round(level * 255 / 16) for level in range(17)]
+    ours = sorted(map(tuple, np.hstack([np.round(both[0] * (16 / 255)), both[1]]).astype(int).tolist()))
+    assert ours == sorted(map(tuple, np.hstack([data["data"], data["target"][:, None]]).astype(int).tolist()))
+    # The hold-out never moves: published figures stand on it.
+    assert test.fingerprint == "sha256:0442ae2aace5c92960c361234f592df2d534e74a984af954e71dc1f20a846316"
+    with pytest.raises(ValueError, match="'train' and 'test', not 'val'"):
+        digits("val")
+
+
+# --- TensorFlow Datasets
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with the set "tiny" as TFDS prepares it, and the arrays it was made from: image, label; images of any size."""
+    import tensorflow_datasets as tfds_library
+
+    rng = np.random.RandomState(0)
+    image, label = rng.randint(0, 256, (300, 6, 5, 3), np.uint8), rng.randint(0, 4, 300)
+    other = rng.randint(0, 256, (20, 8, 8, 1), np.uint8)
+
+    def png(pixels) -> bytes:  # TFDS' own encoder is TensorFlow's
+        file = io.BytesIO()
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "png")
+        return file.getvalue()
+
+    def config_of(builder: Any) -> str:
+        return builder.builder_config.name
+
+    class Tiny(tfds_library.core.GeneratorBasedBuilder):
+        VERSION = tfds_library.core.Version("1.0.0")
+        BUILDER_CONFIGS: ClassVar = [
+            tfds_library.core.BuilderConfig(name="labelled"),
+            tfds_library.core.BuilderConfig(name="any_size"),
+        ]
+
+        def _info(self):
+            features = {"image": tfds_library.features.Image(shape=(None, None, 1))}
+            if config_of(self) == "labelled":
+                features = {
+                    "image": tfds_library.features.Image(shape=(6, 5, 3)),
+                    "label": tfds_library.features.ClassLabel(num_classes=4),
+                    "note": tfds_library.features.Text(),
+                }
+            return tfds_library.core.DatasetInfo(builder=self, features=tfds_library.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            if config_of(self) == "labelled":
+                for i in range(300):
+                    yield i, {"image": png(image[i]), "label": int(label[i]), "note": str(i)}
+            else:
+                for i in range(20):
+                    yield i, {"image": png(other[i, : 4 + i % 3])}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    for config in ("labelled", "any_size"):
+        Tiny(data_dir=folder, config=config, file_format="array_record").download_and_prepare()
+    return folder, image, label, other
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "diffusion" / "decoded"
+
+
+def all_of(source):
+    read = source.read(np.arange(source.num_examples))
+    return read["image"], read["label"]
+
+
+def test_tfds_reads_what_was_written(prepared, cache):
+    folder, image, label, _ = prepared
+    lazy = tfds_source("tiny/labelled", "train", folder, in_memory=False)
+    assert not cache.exists()
+    whole = tfds_source("tiny/labelled:1.0.0", "train", folder)
+    assert lazy.image_shape == whole.image_shape == (6, 5, 3) and lazy.num_classes == whole.num_classes == 4
+    assert (all_of(lazy)[0] == all_of(whole)[0]).all() and (all_of(lazy)[1] == all_of(whole)[1]).all()
+    pairs = {
+        (row.tobytes(), number) for row, number in zip(*all_of(whole), strict=True)
+    }  # TFDS shuffles when it prepares
+    assert pairs == {(row.tobytes(), number) for row, number in zip(image, label, strict=True)}
+    part = tfds_source("tiny/labelled", "train[10:15]", folder)
+    assert (all_of(part)[0] == all_of(whole)[0][10:15]).all()
+    batch = next(make_batches(lazy, 0, 16, flip=True))
+    assert (batch["image"] == next(make_batches(whole, 0, 16, flip=True))["image"]).all()
+
+
+def test_tfds_decodes_once(prepared, cache, monkeypatch):
+    folder, *_ = prepared
+    first = tfds_source("tiny/labelled", "train", folder)
+    (file,) = cache.iterdir()
+    decoded = []
+    read_all = tfds._read_all
+    monkeypatch.setattr(tfds, "_read_all", lambda source: decoded.append(1) or read_all(source))
+    again = functools.partial(tfds_source, "tiny/labelled", "train", folder)
+    assert again().fingerprint == first.fingerprint and not decoded
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1  # a flipped bit
+    file.write_bytes(content)
+    assert again().fingerprint == first.fingerprint and len(decoded) == 1
+    file.write_bytes(file.read_bytes()[:-1000])  # half a file
+    assert again().fingerprint == first.fingerprint and len(decoded) == 2
+    assert again().fingerprint == first.fingerprint and len(decoded) == 2
+    record = next((folder / "tiny/labelled/1.0.0").glob("*array_record*"))
+    os.utime(record, ns=(0, record.stat().st_mtime_ns + 1))  # prepared anew
+    assert again().fingerprint == first.fingerprint and len(decoded) == 3
+    cache.parent.rename(cache.parent.with_name("old"))
+    cache.parent.write_text("")  # no folder can be made there
+    assert again().fingerprint == first.fingerprint and len(decoded) == 4
+
+
+def test_tfds_sets_of_any_size_are_cropped_and_resized(prepared, cache):
+    folder, _, _, other = prepared
+    with pytest.raises(ValueError, match=r"differ in size.*--config\.data\.image_size"):
+        tfds_source("tiny/any_size", "train", folder)
+    source = tfds_source("tiny/any_size", "train", folder, image_size=4)
+    image, label = all_of(source)
+    assert image.shape == (20, 4, 4, 1) and source.num_classes is None and (label == 0).all()
+    # Images 0, 3, 6, ... are 4 x 8: their central square is columns 2..5 and needs no resampling.
+    assert {row.tobytes() for row in other[::3, :4, 2:6]} < {row.tobytes() for row in image}
+    lazy = tfds_source("tiny/any_size", "train", folder, image_size=4, in_memory=False)
+    assert (all_of(lazy)[0] == image).all()
+
+
+def test_tfds_errors_are_one_line(prepared, tmp_path, cache):
+    folder, *_ = prepared
+    start = time.monotonic()
+    for name, split, where, line in [
+        (
+            "mnist",
+            "train",
+            tmp_path,
+            r"no prepared data set 'mnist'.*\[prepare\].*download_and_prepare.*or copy .*mnist",
+        ),
+        ("tiny/labelled:2.0.0", "train", folder, "no prepared data set"),
+        ("tiny", "train", folder, "several configs: write tiny/CONFIG with one of any_size, labelled"),
+        ("tiny/labelled", "test", folder, r"Unknown split 'test'.*\['train'\]"),
+        ("../tiny", "train", folder, "does not name a TFDS data set"),
+    ]:
+        with pytest.raises(ValueError, match=line) as error:
+            tfds_source(name, split, where)
+        assert "\n" not in str(error.value)
+    assert time.monotonic() - start < 5  # TFDS itself asks the network for minutes
+
+
+def test_tfds_damaged_files_are_named(prepared, tmp_path, cache):
+    folder, *_ = prepared
+    subprocess.run(["cp", "-r", folder / "tiny", tmp_path], check=True)
+    damaged = tmp_path / "tiny/labelled/1.0.0"
+    record = next(damaged.glob("*array_record*"))
+    os.truncate(record, record.stat().st_size - 1000)
+    with pytest.raises(ValueError, match=f"{damaged} cannot be read; copy or prepare it again"):
+        tfds_source("tiny/labelled", "train", tmp_path)
+    assert not cache.exists()
+    (damaged / "dataset_info.json").write_text(
+        (damaged / "dataset_info.json").read_text().replace('"array_record"', '"tfrecord"')
+    )
+    with pytest.raises(ValueError, match="prepare it again with file_format='array_record'"):
+        tfds_source("tiny/labelled", "train", tmp_path)
+
+
+def test_tensorflow_is_never_imported_and_readers_do_not_outlive_the_program(prepared, tmp_path):
+    folder, *_ = prepared
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").write_text("raise SystemExit('tensorflow was imported')")
+    program = f"""
+        import sys
+        import diffusion.data
+        assert not {{"tensorflow", "tensorflow_datasets", "grain", "sklearn"}} & set(sys.modules)  # slow
+        for in_memory in (True, False):
+            source = diffusion.data.tfds_source("tiny/labelled", "train", {str(folder)!r}, in_memory=in_memory)
+            batches = diffusion.data.make_batches(source, 0, 32)
+            assert next(batches)["image"].shape == (32, 6, 5, 3)
+        assert "tensorflow" not in sys.modules
+        print("read")
+    """
+    path = os.pathsep.join([str(tmp_path), os.getcwd()])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=os.environ | {"PYTHONPATH": path, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0 and done.stdout == "read\n", done.stderr
+
+
+# --- pictures
+
+
+def test_every_level_survives_the_way_there_and_back():
+    level = np.arange(256, dtype=np.uint8)
+    assert (np.asarray(jax.jit(lambda x: to_uint8(to_float(x)))(level)) == level).all()
+    assert np.asarray(to_float(level))[[0, 255]].tolist() == [-1.0, 1.0]
+    assert np.asarray(to_uint8(np.array([-3.0, -1.0, 0.999, 1.0, 7.0], np.float32))).tolist() == [0, 0, 255, 255, 255]
+
+
+def test_grid_puts_every_image_in_its_place():
+    image = np.random.RandomState(0).randint(0, 256, (5, 4, 3, 3), np.uint8)
+    grid = image_grid(image, columns=3)
+    assert grid.shape == (2 * 4 + 1, 3 * 3 + 2, 3)
+    for i in range(5):
+        top, left = (i // 3) * 5, (i % 3) * 4
+        assert (grid[top : top + 4, left : left + 3] == image[i]).all()
+    assert (grid[4] == 128).all() and (grid[:, 3] == 128).all() and (grid[5:, 8:] == 128).all()
+    assert image_grid(image).shape == grid.shape  # near a square
+    assert image_grid(image, columns=99).shape == (4, 5 * 4 - 1, 3)
+    with pytest.raises(ValueError, match="1 column"):
+        image_grid(image, columns=0)
+    with pytest.raises(ValueError, match="not uint8"):
+        image_grid(image / 255)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_can_be_seen_and_read_back(tmp_path, channels):
+    image = np.random.RandomState(0).randint(0, 256, (8, 9, channels), np.uint8)
+    save_png(tmp_path / "new" / "small.png", image)
+    read = np.asarray(Image.open(tmp_path / "new" / "small.png")).reshape(256, 288, channels)
+    assert (read == image.repeat(32, 0).repeat(32, 1)).all()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["small.png"]
+    save_png(tmp_path / "large.png", np.tile(image, (40, 40, 1)))
+    assert Image.open(tmp_path / "large.png").size == (360, 320)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(OSError, match="disk"), replacing(path) as temporary:
+        temporary.write_text("ne")
+        raise OSError("disk full")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
