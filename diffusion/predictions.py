@@ -18,6 +18,7 @@ at signal = 0 and eps from "x_0" at noise = 0; "v", "velocity" and "F" give both
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax.numpy as jnp
@@ -26,8 +27,8 @@ from jaxtyping import Array, Float
 
 Images = Float[Array | np.ndarray, "B *shape"]
 Scalars = float | int | np.floating | Float[Array | np.ndarray, "..."]
-Denoise = Callable[[Array, Array], Array]
-Network = Callable[[Array, Array], Array]
+Denoise = Callable[[Array, Array], Any]
+Network = Callable[[Array, Array], Any]
 Process = Callable[[Array], tuple[Array, Array]]
 
 KINDS = ("eps", "x_0", "v", "velocity", "F")
@@ -111,19 +112,22 @@ def network_input(
 def denoiser(kind: str, network: Network, process: Process, sigma_data: float = 0.5) -> Denoise:
     """Returns denoise(x_t, time) -> x_0_hat, made of a network that answers `kind`.
 
-    `network(x_t, time)` is closed over its parameters and gets time as float[B]; `process(time)` gives signal and noise.
-    denoise takes time as a scalar or float[B], in the network's units. Raises ValueError if `kind` is unknown.
+    `network(x_t, time)` is closed over its parameters and gets time as float[B], `process(time)` gives signal and
+    noise; denoise takes time as a scalar or float[B], in the network's units. A network with learned variance answers
+    (output, v), and denoise then (x_0_hat, v). Raises ValueError if `kind` is unknown.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown prediction {kind!r}: choose one of {', '.join(KINDS)}")
 
-    def denoise(x_t: Images, time: Scalars) -> Float[Array, "B *shape"]:
+    def denoise(x_t: Images, time: Scalars) -> Array | tuple[Array, Array]:
         time = jnp.asarray(time, jnp.promote_types(jnp.result_type(time), jnp.float32))
         time = jnp.broadcast_to(time, x_t.shape[:1])
         signal, noise = process(time)
         output = network(network_input(kind, x_t, signal, noise, sigma_data), time)
-        chex.assert_equal_shape([output, x_t])
-        return to_x_0(kind, output, x_t, signal, noise, sigma_data)
+        output, *variance = output if isinstance(output, tuple) else (output,)
+        chex.assert_equal_shape([output, x_t, *variance])
+        x_0_hat = to_x_0(kind, output, x_t, signal, noise, sigma_data)
+        return (x_0_hat, *variance) if variance else x_0_hat
 
     return denoise
 

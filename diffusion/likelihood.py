@@ -1,0 +1,149 @@
+"""Likelihoods in bits/dim: DDPM's variational bound, and the probability-flow ODE.
+
+Both count 8-bit images: a number of x_0 stands for its bin of width 2/255 in [-1, 1]. The bound does so in its decoder.
+The ODE gives a density, whose bits/dim are those of density * bin width, so dequantised images (`dequantize`) have at
+least as many bits as the discrete ones, and for data that are no images `bin_width=1` leaves the density alone.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from diffusion.gaussian import (
+    HALF_BIN,
+    Images,
+    Keys,
+    Normal,
+    at,
+    learned_variance,
+    normal_kl,
+    p_variance,
+    q_posterior,
+    q_sample,
+)
+from diffusion.losses import variational_term
+from diffusion.randomness import draw_like, fold_in, normal_like
+from diffusion.schedules import Grid, Schedule
+
+
+class Bound(NamedTuple):
+    """The terms of the bound on -log2 p(x_0) / D: `steps[:, t - 1]` is L_{t-1}, but 0 for L_0, which is `decoder`."""
+
+    prior: Float[Array, " B"]
+    steps: Float[Array, "B T"]
+    decoder: Float[Array, " B"]
+
+    @property
+    def total(self) -> Float[Array, " B"]:
+        """The bound: the sum of all terms."""
+        return self.prior + self.steps.sum(axis=1) + self.decoder
+
+
+def variational_bound(
+    key: Keys,
+    denoise: Callable[[Array, Array], Any],
+    schedule: Schedule,
+    x_0: Images,
+    variance: str = "large",
+    time: Float[Array, " T"] | None = None,
+) -> Bound:
+    """Returns DDPM's bound (eq. 5) term by term in bits/dim, each from one draw of x_t ~ q(x_t | x_0).
+
+    `variance` is "large" or "small" (see `gaussian.p_variance` for t = 1), or "learned", when denoise returns
+    (x_0_hat, v). `time[t - 1]` is what the network is given at t: t - 1 by default; a respaced chain needs its own.
+    Raises ValueError if the variance is unknown, or "learned" and denoise do not go together.
+    """
+    num_steps = schedule.beta.shape[0] - 1
+    time = jnp.arange(num_steps, dtype=schedule.beta.dtype) if time is None else time
+    chex.assert_shape(time, (num_steps,))
+    x_0 = jnp.asarray(x_0)
+
+    def term(_, t):
+        x_t = q_sample(schedule, x_0, t, normal_like(fold_in(key, t), x_0))
+        output = denoise(x_t, time[t - 1])
+        if isinstance(output, tuple) != (variance == "learned"):
+            raise ValueError("variance='learned' and a denoise that returns (x_0_hat, v) need each other")
+        if variance == "learned":
+            x_0_hat, v = output
+            sigma_2 = learned_variance(schedule, v, t)
+        else:
+            x_0_hat, sigma_2 = output, at(p_variance(schedule, variance), t, x_t)
+        p = Normal(q_posterior(schedule, x_0_hat, x_t, t).mean, sigma_2)
+        return None, variational_term(schedule, x_0, x_t, t, p)
+
+    terms = jax.lax.scan(term, None, jnp.arange(1, num_steps + 1))[1].T
+    x_T = Normal(jnp.sqrt(schedule.alpha_bar[-1]) * x_0, schedule.one_minus_alpha_bar[-1])
+    nats = _sum(normal_kl(x_T, Normal(jnp.zeros(()), jnp.ones(()))))
+    prior = nats / (math.prod(x_0.shape[1:]) * jnp.log(2))
+    return Bound(prior, terms.at[:, 0].set(0), terms[:, 0])
+
+
+def dequantize(key: Keys, x_0: Images) -> Float[Array, "B *shape"]:
+    """Spreads the 256 levels of [-1, 1] evenly over their bins of width 2/255."""
+    x_0 = jnp.asarray(x_0)
+    return x_0 + HALF_BIN * draw_like(lambda *args: jax.random.uniform(*args, minval=-1.0), key, x_0)
+
+
+def ode_likelihood(
+    key: Keys,
+    denoise: Callable[[Array, Array], Array],
+    x_0: Images,
+    grid: Grid,
+    num_probes: int | None = 1,
+    bin_width: float = 2 * HALF_BIN,
+) -> Float[Array, " B"]:
+    """Returns -log2(p(x_0) * bin_width^D) / D for the density p of the probability-flow ODE.
+
+    Any process will do. It is seen as w = x_t / sqrt(signal^2 + noise^2), which turns by the angle phi = atan(noise /
+    signal) with dw / dphi = v_hat, the v-prediction (Salimans & Ho 2022, appendix D): finite where signal is 0, and 0
+    where noise is 0 if the data's density is smooth. So the grid is climbed from x_0 on, by the trapezoidal rule: Euler
+    predicts, and the one evaluation at the predicted point both corrects and predicts the next. That is of order 2 like
+    Heun's method for half its cost. The prior is the samplers', x_T ~ N(0, noise[0]^2 I).
+
+    The divergence (Song et al. 2021, eq. 39) is estimated from `num_probes` Rademacher probes a step (Hutchinson's
+    method, without bias in log p); None takes it exactly, at the cost of D probes. x_0 is taken as it is: `dequantize`
+    8-bit images first. Costs N evaluations and for each probe as many products with the network's transposed Jacobian.
+    Raises ValueError if num_probes < 1.
+    """
+    if num_probes is not None and num_probes < 1:
+        raise ValueError(f"num_probes is {num_probes}: give at least 1, or None for the exact divergence")
+    x_0 = jnp.asarray(x_0, jnp.promote_types(jnp.result_type(x_0, grid.signal), jnp.float32))
+    size = math.prod(x_0.shape[1:])
+    radius = jnp.hypot(grid.signal, grid.noise)
+    cosine, sine, angle = grid.signal / radius, grid.noise / radius, jnp.arctan2(grid.noise, grid.signal)
+
+    def probes(k):
+        if num_probes is None:
+            return jnp.broadcast_to(jnp.eye(size, dtype=x_0.dtype).reshape(size, 1, *x_0.shape[1:]), (size, *x_0.shape))
+        draws = [draw_like(jax.random.rademacher, fold_in(fold_in(key, k), i), x_0) for i in range(num_probes)]
+        return jnp.stack(draws)
+
+    def step(carry, k):
+        w, log_density, v_before, divergence_before = carry
+
+        def v_hat(w):
+            x_0_hat = denoise(radius[k] * w, grid.time[k]).astype(w.dtype)
+            return (cosine[k] * w - x_0_hat) / sine[k]
+
+        turn = angle[k] - angle[k + 1]
+        v, transposed_jacobian = jax.vjp(v_hat, w + turn * v_before)
+        products = jax.lax.map(lambda probe: _sum(probe * transposed_jacobian(probe)[0]), probes(k))
+        divergence = products.sum(axis=0) / (num_probes or 1)
+        w = w + turn / 2 * (v_before + v)
+        log_density = log_density + turn / 2 * (divergence_before + divergence)
+        return (w, log_density, v, divergence), None
+
+    zeros = jnp.zeros(x_0.shape[:1], x_0.dtype)
+    up = jnp.arange(grid.signal.shape[0] - 2, -1, -1)  # v is 0 at the last point, the clean image
+    (w, log_density, _, _), _ = jax.lax.scan(step, (x_0, zeros, jnp.zeros_like(x_0), zeros), up)
+    log_density += _sum(jax.scipy.stats.norm.logpdf(w, scale=sine[0]))
+    return -log_density / (size * jnp.log(2)) - math.log2(bin_width)
+
+
+def _sum(per_number: Float[Array, "B *shape"]) -> Float[Array, " B"]:
+    return per_number.reshape(per_number.shape[0], -1).sum(axis=1)
