@@ -123,7 +123,7 @@ def parse(
     if values.steps is not None:
         config.sampling.num_steps = values.steps
     if values.mode == "train":
-        workdir.claim(folder, file.stem, plain(config))
+        workdir.check(folder, file.stem, plain(config))
     use_compilation_cache()
     distributed.join()
     return Run(file.stem, config, folder, make_mesh(), values), values.mode
@@ -146,6 +146,8 @@ def override(config: Config, arguments: list[str], known: flags.FlagValues) -> C
     """
     fields = workdir.flatten(plain(config))
     for argument in arguments[1:]:
+        if not argument.startswith("-"):
+            continue  # the value of the flag before it
         name = argument.lstrip("-").split("=")[0]
         if name.startswith("config.") and name.removeprefix("config.") in fields:
             continue
@@ -154,11 +156,13 @@ def override(config: Config, arguments: list[str], known: flags.FlagValues) -> C
         kind = "config field" if name.startswith("config.") else "flag"
         raise RunError(f"unknown {kind} {argument.split('=')[0]}: did you mean --{near}? (--help lists all)")
     values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
     try:
-        values(arguments)
+        unused = values(arguments)[1:]
     except (flags.Error, TypeError) as error:
         raise RunError(str(error)) from error
+    if unused:
+        raise RunError(f"unexpected argument {unused[0]!r}: flags look like --name=value (--help lists all)")
     return config
 
 

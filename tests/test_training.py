@@ -210,7 +210,7 @@ def test_checkpoint_of_one_layout_goes_on_in_another(tmp_path):
     experiment = make_experiment()
     whole = do_train(tmp_path / "whole")
     do_train(tmp_path / "parts", num_steps=8)
-    description = {"experiment": "test", "config": {}}
+    description = {"experiment": "test", "config": {"a": 1}}
     rule = lambda shape, n: fully_sharded(shape, n, smallest=1)  # noqa: E731
     parts = train(
         experiment, settings(rule=rule), workdir=tmp_path / "parts", mesh=make_mesh(8), description=description

@@ -17,6 +17,7 @@ from diffusion.training.interrupt import StopSignal
 from diffusion.training.loggers import Loggers
 from diffusion.training.sharding import Rule, place_batch, replicated, state_shardings
 from diffusion.training.step import Report, make_train_step
+from diffusion.training.workdir import claim
 
 
 class Settings(NamedTuple):
@@ -62,14 +63,17 @@ def train(
 ) -> TrainState:
     """Trains until `settings.num_steps`, going on from the newest checkpoint in `workdir`; returns the last state.
 
+    `description` ({"experiment": name, "config": plain JSON}) goes into every checkpoint.
+
     Ctrl-C or SIGTERM: the step in hand is finished and saved, then the interpreter exits (130, or 0 after SIGTERM).
 
     Raises:
-      RunError: settings that cannot run, or a loss or gradient that is not finite (names the step; nothing of it is
-        saved).
+      RunError: settings that cannot run, a folder that is another run's, or a loss or gradient that is not finite
+        (names the step; nothing of it is saved).
     """
     begun = time.perf_counter()
     check_settings(settings, experiment, mesh)
+    claim(workdir, description["experiment"], description["config"])
     folder = workdir / "checkpoints"
     with Checkpoints(folder, keep_newest=settings.keep_newest, keep_every=settings.keep_every) as checkpoints:
         step = checkpoints.newest or 0

@@ -41,26 +41,38 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def claim(workdir: Path, experiment: str, config: dict[str, Any]) -> None:
-    """Makes `workdir` the folder of this experiment and config, or checks that it already is. `config` is plain JSON.
+def check(workdir: Path, experiment: str, config: dict[str, Any]) -> None:
+    """Checks that `workdir` is new, or the folder of this experiment and config (plain JSON). Writes nothing.
 
     Raises:
-      RunError: the folder is not writable, or belongs to another experiment or config (the difference is shown).
+      RunError: it cannot be read, or belongs to another experiment or config (the difference is shown).
     """
     path = workdir / "config.json"
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            found = json.loads(path.read_text())
-            if found["experiment"] != experiment:
-                there = found["experiment"]
-                raise RunError(f"{workdir} holds a run of experiment {there}, not {experiment}: name another --workdir")
-            if changed := differences(found["config"], config):
-                raise RunError(
-                    f"{workdir} holds a run with another config (there -> asked): {'; '.join(changed)}. "
-                    "Go on with the old values, or name another --workdir"
-                )
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps({"experiment": experiment, "config": config}, indent=2) + "\n")
+        if not path.exists():
+            return
+        found = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise RunError(f"cannot use --workdir={workdir}: {error}") from error
+    there = found["experiment"]
+    if there != experiment:
+        raise RunError(f"{workdir} holds a run of experiment {there}, not {experiment}: name another --workdir")
+    if changed := differences(found["config"], config):
+        raise RunError(
+            f"{workdir} holds a run with another config (there -> asked): {'; '.join(changed)}. "
+            "Go on with the old values, or name another --workdir"
+        )
+
+
+def claim(workdir: Path, experiment: str, config: dict[str, Any]) -> None:
+    """Makes `workdir` the folder of this experiment and config, after `check`.
+
+    Raises:
+      RunError: as `check`, or the folder is not writable.
+    """
+    check(workdir, experiment, config)
+    try:
+        with replacing(workdir / "config.json") as temporary:
+            temporary.write_text(json.dumps({"experiment": experiment, "config": config}, indent=2) + "\n")
+    except OSError as error:
+        raise RunError(f"cannot write to --workdir={workdir}: {error}") from error
