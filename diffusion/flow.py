@@ -6,13 +6,13 @@ Time is float, 0 for the clean image and 1 for noise. The distributions over tim
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float, Key, UInt32
 
 from diffusion.predictions import per_example
 
 Images = Float[Array | np.ndarray, "B *shape"]
 Times = float | int | np.floating | Float[Array | np.ndarray, "..."]
-Keys = PRNGKeyArray | UInt32[Array, "2"]
+Keys = Key[Array, ""] | UInt32[Array, "2"]
 
 
 def interpolate(x_0: Images, eps: Images, t: Times) -> Float[Array, "B *shape"]:
@@ -27,7 +27,7 @@ def velocity(x_0: Images, eps: Images) -> Float[Array, "B *shape"]:
 
 
 def logit_normal_time(key: Keys, batch_size: int, mean: float = 0.0, std: float = 1.0) -> Float[Array, " B"]:
-    """Draws times whose logit is N(mean, std^2) (section 3.1, eq. 19)."""
+    """Draws times whose logit is N(mean, std^2) (section 3.1)."""
     return jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch_size,)))
 
 

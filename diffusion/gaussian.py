@@ -10,7 +10,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import log_ndtr
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 from diffusion.predictions import per_example
 from diffusion.randomness import normal_like
@@ -18,7 +18,7 @@ from diffusion.schedules import Schedule
 
 Images = Float[Array | np.ndarray, "B *shape"]
 Steps = int | np.integer | Int[Array | np.ndarray, ""] | Int[Array | np.ndarray, " B"]
-Keys = PRNGKeyArray | UInt32[Array, "..."]
+Keys = Key[Array, "..."] | UInt32[Array, "..."]
 
 HALF_BIN = 1 / 255  # half the distance of two neighbours among the 256 levels of [-1, 1]
 
@@ -86,14 +86,15 @@ def posterior_variance(schedule: Schedule) -> Float[Array, " T+1"]:
 def p_variance(schedule: Schedule, variance: str = "large") -> Float[Array, " T+1"]:
     """Returns sigma_t^2 of p(x_{t-1} | x_t) for every t: beta_t for "large", the posterior's for "small" (section 3.2).
 
-    At t = 1 no sample needs it, but the decoder does, and both have the posterior's of t = 2 there, as the paper's code
-    has (beta_1 if T = 1). Raises ValueError for another name.
+    The posterior's is 0 at t = 1, which does for sampling but not for the decoder: there "small" has t = 2's (beta_1 if
+    T = 1). Raises ValueError for another name.
     """
-    tables = {"large": schedule.beta, "small": posterior_variance(schedule)}
-    if variance not in tables:
-        raise ValueError(f"unknown variance {variance!r}: choose 'large' (beta_t) or 'small' (the posterior's)")
-    first = posterior_variance(schedule)[2] if schedule.beta.shape[0] > 2 else schedule.beta[1]
-    return tables[variance].at[1].set(first)
+    if variance == "large":
+        return schedule.beta
+    if variance == "small":
+        small = posterior_variance(schedule)
+        return small.at[1].set(small[2] if small.shape[0] > 2 else schedule.beta[1])
+    raise ValueError(f"unknown variance {variance!r}: choose 'large' (beta_t) or 'small' (the posterior's)")
 
 
 def learned_variance(schedule: Schedule, v: Images, t: Steps) -> Float[Array, "B *shape"]:

@@ -51,12 +51,15 @@ def variational_bound(
     x_0: Images,
     variance: str = "large",
     time: Float[Array, " T"] | None = None,
+    decoder_variance: float | Float[Array, ""] | None = None,
 ) -> Bound:
     """Returns DDPM's bound (eq. 5) term by term in bits/dim, each from one draw of x_t ~ q(x_t | x_0).
 
-    `variance` is "large" or "small" (see `gaussian.p_variance` for t = 1), or "learned", when denoise returns
-    (x_0_hat, v). `time[t - 1]` is what the network is given at t: t - 1 by default; a respaced chain needs its own.
-    Raises ValueError if the variance is unknown, or "learned" and denoise do not go together.
+    `variance` is "large" or "small" (`gaussian.p_variance`), or "learned", when denoise returns (x_0_hat, v).
+    `time[t - 1]` is what the network is given at t: t - 1 by default; a respaced chain needs its own.
+    `decoder_variance` is sigma_1^2 where it is not that of `variance`: DDPM's published bits/dim, with "large", have
+    the small one there, `p_variance(schedule, "small")[1]`. Raises ValueError if the variance is unknown, or is learned
+    and denoise gives no v, or the reverse.
     """
     num_steps = schedule.beta.shape[0] - 1
     time = jnp.arange(num_steps, dtype=schedule.beta.dtype) if time is None else time
@@ -73,6 +76,8 @@ def variational_bound(
             sigma_2 = learned_variance(schedule, v, t)
         else:
             x_0_hat, sigma_2 = output, at(p_variance(schedule, variance), t, x_t)
+        if decoder_variance is not None:
+            sigma_2 = jnp.where(t == 1, decoder_variance, sigma_2)
         p = Normal(q_posterior(schedule, x_0_hat, x_t, t).mean, sigma_2)
         return None, variational_term(schedule, x_0, x_t, t, p)
 

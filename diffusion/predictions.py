@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 
 Images = Float[Array | np.ndarray, "B *shape"]
 Scalars = float | int | np.floating | Float[Array | np.ndarray, "..."]
-Denoise = Callable[[Array, Array], Any]
+Denoise = Callable[[Array, Any], Any]
 Network = Callable[[Array, Array], Any]
 Process = Callable[[Array], tuple[Array, Array]]
 

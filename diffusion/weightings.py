@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtri
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 from diffusion.gaussian import Steps, at, p_variance
 from diffusion.predictions import Scalars, coefficients
 from diffusion.schedules import Schedule
 
-Keys = PRNGKeyArray | UInt32[Array, "2"]
+Keys = Key[Array, ""] | UInt32[Array, "2"]
 Numbers = float | np.floating | Float[Array | np.ndarray, "..."]
 
 
@@ -113,12 +113,12 @@ def log_normal_quantile(u: Numbers, mean: float = -1.2, std: float = 1.2) -> Flo
 
 
 def logit_normal_quantile(u: Numbers, mean: float = 0.0, std: float = 1.0) -> Float[Array, "..."]:
-    """Returns flow times t with logit(t) ~ N(mean, std^2) (Esser et al. 2024, eq. 19)."""
+    """Returns flow times t with logit(t) ~ N(mean, std^2) (Esser et al. 2024, section 3.1)."""
     return jax.nn.sigmoid(mean + std * ndtri(u))
 
 
 def logit_normal_density(t: Numbers, mean: float = 0.0, std: float = 1.0) -> Float[Array, "..."]:
-    """Returns the density of `logit_normal_quantile`, 0 at the ends (Esser et al. 2024, eq. 19)."""
+    """Returns the density of `logit_normal_quantile`, 0 at the ends (Esser et al. 2024, section 3.1)."""
     t = jnp.asarray(t)
     inside = (t > 0) & (t < 1)
     t = jnp.where(inside, t, 0.5)
@@ -129,8 +129,8 @@ def logit_normal_density(t: Numbers, mean: float = 0.0, std: float = 1.0) -> Flo
 def mode_quantile(u: Numbers, scale: float = 1.29) -> Float[Array, "..."]:
     """Returns flow times with more of them in the middle (scale > 0) or at the ends (scale < 0).
 
-    Esser et al. 2024, eq. 20, where u is 1 - u here, so that t rises with u. Raises ValueError if scale is not within
-    [-1, 2 / (pi - 2)], where it would not rise.
+    Esser et al. 2024, section 3.1, with 1 - u for their u, so that t rises with u. Raises ValueError if scale is not
+    within [-1, 2 / (pi - 2)], where t would not rise all the way.
     """
     _check_mode_scale(scale)
     u = jnp.asarray(u)
@@ -156,7 +156,7 @@ def cosmap_quantile(u: Numbers) -> Float[Array, "..."]:
 
 
 def cosmap_density(t: Numbers) -> Float[Array, "..."]:
-    """Returns the density of `cosmap_quantile`, 0 outside [0, 1] (Esser et al. 2024, eq. 21)."""
+    """Returns the density of `cosmap_quantile`, 0 outside [0, 1] (Esser et al. 2024, section 3.1)."""
     t = jnp.asarray(t)
     return jnp.where((t >= 0) & (t <= 1), 2 / (jnp.pi * (1 - 2 * t + 2 * t**2)), 0)
 
