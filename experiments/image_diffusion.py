@@ -1,9 +1,10 @@
-"""What the image experiments share: from a config and a source of images to training, samples and a report.
+"""What the image experiments share: from a config and a source of images to a loss, a sampler, an experiment.
 
 This is where the parts meet. A new idea usually is a line in one of the `make_` functions below, or a function of your
 own handed to `Experiment` in their place.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffusion import guidance, losses, predictions, samplers, schedules
+from diffusion import guidance, losses, predictions, samplers, schedules, weightings
 from diffusion.data.batches import make_batches
 from diffusion.data.images import to_float, to_uint8
 from diffusion.data.sources import Source
@@ -28,25 +29,55 @@ class Diffusion(NamedTuple):
 
     Attributes:
       process: time -> (signal, noise); time is what the network is given.
-      times: (key, B) -> float32[B], the times that training draws.
-      level: time -> [0, 1], how far along the process a time is; only for the metrics.
+      quantile: u in (0, 1) -> time, monotonous; training draws u evenly.
       grid: number of steps -> the grid that sampling follows.
       time_scale: what the network's embedding multiplies time by.
+      schedule: DDPM's chain, where the process is one.
     """
 
     process: predictions.Process
-    times: Callable[[jax.Array, int], jax.Array]
-    level: Callable[[jax.Array], jax.Array]
+    quantile: Callable[[jax.Array], jax.Array]
     grid: Callable[[int], schedules.Grid]
     time_scale: float
+    schedule: schedules.Schedule | None = None
 
 
 def make_diffusion(config: Config) -> Diffusion:
-    """Returns DDPM's discrete chain as `config.process` says.
+    """Returns the process that `config.process` names, its training times and its sampling grid.
 
     Raises:
-      ValueError: a name, a number of steps or a beta that cannot be.
+      ValueError: an unknown name, or a number that cannot be.
     """
+    match config.process.name:
+        case "ddpm":
+            return make_ddpm(config)
+        case "vp":
+            process = schedules.vp_process(schedules.cosine_log_snr())
+            even = partial(schedules.process_grid, process)
+            return Diffusion(process, lambda u: u, make_grid(config, even, even(1000)), time_scale=1000.0)
+        case "flow":
+            process = schedules.flow_process
+            shift = config.sampling.shift
+
+            def even(num_steps: int, power: float = 1.0) -> schedules.Grid:
+                if power == 1.0:
+                    return schedules.flow_grid(num_steps, shift)
+                return schedules.process_grid(process, num_steps, power)
+
+            grid = make_grid(config, even, schedules.flow_grid(1000))
+            return Diffusion(process, flow_quantile(config.loss.times), grid, time_scale=1000.0)
+        case "edm":
+            if config.sampling.grid not in ("karras", "log_snr"):
+                raise ValueError(f"sampling.grid is {config.sampling.grid!r}: an edm process has karras or log_snr")
+            rho = 7.0 if config.sampling.grid == "karras" else math.inf
+            grid = partial(schedules.karras_grid, rho=rho)
+            return Diffusion(schedules.edm_process, weightings.log_normal_quantile, grid, time_scale=1.0)
+        case name:
+            raise ValueError(f"process.name is {name!r}: choose ddpm, vp, flow or edm")
+
+
+def make_ddpm(config: Config) -> Diffusion:
+    """Returns DDPM's discrete chain; the network's time is t - 1."""
     num_steps = config.process.num_steps
     match config.process.beta:
         case "linear":
@@ -56,17 +87,72 @@ def make_diffusion(config: Config) -> Diffusion:
         case name:
             raise ValueError(f"process.beta is {name!r}: choose linear or cosine")
     schedule = schedules.make_schedule(beta)
+    even = partial(schedules.ddpm_grid, schedule)
 
-    def times(key: jax.Array, batch_size: int) -> jax.Array:
-        return jax.random.randint(key, (batch_size,), 0, num_steps).astype(jnp.float32)
+    def quantile(u: jax.Array) -> jax.Array:
+        return (weightings.step_quantile(u, num_steps) - 1).astype(jnp.float32)
 
     return Diffusion(
-        schedules.discrete_process(schedule),
-        times,
-        lambda time: time / num_steps,
-        partial(schedules.ddpm_grid, schedule),
-        time_scale=1.0,
+        schedules.discrete_process(schedule), quantile, make_grid(config, even, even(num_steps)), 1.0, schedule
     )
+
+
+def make_grid(
+    config: Config, even: Callable[..., schedules.Grid], fine: schedules.Grid
+) -> Callable[[int], schedules.Grid]:
+    """Returns number of steps -> grid, spaced as `config.sampling.grid` says: `even` in time, or picked from `fine`."""
+    match config.sampling.grid:
+        case "uniform":
+            return even
+        case "quadratic":
+            return partial(even, power=2.0)
+        case "log_snr":
+            return partial(schedules.respace, fine)
+        case "karras":
+            return partial(schedules.respace, fine, rho=7.0)
+        case name:
+            raise ValueError(f"sampling.grid is {name!r}: choose uniform, quadratic, log_snr or karras")
+
+
+def flow_quantile(name: str) -> Callable[[jax.Array], jax.Array]:
+    """Returns the quantile function of SD3's distributions over flow times."""
+    match name:
+        case "uniform":
+            return lambda u: u
+        case "logit_normal":
+            return weightings.logit_normal_quantile
+        case "mode":
+            return weightings.mode_quantile
+        case "cosmap":
+            return weightings.cosmap_quantile
+    raise ValueError(f"loss.times is {name!r}: choose uniform, logit_normal, mode or cosmap")
+
+
+def make_weight(config: Config, diffusion: Diffusion) -> Callable[[jax.Array], Any]:
+    """Returns time -> the weight of the mean squared error of the network's output, as `config.loss.weighting` says."""
+    kind = config.loss.prediction
+
+    def by_level(weight: Callable[..., jax.Array]) -> Callable[[jax.Array], Any]:
+        return lambda time: weight(kind, *diffusion.process(time))
+
+    match config.loss.weighting:
+        case "none":
+            return lambda time: 1.0
+        case "simple":
+            return by_level(weightings.simple)
+        case "min_snr":
+            return by_level(weightings.min_snr)
+        case "p2":
+            return by_level(weightings.p2)
+        case "edm":
+            return by_level(weightings.edm)
+        case "vlb":
+            schedule = diffusion.schedule
+            if schedule is None:
+                raise ValueError("loss.weighting=vlb weighs the steps of a chain: it needs process.name=ddpm")
+            return lambda time: weightings.vlb(kind, schedule, time.astype(jnp.int32) + 1)
+        case name:
+            raise ValueError(f"loss.weighting is {name!r}: choose none, simple, min_snr, p2, edm or vlb")
 
 
 def make_network(config: Config, source: Source, diffusion: Diffusion) -> UNet:
@@ -75,9 +161,13 @@ def make_network(config: Config, source: Source, diffusion: Diffusion) -> UNet:
     class_conditional = settings.pop("class_conditional")
     if class_conditional and source.num_classes is None:
         raise ValueError(f"network.class_conditional needs labels, and {source.name} has none")
+    if config.loss.learned_variance and diffusion.schedule is None:
+        raise ValueError("loss.learned_variance is that of a chain's steps: it needs process.name=ddpm")
+    channels = source.image_shape[-1]
     return UNet(
         **{**settings, "dtype": jnp.dtype(settings["dtype"])},
         num_classes=source.num_classes if class_conditional else None,
+        out_channels=2 * channels if config.loss.learned_variance else channels,
         time_scale=diffusion.time_scale,
     )
 
@@ -85,17 +175,8 @@ def make_network(config: Config, source: Source, diffusion: Diffusion) -> UNet:
 def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Returns Adam with warm-up and clipping, and its learning rate as a function of the step."""
     settings = config.optimizer
-    peak = settings.learning_rate
-    parts = [optax.linear_schedule(0.0, peak, settings.warmup_steps)]
-    match settings.decay:
-        case "constant":
-            parts.append(optax.constant_schedule(peak))
-        case "cosine":
-            parts.append(optax.cosine_decay_schedule(peak, config.training.num_steps - settings.warmup_steps))
-        case name:
-            raise ValueError(f"optimizer.decay is {name!r}: choose constant or cosine")
+    rate = optax.linear_schedule(0.0, settings.learning_rate, settings.warmup_steps)
     # From 1, so that the first update is not lost to a rate of zero.
-    rate = optax.join_schedules(parts, [settings.warmup_steps])
     learning_rate = lambda step: rate(step + 1)  # noqa: E731
     optimizer = optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
@@ -105,21 +186,24 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
 
 
 def make_loss(config: Config, network: UNet, diffusion: Diffusion) -> Loss:
-    """Returns DDPM's Algorithm 1: loss(params, batch, key) -> (float32[B], metrics)."""
+    """Returns loss(params, batch, key) -> (float32[B], metrics): DDPM's Algorithm 1, for any process."""
     kind = config.loss.prediction
-    num_classes = network.num_classes
+    weight = make_weight(config, diffusion)
+    draw = {"uniform": weightings.uniform, "stratified": weightings.stratified}.get(config.loss.draw)
+    if draw is None:
+        raise ValueError(f"loss.draw is {config.loss.draw!r}: choose uniform or stratified")
 
     def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, Mean]]:
         time_key, eps_key, dropout_key, label_key = jax.random.split(key, 4)
         x_0 = to_float(batch["image"])
-        time = diffusion.times(time_key, len(x_0))
         eps = jax.random.normal(eps_key, x_0.shape)
+        u = draw(time_key, len(x_0))
+        time = diffusion.quantile(u)
         signal, noise = diffusion.process(time)
         x_t = predictions.per_example(signal, x_0) * x_0 + predictions.per_example(noise, x_0) * eps
         label = None
-        if num_classes is not None:
-            dropped = jax.random.bernoulli(label_key, config.loss.label_dropout, time.shape)
-            label = jnp.where(dropped, num_classes, batch["label"])
+        if network.num_classes is not None:
+            label = guidance.drop_labels(label_key, batch["label"], network.num_classes, config.loss.label_dropout)
         output: Any = network.apply(
             params,
             predictions.network_input(kind, x_t, signal, noise),
@@ -128,17 +212,85 @@ def make_loss(config: Config, network: UNet, diffusion: Diffusion) -> Loss:
             train=True,
             rngs={"dropout": dropout_key},
         )
-        error = losses.simple_loss(predictions.target(kind, x_0, eps, signal, noise), output)
-        return error, mean_by_level("loss", error, diffusion.level(time))
+        v = None
+        if config.loss.learned_variance:
+            output, v = jnp.split(output, 2, axis=-1)
+        total = losses.weighted_mse(weight(time), predictions.target(kind, x_0, eps, signal, noise), output)
+        if v is not None and diffusion.schedule is not None:
+            # L_hybrid (Nichol & Dhariwal 2021, eq. 16), its bound taken over all T steps.
+            t = time.astype(jnp.int32) + 1
+            x_0_hat = predictions.to_x_0(kind, output, x_t, signal, noise)
+            bound = losses.learned_variance_loss(diffusion.schedule, x_0, x_t, t, x_0_hat, v)
+            total += config.loss.vlb_weight * (diffusion.schedule.beta.shape[0] - 1) * bound
+        return total, mean_by_part("loss", total, u)
 
     return loss
 
 
-def mean_by_level(name: str, values: jax.Array, level: jax.Array, parts: int = 4) -> dict[str, Mean]:
-    """Returns `values` [B] as one `Mean` for each of `parts` equal ranges of `level` [B] in [0, 1]."""
-    part = jnp.clip((level * parts).astype(jnp.int32), 0, parts - 1)
-    inside = {i: (part == i).astype(jnp.float32) for i in range(parts)}
-    return {f"{name}_t_{i}_of_{parts}": Mean(values * inside[i], inside[i]) for i in range(parts)}
+def mean_by_part(name: str, values: jax.Array, u: jax.Array, parts: int = 4) -> dict[str, Mean]:
+    """Returns `values` [B] as one `Mean` for each of `parts` equal ranges of u in (0, 1), least noise first."""
+    part = jnp.minimum((u * parts).astype(jnp.int32), parts - 1)
+    inside = [(part == i).astype(jnp.float32) for i in range(parts)]
+    return {f"{name}_part_{i + 1}_of_{parts}": Mean(values * inside[i], inside[i]) for i in range(parts)}
+
+
+def make_denoise(
+    config: Config, network: UNet, diffusion: Diffusion, params: Any, label: jax.Array | None = None
+) -> samplers.Denoise:
+    """Returns denoise(x_t, time) -> x_0_hat of the network with `params`: guided and clipped as `config.sampling` says.
+
+    With a learned variance it returns (x_0_hat, v).
+    """
+    settings = config.sampling
+
+    def denoise_of(label: jax.Array | None) -> samplers.Denoise:
+        def apply(x_t: jax.Array, time: jax.Array) -> Any:
+            output: Any = network.apply(params, x_t, time, label)
+            return tuple(jnp.split(output, 2, axis=-1)) if config.loss.learned_variance else output
+
+        return predictions.denoiser(config.loss.prediction, apply, diffusion.process)
+
+    denoise = conditional = denoise_of(label)
+    if settings.guidance != 1.0:
+        if network.num_classes is None:
+            raise ValueError("sampling.guidance needs classes to be guided to: network.class_conditional=True")
+        denoise = guidance.classifier_free(conditional, denoise_of(None), settings.guidance)
+        if settings.guidance_interval:
+            denoise = guidance.limited_interval(denoise, conditional, *settings.guidance_interval)
+    match settings.threshold:
+        case "clip":
+            return guidance.clip(denoise)
+        case "dynamic":
+            return guidance.dynamic_threshold(denoise)
+        case "none":
+            return denoise
+        case name:
+            raise ValueError(f"sampling.threshold is {name!r}: choose clip, dynamic or none")
+
+
+def make_sampler(config: Config) -> Callable[..., Any]:
+    """Returns sampler(denoise, x_T, grid, key) -> x_0 of `config.sampling`."""
+    settings = config.sampling
+    match settings.sampler:
+        case "ancestral":
+            if settings.variance == "learned" and not config.loss.learned_variance:
+                raise ValueError(
+                    "sampling.variance=learned needs a network trained with loss.learned_variance=True: "
+                    "use sampling.variance=large or small"
+                )
+            return partial(samplers.ancestral, variance=settings.variance)
+        case "ddim" | "euler":
+            return partial(samplers.ddim, eta=settings.eta)
+        case "heun":
+            return partial(samplers.heun, s_churn=settings.churn)
+        case "dpm_solver_pp":
+            return partial(samplers.dpm_solver_pp, order=settings.order)
+        case "unipc":
+            return partial(samplers.unipc, order=settings.order)
+        case name:
+            raise ValueError(
+                f"sampling.sampler is {name!r}: choose ancestral, ddim (or euler), heun, dpm_solver_pp or unipc"
+            )
 
 
 Generate = Callable[[Any, Any, Any], jax.Array]
@@ -153,41 +305,17 @@ def make_generate(config: Config, source: Source, network: UNet, diffusion: Diff
     Raises:
       ValueError: an unknown sampler, or a grid it cannot follow.
     """
-    settings = config.sampling
-    sampler = make_sampler(settings)
-    grid = diffusion.grid(settings.num_steps)
-    kind = config.loss.prediction
-    num_classes = network.num_classes
-
-    def denoise_with(params: Any, label: jax.Array | None) -> predictions.Denoise:
-        apply = lambda x_t, time: network.apply(params, x_t, time, label)  # noqa: E731
-        return predictions.denoiser(kind, apply, diffusion.process)  # type: ignore[arg-type]
+    sampler = make_sampler(config)
+    grid = diffusion.grid(config.sampling.num_steps)
 
     def generate(params: Any, seed: Any, index: Any) -> jax.Array:
         keys = jax.vmap(lambda i: jax.random.split(run_key(seed, "sample", i)))(index)
         eps = jax.vmap(lambda key: jax.random.normal(key, source.image_shape))(keys[:, 0])
-        label = None if num_classes is None else index % num_classes
-        denoise = denoise_with(params, label)
-        if settings.guidance != 1.0:
-            if num_classes is None:
-                raise ValueError("sampling.guidance needs network.class_conditional")
-            denoise = guidance.classifier_free(denoise, denoise_with(params, None), settings.guidance)
-        if settings.clip:
-            denoise = guidance.clip(denoise)
+        label = None if network.num_classes is None else index % network.num_classes
+        denoise = make_denoise(config, network, diffusion, params, label)
         return to_uint8(sampler(denoise, grid.noise[0] * eps, grid, keys[:, 1]))
 
     return jax.jit(generate, out_shardings=NamedSharding(mesh, PartitionSpec("data")))
-
-
-def make_sampler(settings: Config) -> Callable[..., Any]:
-    """Returns sampler(denoise, x_T, grid, key) for `config.sampling`."""
-    match settings.sampler:
-        case "ancestral":
-            return partial(samplers.ancestral, variance=settings.variance)
-        case "ddim":
-            return partial(samplers.ddim, eta=settings.eta)
-        case name:
-            raise ValueError(f"sampling.sampler is {name!r}: choose ancestral or ddim")
 
 
 def make_experiment(config: Config, source: Source, mesh: Mesh) -> Experiment:
@@ -201,12 +329,11 @@ def make_experiment(config: Config, source: Source, mesh: Mesh) -> Experiment:
     optimizer, learning_rate = make_optimizer(config)
     generate = make_generate(config, source, network, diffusion, mesh)
     batch_size = config.data.batch_size
-    num_previews = round_up(config.training.num_previews, mesh.size)
+    previews = np.arange(round_up(config.training.num_previews, mesh.size))
 
     def init(key: jax.Array) -> Any:
-        x_t = jnp.zeros((1, *source.image_shape))
         label = None if network.num_classes is None else jnp.zeros((1,), jnp.int32)
-        return network.init(key, x_t, jnp.zeros((1,)), label)
+        return network.init(key, jnp.zeros((1, *source.image_shape)), jnp.zeros((1,)), label)
 
     def batches(start_step: int) -> Any:
         return make_batches(
@@ -219,7 +346,9 @@ def make_experiment(config: Config, source: Source, mesh: Mesh) -> Experiment:
             process_count=jax.process_count(),
         )
 
-    jax.eval_shape(init, run_key(config.seed, "init"))  # a network that does not fit the images is told here
+    # What does not fit together is told here, before anything is written: the network, the images, the sampler.
+    params = jax.eval_shape(init, run_key(config.seed, "init"))
+    jax.eval_shape(generate, params, np.uint32(0), previews)
     return Experiment(
         init=init,
         loss=make_loss(config, network, diffusion),
@@ -227,7 +356,7 @@ def make_experiment(config: Config, source: Source, mesh: Mesh) -> Experiment:
         learning_rate=learning_rate,
         batches=batches,
         batch_size=batch_size,
-        preview=lambda params: generate(params, np.uint32(config.seed), np.arange(num_previews)),
+        preview=lambda params: generate(params, np.uint32(config.seed), previews),
     )
 
 

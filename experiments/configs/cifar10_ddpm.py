@@ -39,13 +39,23 @@ def get_config() -> ConfigDict:
             remat=False,
         )
     )
-    config.process = ConfigDict(dict(beta="linear", first=1e-4, last=0.02, num_steps=1000))  # paper, section 4
-    config.loss = ConfigDict(dict(prediction="eps", label_dropout=0.1))  # paper: L_simple; no labels are used
+    config.process = ConfigDict(
+        dict(name="ddpm", beta="linear", first=1e-4, last=0.02, num_steps=1000)
+    )  # paper, section 4
+    config.loss = ConfigDict(
+        dict(
+            prediction="eps",
+            weighting="simple",  # paper: L_simple, equation 14
+            draw="uniform",  # paper: t ~ Uniform({1, ..., T})
+            learned_variance=False,
+            vlb_weight=1e-3,  # only with learned_variance
+            label_dropout=0.1,  # only with class_conditional
+        )
+    )
     config.optimizer = ConfigDict(
         dict(
             learning_rate=2e-4,  # paper
             warmup_steps=5000,  # code: warmup
-            decay="constant",  # paper: no sweeping of schedules
             clip_norm=1.0,  # code: grad_clip
             b1=0.9,
             b2=0.999,
@@ -68,12 +78,16 @@ def get_config() -> ConfigDict:
     )
     config.sampling = ConfigDict(
         dict(
-            sampler="ancestral",
+            sampler="ancestral",  # paper: Algorithm 2
             num_steps=1000,
-            eta=0.0,
+            grid="uniform",
+            order=2,  # dpm_solver_pp and unipc
+            eta=0.0,  # ddim
+            churn=0.0,  # heun
             variance="large",  # code: "fixedlarge" for CIFAR-10
-            clip=True,  # code: clip_denoised
+            threshold="clip",  # code: clip_denoised
             guidance=1.0,
+            guidance_interval=(),
             batch_size=500,
         )
     )

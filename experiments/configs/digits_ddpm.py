@@ -25,11 +25,18 @@ def get_config() -> ConfigDict:
             remat=False,
         )
     )
-    config.process = ConfigDict(dict(beta="linear", first=1e-4, last=0.02, num_steps=1000))
-    config.loss = ConfigDict(dict(prediction="eps", label_dropout=0.1))
-    config.optimizer = ConfigDict(
-        dict(learning_rate=2e-3, warmup_steps=100, decay="cosine", clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8)
+    config.process = ConfigDict(dict(name="ddpm", beta="linear", first=1e-4, last=0.02, num_steps=1000))
+    config.loss = ConfigDict(
+        dict(
+            prediction="eps",
+            weighting="simple",
+            draw="uniform",
+            learned_variance=False,
+            vlb_weight=1e-3,  # only with learned_variance
+            label_dropout=0.1,  # only with class_conditional
+        )
     )
+    config.optimizer = ConfigDict(dict(learning_rate=2e-3, warmup_steps=100, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8))
     config.training = ConfigDict(
         dict(
             num_steps=1500,
@@ -45,7 +52,19 @@ def get_config() -> ConfigDict:
         )
     )
     config.sampling = ConfigDict(
-        dict(sampler="ddim", num_steps=50, eta=0.0, variance="large", clip=True, guidance=1.0, batch_size=250)
+        dict(
+            sampler="ddim",
+            num_steps=50,
+            grid="uniform",
+            order=2,  # dpm_solver_pp and unipc
+            eta=0.0,  # ddim
+            churn=0.0,  # heun
+            variance="large",  # ancestral
+            threshold="clip",
+            guidance=1.0,
+            guidance_interval=(),
+            batch_size=250,
+        )
     )
     config.evaluation = ConfigDict(dict(num_samples=500, after_training=True))
     return config
