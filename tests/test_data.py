@@ -197,7 +197,7 @@ def test_digits():
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A folder with the set "tiny" as TFDS prepares it, and the arrays it was made from: image, label; images of any size."""
+    """A folder with the set "tiny" as TFDS prepares it, and its images, its labels, and its images of any size."""
     import tensorflow_datasets as tfds_library
 
     rng = np.random.RandomState(0)

@@ -1,0 +1,41 @@
+"""Sets of images in one file, in ADM's convention (Dhariwal & Nichol 2021): an .npz with arr_0, uint8 [N, H, W, C]."""
+
+import os
+import zipfile
+
+import numpy as np
+from jaxtyping import UInt8
+
+from diffusion.data.images import check_uint8_images
+from diffusion.files import replacing
+
+
+def save_samples(path: str | os.PathLike, image: np.ndarray) -> None:
+    """Writes uint8[N, H, W, C] whole or not at all.
+
+    Raises:
+      ValueError: if the path does not end in .npz or the images are not uint8 of that shape.
+    """
+    if not os.fspath(path).endswith(".npz"):
+        raise ValueError(f"samples are written to an .npz file, not to {path}")
+    check_uint8_images(image, "samples")
+    with replacing(path) as temporary:
+        np.savez(temporary, arr_0=image)
+
+
+def load_samples(path: str | os.PathLike) -> UInt8[np.ndarray, "N H W C"]:
+    """Reads such a file, also one made elsewhere; nothing in it is ever executed.
+
+    Raises:
+      ValueError: with one line that names the file, if it is missing, not a whole .npz, or holds something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            image = arrays["arr_0"]
+    except KeyError as error:
+        raise ValueError(f"{path} has no array arr_0, where the convention of ADM has the images") from error
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is not a whole .npz file of samples ({reason})") from error
+    check_uint8_images(image, f"{path}: samples")
+    return image
