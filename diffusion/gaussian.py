@@ -77,13 +77,13 @@ def p_sample(
     return p_mean(schedule, eps_hat, x_t, t) + jnp.sqrt(sigma_2) * z
 
 
-def posterior_variance(schedule: Schedule) -> Float[Array, " T+1"]:
+def posterior_variance(schedule: Schedule) -> Float[Array, "T_plus_1"]:
     """Returns the variance of q(x_{t-1} | x_t, x_0) for every t (eq. 7): 0 at t = 1, and at t = 0, which has none."""
     ratio = schedule.one_minus_alpha_bar[:-1] / schedule.one_minus_alpha_bar[1:]
     return jnp.append(0, ratio * schedule.beta[1:])
 
 
-def p_variance(schedule: Schedule, variance: str = "large") -> Float[Array, " T+1"]:
+def p_variance(schedule: Schedule, variance: str = "large") -> Float[Array, "T_plus_1"]:
     """Returns sigma_t^2 of p(x_{t-1} | x_t) for every t: beta_t for "large", the posterior's for "small" (section 3.2).
 
     The posterior's is 0 at t = 1, which does for sampling but not for the decoder: there "small" has t = 2's (beta_1 if
@@ -133,7 +133,7 @@ def decoder_log_likelihood(x_0: Images, p: Normal) -> Float[Array, "B *shape"]:
     return jnp.where(x_0 < -1 + HALF_BIN, first, jnp.where(x_0 > 1 - HALF_BIN, last, inside))
 
 
-def at(table: Float[Array, " T+1"], t: Steps, images: Array | np.ndarray) -> Array:
+def at(table: Float[Array, "T_plus_1"], t: Steps, images: Array | np.ndarray) -> Array:
     """Returns the table's entries at t with the axes of `images`; NaN where t is outside the table."""
     t = jnp.asarray(t)
     # jax clamps an index beyond the end, and would take T's entry in silence

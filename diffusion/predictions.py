@@ -23,6 +23,7 @@ from typing import Any
 import chex
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 Images = Float[Array | np.ndarray, "B *shape"]
@@ -132,7 +133,7 @@ def denoiser(kind: str, network: Network, process: Process, sigma_data: float = 
     return denoise
 
 
-def per_example(numbers: Scalars, images: Images) -> Array:
+def per_example(numbers: ArrayLike, images: Array | np.ndarray) -> Array:
     """Gives [B] numbers the axes of `images`, so that the two multiply example by example; a scalar stays one."""
     numbers = jnp.asarray(numbers)
     return numbers.reshape(numbers.shape + (1,) * (images.ndim - numbers.ndim)) if numbers.ndim == 1 else numbers
