@@ -18,8 +18,11 @@ def make_source(config: Config, split: str) -> Source:
 
 
 def train(run: Run) -> None:
-    """Trains on the train split."""
-    image_modes.train(run, make_source(run.config, "train"))
+    """Trains on the train split, and evaluates where the config asks for it."""
+    source = make_source(run.config, "train")
+    trained = image_modes.train(run, source)
+    if run.config.evaluation.after_training:
+        image_modes.evaluate(run, source, make_source(run.config, "test"), trained)
 
 
 def sample(run: Run) -> None:
@@ -27,5 +30,11 @@ def sample(run: Run) -> None:
     image_modes.sample(run, make_source(run.config, "train"))
 
 
+def evaluate(run: Run) -> None:
+    """Draws and scores samples."""
+    image_modes.evaluate(run, make_source(run.config, "train"), make_source(run.config, "test"))
+
+
 if __name__ == "__main__":
-    main(__file__, __doc__, default_config="cifar10_ddpm.py", modes={"train": train, "sample": sample})
+    modes = {"train": train, "sample": sample, "evaluate": evaluate}
+    main(__file__, __doc__, default_config="cifar10_ddpm.py", modes=modes)

@@ -1,6 +1,8 @@
 """DDPM on scikit-learn's handwritten digits: trained, sampled and scored in minutes on a CPU, without a download.
 
-./launch.sh digits
+    ./launch.sh digits
+
+Pictures and numbers are then in runs/digits: report.md, curves.png, samples/ and previews/.
 """
 
 from diffusion.data.sources import digits
@@ -9,8 +11,10 @@ from experiments.command_line import Run, main
 
 
 def train(run: Run) -> None:
-    """Trains on the train split."""
-    image_modes.train(run, digits("train"))
+    """Trains, then evaluates."""
+    trained = image_modes.train(run, digits("train"))
+    if run.config.evaluation.after_training:
+        image_modes.evaluate(run, digits("train"), digits("test"), trained)
 
 
 def sample(run: Run) -> None:
@@ -18,5 +22,11 @@ def sample(run: Run) -> None:
     image_modes.sample(run, digits("train"))
 
 
+def evaluate(run: Run) -> None:
+    """Draws and scores samples."""
+    image_modes.evaluate(run, digits("train"), digits("test"))
+
+
 if __name__ == "__main__":
-    main(__file__, __doc__, default_config="digits_ddpm.py", modes={"train": train, "sample": sample})
+    modes = {"train": train, "sample": sample, "evaluate": evaluate}
+    main(__file__, __doc__, default_config="digits_ddpm.py", modes=modes)

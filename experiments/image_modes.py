@@ -1,4 +1,4 @@
-"""--mode=train and --mode=sample of the image experiments, and the samples every evaluation begins with."""
+"""The modes of the image experiments: train, sample, evaluate."""
 
 import sys
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from diffusion.data.samples import save_samples
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from diffusion import training
+from diffusion import evaluation, training
 from diffusion.data.images import image_grid, save_png
+from diffusion.data.samples import save_samples
 from diffusion.data.sources import Source
 from diffusion.training.checkpoints import open_existing
 from experiments import image_diffusion
@@ -64,18 +64,61 @@ def generate(run: Run, source: Source, trained: Trained, num_samples: int, seed:
 
 def sample(run: Run, source: Source) -> None:
     """Writes --num_samples images as .npz (`arr_0`, uint8 [N, H, W, C]) and as a PNG grid beside it."""
-    trained = load(run, source)
-    settings = run.config.sampling
-    num_samples = run.flags.num_samples or 64
-    name = f"step{trained.step}_{settings.sampler}{settings.num_steps}_seed{run.flags.seed}_n{num_samples}.npz"
+    draw_samples(run, source, load(run, source), run.flags.num_samples or 64)
+
+
+def draw_samples(run: Run, source: Source, trained: Trained, num_samples: int, shown: int = 100) -> np.ndarray:
+    """Generates samples, writes them to --out and the first `shown` as a grid to the .png beside it; returns them."""
+    settings, seed = run.config.sampling, run.flags.seed
+    name = f"step{trained.step}_{settings.sampler}{settings.num_steps}_seed{seed}_n{num_samples}.npz"
     out = Path(run.flags.out or run.workdir / "samples" / name)
-    images = generate(run, source, trained, num_samples, run.flags.seed)
-    write_samples(out, images)
-
-
-def write_samples(out: Path, images: np.ndarray, shown: int = 100) -> None:
-    """Writes `images` to `out` and the first `shown` of them as a grid to the .png beside it, from process 0."""
+    images = generate(run, source, trained, num_samples, seed)
     if jax.process_index() == 0:
         save_samples(out, images)
         save_png(out.with_suffix(".png"), image_grid(images[:shown]))
         print(f"{len(images)} samples: {out}\na picture of {min(shown, len(images))}: {out.with_suffix('.png')}")
+    return images
+
+
+def evaluate(run: Run, train: Source, test: Source, trained: Trained | None = None) -> None:
+    """Scores samples against held-out real images, in pixel space; writes report.json, report.md and pictures.
+
+    Where the images have classes, also the share of each among the samples, told by a classifier of the real ones.
+    """
+    trained = trained or load(run, train)
+    num_samples = run.flags.num_samples or run.config.evaluation.num_samples
+    samples = draw_samples(run, train, trained, num_samples)
+    if jax.process_index() != 0:
+        return
+    settings = run.config.sampling
+    real = train.read(np.arange(train.num_examples))
+    held_out = test.read(np.arange(test.num_examples))
+    score = evaluation.held_out_score(samples, real["image"], held_out["image"])
+    made = {
+        "num_samples": score.count,
+        "features": f"pixels in [-1, 1], {np.prod(train.image_shape)} values",
+        "reference": evaluation.reference_of(train),
+        "sampler": settings.sampler,
+        "num_steps": settings.num_steps,
+        "seeds": [run.flags.seed],
+        "ema": run.config.training.ema_decay,
+    }
+    unseen = {**made, "sampler": f"real images, {test.name} {test.split}", "num_steps": None, "seeds": [], "ema": None}
+    measurements = [
+        evaluation.Measurement("Fréchet distance of samples", score.samples, **made),
+        evaluation.Measurement("Fréchet distance of held-out real images", score.held_out, **unseen),
+        evaluation.Measurement("the first over the second", score.ratio, **made, note="1 is as good as unseen images"),
+    ]
+    if train.num_classes is not None:
+        classify = evaluation.fit_classifier(real["image"], real["label"])
+        right = float(np.mean(classify(held_out["image"]) == held_out["label"]))
+        shares = evaluation.class_shares(classify(samples), train.num_classes)
+        named = {str(number): float(share) for number, share in enumerate(shares)}
+        note = f"told by a support vector machine that reads {right:.1%} of the held-out images"
+        measurements.append(
+            evaluation.Measurement("share of each class", named, **{**made, "num_samples": len(samples)}, note=note)
+        )
+    about = {"experiment": run.experiment, "steps trained": trained.step, "device": jax.devices()[0].device_kind}
+    evaluation.write_report(run.workdir, f"{run.experiment} after {trained.step} steps", measurements, about)
+    evaluation.draw_curves(run.workdir / "metrics.jsonl", run.workdir / "curves.png")
+    print((run.workdir / "report.md").read_text(), end="")

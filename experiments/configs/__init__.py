@@ -1,0 +1,1 @@
+"""A config for every published result; each changes only what its name says of DDPM's."""

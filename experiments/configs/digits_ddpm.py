@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
         dict(
             channels=32,
             multipliers=(1, 2),
-            num_blocks=2,
+            num_blocks=1,
             attention_resolutions=(4,),
             dropout=0.1,
             num_groups=8,
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict(dict(learning_rate=2e-3, warmup_steps=100, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8))
     config.training = ConfigDict(
         dict(
-            num_steps=1500,
+            num_steps=1200,
             ema_decay=0.995,
             accumulate=1,
             sharding="replicated",

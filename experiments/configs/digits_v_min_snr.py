@@ -1,0 +1,17 @@
+"""On the digits: v-prediction (Salimans & Ho 2022) weighted by min-SNR-5 (Hang et al. 2023).
+
+    ./launch.sh digits --config=experiments/configs/digits_v_min_snr.py
+
+All else is digits_ddpm.py.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import digits_ddpm
+
+
+def get_config() -> ConfigDict:
+    config = digits_ddpm.get_config()
+    config.loss.prediction = "v"
+    config.loss.weighting = "min_snr"
+    return config
