@@ -3,6 +3,7 @@
 Time is float, 0 for the clean image and 1 for noise. The distributions over times are in `weightings`.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,12 +18,14 @@ Keys = Key[Array, ""] | UInt32[Array, "2"]
 
 def interpolate(x_0: Images, eps: Images, t: Times) -> Float[Array, "B *shape"]:
     """Returns x_t = (1 - t) x_0 + t eps, for t a scalar or float[B] (eq. 13)."""
+    chex.assert_equal_shape([x_0, eps])
     t = per_example(t, x_0)
     return (1 - t) * x_0 + t * eps
 
 
 def velocity(x_0: Images, eps: Images) -> Float[Array, "B *shape"]:
     """Returns dx_t / dt = eps - x_0, the same all along the path (eq. 13)."""
+    chex.assert_equal_shape([x_0, eps])
     return jnp.asarray(eps) - x_0
 
 
@@ -39,4 +42,4 @@ def shift_time(t: Times, shift: Times) -> Float[Array, "..."]:
     if isinstance(shift, int | float) and shift <= 0:
         raise ValueError(f"shift is {shift}: give a number above 0 (1 leaves the times as they are)")
     t, shift = jnp.asarray(t), jnp.asarray(shift)
-    return shift * t / (1 + (shift - 1) * t)
+    return shift * t / (shift * t + (1 - t))  # which is 1 + (shift - 1) t, but keeps t = 1 to the bit

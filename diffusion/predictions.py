@@ -140,6 +140,7 @@ def per_example(numbers: ArrayLike, images: Array | np.ndarray) -> Array:
 
 
 def _prepare(first: Images, second: Images, signal: Scalars, noise: Scalars) -> tuple[Array, Array, Array, Array]:
+    chex.assert_equal_shape([first, second])
     dtype = jnp.promote_types(jnp.result_type(first, second, signal, noise), jnp.float32)
     first, second = jnp.asarray(first, dtype), jnp.asarray(second, dtype)
     return first, second, per_example(jnp.asarray(signal, dtype), first), per_example(jnp.asarray(noise, dtype), first)
