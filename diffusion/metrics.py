@@ -67,6 +67,8 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
     shapes = [np.shape(array) for array in (mean_1, cov_1, mean_2, cov_2)]
     if len(shapes[0]) != 1 or shapes != [shapes[0], shapes[0] * 2] * 2:
         raise ValueError(f"means [D] and covariances [D, D] must agree in D, but their shapes are {shapes}")
+    if not all(np.isfinite(array).all() for array in (mean_1, cov_1, mean_2, cov_2)):
+        raise ValueError("a mean or a covariance holds NaN or infinity")
     root = np.linalg.svd(_factor(cov_1).T @ _factor(cov_2), compute_uv=False).sum()
     difference = np.asarray(mean_1, np.float64) - mean_2
     return max(0.0, float(difference @ difference + np.trace(cov_1) + np.trace(cov_2) - 2 * root))
@@ -74,8 +76,6 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
 
 def _factor(cov: np.ndarray) -> np.ndarray:
     """F [D, rank] with cov = F F'."""
-    if not np.isfinite(cov).all():
-        raise ValueError("a covariance holds NaN or infinity")
     eigenvalue, eigenvector = np.linalg.eigh(np.asarray(cov, np.float64))
     rounding = len(cov) * np.finfo(np.float64).eps * max(eigenvalue[-1], 0.0)
     if eigenvalue[0] < -1e3 * rounding:
