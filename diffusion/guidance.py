@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Int
 
-Denoise = Callable[[Array, Array], Any]
+Denoise = Callable[[Array, Any], Any]
 
 
 def classifier_free(conditional: Denoise, unconditional: Denoise, scale: ArrayLike) -> Denoise:
@@ -24,7 +24,7 @@ def classifier_free(conditional: Denoise, unconditional: Denoise, scale: ArrayLi
     if isinstance(scale, (int, float)) and scale == 1:
         return conditional
 
-    def denoise(x_t: Array, time: Array) -> Any:
+    def denoise(x_t: Array, time: Array | float) -> Any:
         output, other = conditional(x_t, time), _x_0_hat(unconditional(x_t, time))
 
         def guide(x_0_hat: Array) -> Array:
@@ -54,9 +54,10 @@ def limited_interval(inside: Denoise, outside: Denoise, first: float, last: floa
     if first > last:
         raise ValueError(f"the interval [{first}, {last}] is empty: give the smaller time first.")
 
-    def denoise(x_t: Array, time: Array) -> Any:
+    def denoise(x_t: Array, time: Array | float) -> Any:
+        time = jnp.asarray(time)
         within = (first <= time) & (time <= last)
-        if jnp.ndim(time) == 0:
+        if time.ndim == 0:
             return lax.cond(within, inside, outside, x_t, time)
         outputs = inside(x_t, time), outside(x_t, time)
         return jax.tree.map(lambda a, b: jnp.where(_per_image(within, a), a, b), *outputs)

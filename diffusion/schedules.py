@@ -115,8 +115,12 @@ def cosine_log_snr(smallest: float = -15.0, largest: float = 15.0, shift: float 
 
     Hoogeboom et al. 2023, "simple diffusion", eq. 5; `shift` is 2 log(64 / d) for images of d x d pixels.
     """
-    first, last = math.atan(math.exp(-0.5 * largest)), math.atan(math.exp(-0.5 * smallest))
-    return lambda time: -2 * jnp.log(jnp.tan(first + time * (last - first))) + shift
+    first, left = math.atan(math.exp(-0.5 * largest)), math.atan(math.exp(0.5 * smallest))
+    span = 0.5 * math.pi - first - left
+    # log tan as a difference of sines of the angle and its complement, so that float32 is precise at both ends.
+    return lambda time: (
+        2 * jnp.log(jnp.sin(left + (1 - time) * span)) - 2 * jnp.log(jnp.sin(first + time * span)) + shift
+    )
 
 
 def edm_process(time: Array) -> tuple[Array, Array]:
