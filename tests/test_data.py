@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from typing import Any, ClassVar
 
@@ -132,6 +133,18 @@ def test_an_error_while_reading_comes_out_as_it_was():
 
     with pytest.raises(LookupError, match="shelf 17 is empty"):
         next(make_batches(numbered()._replace(read=read), 0, 8))
+
+
+def test_closing_the_batches_ends_their_threads():
+    before = set(threading.enumerate())
+    batches = make_batches(numbered(), 0, 8)
+    next(batches)
+    readers = set(threading.enumerate()) - before
+    assert readers
+    batches.close()
+    for thread in readers:
+        thread.join(timeout=10)
+    assert not any(thread.is_alive() for thread in readers)
 
 
 # --- arrays

@@ -6,7 +6,7 @@ exactly once an epoch whatever the batch size. NumPy's RandomState is used becau
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -72,12 +72,13 @@ def make_batches(
     process_count: int = 1,
     num_threads: int = 4,
     prefetch: int = 16,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray], None, None]:
     """Batches {"image": uint8[B/P, H, W, C], "label": int32[B/P]} from number `start_step` on, read ahead in threads.
 
     `batch_size` is the global one: process p of P reads and returns only rows [p * B/P, (p + 1) * B/P) of it, so the
     global batch does not depend on the number of processes. Without `num_steps` the batches never end. An error while
     reading is raised here, by the `next` that should have given that batch. At most `prefetch` batches are held.
+    `close()` ends the reading threads; left open, they can keep the interpreter from exiting.
 
     Raises:
       ValueError: if the processes do not divide the batch, or the batch is larger than the data set.
@@ -91,18 +92,22 @@ def make_batches(
         )
     rows = batch_size // process_count
     mine = slice(process_index * rows, (process_index + 1) * rows)
-
-    columns_reversed = np.arange(source.image_shape[1])[::-1]
+    columns_reversed = np.arange(source.image_shape[1])[::-1]  # taking these is twice as fast as [:, :, ::-1]
 
     def batch(step: int) -> dict[str, np.ndarray]:
         read = source.read(batch_indices(seed, step, batch_size, source.num_examples)[mine])
         if flip:
             mirrored = batch_flips(seed, step, batch_size, source.num_examples)[mine]
-            read["image"][mirrored] = read["image"][mirrored].take(
-                columns_reversed, axis=2
-            )  # [::-1] takes twice as long
+            read["image"][mirrored] = read["image"][mirrored].take(columns_reversed, axis=2)
         return read
 
-    stop = sys.maxsize if num_steps is None else start_step + num_steps
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-    return iter(grain.MapDataset.range(start_step, stop).map(batch).to_iter_dataset(options))
+    def read_ahead() -> Generator[dict[str, np.ndarray], None, None]:
+        stop = sys.maxsize if num_steps is None else start_step + num_steps
+        options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+        batches = iter(grain.MapDataset.range(start_step, stop).map(batch).to_iter_dataset(options))
+        try:
+            yield from batches
+        finally:
+            batches.close()
+
+    return read_ahead()
