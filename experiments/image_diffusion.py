@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion import guidance, losses, predictions, samplers, schedules, weightings
-from diffusion.data.batches import make_batches
+from diffusion.data.batches import batch_indices, make_batches
 from diffusion.data.images import to_float, to_uint8
 from diffusion.data.sources import Source
 from diffusion.networks.unet import UNet
@@ -346,7 +346,8 @@ def make_experiment(config: Config, source: Source, mesh: Mesh) -> Experiment:
             process_count=jax.process_count(),
         )
 
-    # What does not fit together is told here, before anything is written: the network, the images, the sampler.
+    # What does not fit together is told here, before anything is written: the data, the network, the sampler.
+    batch_indices(config.seed, 0, batch_size, source.num_examples)
     params = jax.eval_shape(init, run_key(config.seed, "init"))
     jax.eval_shape(generate, params, np.uint32(0), previews)
     return Experiment(

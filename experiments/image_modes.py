@@ -75,7 +75,7 @@ def draw_samples(run: Run, source: Source, trained: Trained, num_samples: int, s
     images = generate(run, source, trained, num_samples, seed)
     if jax.process_index() == 0:
         save_samples(out, images)
-        save_png(out.with_suffix(".png"), image_grid(images[:shown]))
+        save_png(out.with_suffix(".png"), image_grid(images[:shown]), smallest_side=720)
         print(f"{len(images)} samples: {out}\na picture of {min(shown, len(images))}: {out.with_suffix('.png')}")
     return images
 

@@ -1,7 +1,7 @@
 """What the trainer is given (`Experiment`) and what it carries from step to step (`TrainState`)."""
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +32,8 @@ class Experiment(NamedTuple):
       init: key -> params.
       loss: (params, batch, key) -> (float32[B], named `Mean`s with [B] entries). The trainer takes the only mean.
       optimizer: an optax transformation; `learning_rate` (step -> rate) is only logged.
-      batches: first step -> iterator over this process's rows of the batches from that step on, as NumPy arrays.
+      batches: first step -> generator of this process's rows of the batches from that step on, NumPy arrays; the
+        trainer closes it.
       batch_size: B, over all processes and devices.
       preview: params -> uint8[N, H, W, C], drawn as a picture while training; None for no pictures.
     """
@@ -41,7 +42,7 @@ class Experiment(NamedTuple):
     loss: Loss
     optimizer: optax.GradientTransformation
     learning_rate: Callable[[Any], Any]
-    batches: Callable[[int], Iterator[dict[str, np.ndarray]]]
+    batches: Callable[[int], Generator[dict[str, np.ndarray], None, None]]
     batch_size: int
     preview: Callable[[Params], jax.Array] | None = None
 
@@ -59,7 +60,7 @@ class TrainState(NamedTuple):
     metrics: dict[str, Mean]
 
 
-def run_key(seed: int, purpose: str, index: int | jax.Array = 0) -> jax.Array:
+def run_key(seed: int | jax.Array, purpose: str, index: int | jax.Array = 0) -> jax.Array:
     """Returns the key for `purpose` ("init", "train", "sample", ...) at `index` (a step, an image number).
 
     Every random draw of a run starts here, so it is a pure function of (seed, purpose, index).

@@ -1,5 +1,6 @@
 """The training loop: batches in, checkpoints, metrics and pictures out."""
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -75,9 +76,12 @@ def train(
     check_settings(settings, experiment, mesh)
     claim(workdir, description["experiment"], description["config"])
     folder = workdir / "checkpoints"
-    with Checkpoints(folder, keep_newest=settings.keep_newest, keep_every=settings.keep_every) as checkpoints:
+    with contextlib.ExitStack() as cleanup:
+        checkpoints = cleanup.enter_context(
+            Checkpoints(folder, keep_newest=settings.keep_newest, keep_every=settings.keep_every)
+        )
         step = checkpoints.newest or 0
-        batches = experiment.batches(step)
+        batches = cleanup.enter_context(contextlib.closing(experiment.batches(step)))
         batch = place_batch(mesh, next(batches))
         abstract = abstract_train_state(experiment, settings, mesh, batch)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
@@ -182,7 +186,7 @@ def draw_previews(experiment: Experiment, state: TrainState, path: Path) -> None
     for name, params in (("raw", state.params), ("ema", state.ema)):
         images = np.asarray(experiment.preview(params))
         if jax.process_index() == 0:
-            save_png(path.with_name(f"{path.name}_{name}.png"), image_grid(images))
+            save_png(path.with_name(f"{path.name}_{name}.png"), image_grid(images), smallest_side=480)
 
 
 class Stopwatch:

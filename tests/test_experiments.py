@@ -1,0 +1,177 @@
+"""The experiments from end to end, as small as they can be, through the command line's own parser."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from diffusion.data.samples import load_samples
+from diffusion.data.sources import array_source, digits
+from diffusion.training import RunError, place_batch, run_key
+from diffusion.training.loggers import Loggers
+from experiments import command_line, image_diffusion, image_modes
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(path.stem for path in (ROOT / "experiments" / "configs").glob("[!_]*.py"))
+SMALL = (
+    "--config.network.channels=8",
+    "--config.network.num_blocks=1",
+    "--config.network.num_groups=4",
+    "--config.data.batch_size=16",
+    "--config.training.num_previews=8",
+    "--config.sampling.batch_size=24",
+)
+SHORT = (
+    "--config.training.num_steps=6",
+    "--config.training.log_every=4",
+    "--config.training.checkpoint_every=4",
+    "--config.training.preview_every=100",
+    "--config.sampling.num_steps=3",
+)
+
+
+def parse(folder, *arguments, experiment="digits"):
+    modes = dict.fromkeys(["train", "sample", "evaluate"], lambda run: None)
+    file = ROOT / "experiments" / f"{experiment}.py"
+    argv = [experiment, f"--workdir={folder}", *arguments]
+    return command_line.parse(argv, file, "doc", f"{experiment}_ddpm.py", modes, flags.FlagValues())[0]
+
+
+def images_of_cifar_shape(num_examples=40):
+    random = np.random.RandomState(0)
+    image = random.randint(0, 256, (num_examples, 32, 32, 3), np.uint8)
+    return array_source(image, random.randint(0, 10, num_examples), "random", "train", 10)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_trains_and_samples_in_shape(name, tmp_path):
+    experiment_name = name.split("_")[0]
+    source = digits("train") if experiment_name == "digits" else images_of_cifar_shape()
+    path = f"--config={ROOT / 'experiments' / 'configs' / name}.py"
+    run = parse(tmp_path, path, *SMALL, experiment=experiment_name)
+    experiment = image_diffusion.make_experiment(run.config, source, run.mesh)  # evaluates the sampler's shapes
+    batch = place_batch(run.mesh, next(experiment.batches(0)))
+    params = experiment.init(run_key(0, "init"))
+    losses, metrics = jax.jit(experiment.loss)(params, batch, run_key(0, "train"))
+    assert losses.shape == (16,) and np.all(np.isfinite(losses)) and np.all(losses >= 0)
+    assert sum(float(mean.count.sum()) for mean in metrics.values()) == 16  # every example is in one part
+    # At the start the network answers 0: a loss of about one wherever the target has unit variance.
+    if run.config.loss.prediction == "eps" and not run.config.loss.learned_variance:
+        np.testing.assert_allclose(losses.mean(), 1.0, atol=0.2)
+    image_diffusion.make_settings(run.config)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short digits run with dropout, its folder, and its last weights."""
+    folder = tmp_path_factory.mktemp("digits") / "run"
+    run = parse(folder, *SMALL, *SHORT)
+    assert run.config.network.dropout > 0
+    return folder, image_modes.train(run, digits("train"))
+
+
+def test_a_run_stopped_by_ctrl_c_ends_with_the_bits_of_one_that_was_not(trained, tmp_path, monkeypatch):
+    steps = []
+
+    def advance(self):
+        steps.append(self)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Loggers, "advance", advance)
+        with pytest.raises(SystemExit) as stopped:
+            image_modes.train(parse(tmp_path, *SMALL, *SHORT), digits("train"))
+    assert stopped.value.code == 130
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == ["3"]
+    again = image_modes.train(parse(tmp_path, *SMALL, *SHORT), digits("train"))
+    assert again.step == 6
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.ema), jax.device_get(trained[1].ema))
+
+
+def test_samples_need_only_the_work_folder(trained, tmp_path):
+    folder, _ = trained
+    run = parse(folder, "--mode=sample", "--num_samples=30", f"--out={tmp_path / 'a.npz'}", "--seed=1")
+    assert run.config.network.channels == 8 and run.config.sampling.num_steps == 3
+    image_modes.sample(run, digits("train"))
+    images = load_samples(tmp_path / "a.npz")
+    assert images.shape == (30, 8, 8, 1) and (tmp_path / "a.png").exists()
+
+    # Image i is the same in other batches and numbers, and another with another seed or sampler.
+    run = parse(
+        folder, "--mode=sample", "--num_samples=8", f"--out={tmp_path / 'b.npz'}", "--seed=1",
+        "--config.sampling.batch_size=8",
+    )  # fmt: skip
+    image_modes.sample(run, digits("train"))
+    np.testing.assert_array_equal(load_samples(tmp_path / "b.npz"), images[:8])
+    for flag in ("--seed=2", "--sampler=ancestral"):
+        run = parse(folder, "--mode=sample", "--num_samples=8", f"--out={tmp_path / 'c.npz'}", "--seed=1", flag)
+        image_modes.sample(run, digits("train"))
+        assert np.any(load_samples(tmp_path / "c.npz") != images[:8])
+    assert parse(folder, "--mode=sample", "--steps=4").config.sampling.num_steps == 4
+
+
+def test_evaluation_reports_how_every_number_was_made(trained, tmp_path):
+    folder, last = trained
+    run = parse(folder, "--mode=evaluate", "--num_samples=100")
+    image_modes.evaluate(run, digits("train"), digits("test"), last)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["about"]["steps trained"] == 6
+    by_name = {one["name"]: one for one in report["measurements"]}
+    assert by_name["the first over the second"]["value"] > 2  # six steps are not enough
+    assert sum(by_name["share of each class"]["value"].values()) == pytest.approx(1)
+    for one in report["measurements"]:
+        assert one["reference"]["fingerprint"].startswith("sha256:") and one["num_samples"] == 100
+    assert (folder / "curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.process.num_steps=0"], "num_steps is 0"),
+        (["--config.process.last=1.5"], r"beta has to lie in \(0, 1\)"),
+        (["--config.process.beta=sigmoid"], "choose linear or cosine"),
+        (["--config.network.multipliers=1,2,2,2,2"], "image size 8x8"),
+        (["--config.data.batch_size=20"], "multiple of 8"),
+        (["--config.data.batch_size=4000"], "batch_size 4000"),
+        (["--config.sampling.num_steps=2000"], "num_steps is 2000"),
+        (["--config.sampling.sampler=magic"], "choose ancestral"),
+        (["--config.sampling.sampler=ancestral", "--config.sampling.variance=learned"], "learned_variance=True"),
+        (["--config.sampling.guidance=2.0"], "class_conditional"),
+        (["--config.loss.prediction=noise"], "unknown prediction 'noise'"),
+        (["--config.loss.weighting=heavy"], "choose none, simple"),
+        (["--config.training.sharding=some"], "choose replicated or full"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(tmp_path, arguments, message):
+    folder = tmp_path / "run"
+    run = parse(folder, *arguments)
+    with pytest.raises((RunError, ValueError), match=message) as refused:
+        image_modes.train(run, digits("train"))
+    assert "\n" not in str(refused.value)
+    assert not folder.exists()
+
+
+def test_a_flow_refuses_the_variance_of_a_chain(tmp_path):
+    config = f"--config={ROOT / 'experiments' / 'configs' / 'digits_flow'}.py"
+    run = parse(tmp_path / "run", config, *SMALL, "--sampler=ancestral")
+    with pytest.raises(ValueError, match="use variance='small'"):
+        image_modes.train(run, digits("train"))
+
+
+def test_a_set_that_is_not_prepared_is_told_in_seconds(tmp_path):
+    import time
+
+    from experiments.cifar10 import make_source
+
+    run = parse(tmp_path / "run", f"--config.data.dir={tmp_path}", experiment="cifar10")
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match="cifar10") as refused:
+        make_source(run.config, "train")
+    assert time.monotonic() - begun < 5
+    assert "prepare" in str(refused.value) and "\n" not in str(refused.value)
