@@ -431,3 +431,8 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         temporary.write_text("ne")
         raise OSError("disk full")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with open(path) as reader:
+        with replacing(path) as temporary:
+            temporary.write_text("new")
+        assert reader.read() == "old"  # who has begun to read the old file reads it to the end
+    assert path.read_text() == "new"
