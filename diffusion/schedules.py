@@ -136,9 +136,11 @@ def flow_process(time: Array) -> tuple[Array, Array]:
 def ddpm_grid(schedule: Schedule, num_steps: int, power: float = 1.0) -> Grid:
     """`num_steps` of the chain's T steps, t = T * (k / N)^power for k = N..1, then clean data.
 
-    Even by default ("trailing" spacing: T, T - T/N, ..., T/N): it starts at t = T, where x_T really is pure noise, and
-    spends no evaluation on the step 1 -> 0, which the spacing from T to 1 does (Lin et al. 2023, section 3.3).
-    `power=2` is DDIM's quadratic spacing, closer together near the data. num_steps = T is every step of the chain.
+    Even by default, in "trailing" spacing: T, T - T/N, ..., T/N. It starts at t = T, where x_T really is pure noise,
+    and spends no evaluation on the step 1 -> 0, as spacing from T to 1 does (Lin et al. 2023, section 3.3): there and
+    in DDIM's own spacing (1, 1 + T/N, ...) that last long step in log-SNR also throws solvers with a history off.
+    `power=2` is DDIM's quadratic spacing, closer together near the data, and the better one for 20 steps or fewer.
+    num_steps = T is every step of the chain.
     Raises ValueError where num_steps is not within 1..T or power < 1.
     """
     _check_num_steps(num_steps, largest=schedule.alpha_bar.shape[0] - 1)
