@@ -27,7 +27,7 @@ from diffusion.schedules import Grid
 
 Denoise = Callable[[Array, Array], Any]
 Images = Float[Array, "B *shape"]
-Sampled = Images | tuple[Images, Float[Array, "N B *shape"]]
+Sampled = Any  # x_0, or with trajectory=True (x_0, x_0_hats)
 
 
 def ancestral(
@@ -262,7 +262,6 @@ def _solve(
         x, memory, x_0_hat = step(*carry, *inputs)
         return (x, memory), x_0_hat if trajectory else None
 
-    x_0_hats: Any
     (x_0, _), x_0_hats = lax.scan(body, (_widened(x_T, grid), memory), ((index, here, there), *inputs))
     return (x_0, x_0_hats) if trajectory else x_0
 

@@ -177,19 +177,24 @@ def test_moments_of_stochastic_samplers(sampler, grid_name):
     assert abs(jnp.std(x_0) / data.std - 1) < 0.01
 
 
-@pytest.mark.parametrize("variance", ["small", "large"])
+@pytest.mark.parametrize("variance", ["small", "large", "learned"])
 def test_ancestral_on_every_step_is_ddpm(float64, variance):
     # Against Algorithm 2 as gaussian.py has it: the mean from eps_hat and the beta table, not from signal and noise.
     chain = schedules.make_schedule(schedules.linear_beta(8, 1e-3, 0.4))
     grid, process = schedules.ddpm_grid(chain, 8), schedules.discrete_process(chain)
-    denoise = exact_denoise(make_mixture(), process)
+    exact = exact_denoise(make_mixture(), process)
+
+    def denoise(x, time):
+        return (exact(x, time), jnp.sin(x)) if variance == "learned" else exact(x, time)
+
     key = jax.random.key(0)
     x_t = x_T = jax.random.normal(jax.random.key(1), (3, 2))
     for index, t in enumerate(range(8, 0, -1)):
         t = jnp.full(3, t)
         signal, noise = process(t[0] - 1.0)
-        eps_hat = (x_t - signal * denoise(x_t, t[0] - 1.0)) / noise
-        x_t = gaussian.p_sample(jax.random.fold_in(key, index), chain, eps_hat, x_t, t, variance)
+        eps_hat = (x_t - signal * exact(x_t, t[0] - 1.0)) / noise
+        sigma_2 = gaussian.learned_variance(chain, jnp.sin(x_t), t) if variance == "learned" else variance
+        x_t = gaussian.p_sample(jax.random.fold_in(key, index), chain, eps_hat, x_t, t, sigma_2)
     np.testing.assert_allclose(ancestral(denoise, x_T, grid, key, variance), x_t, atol=1e-12)
 
 
