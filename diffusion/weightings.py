@@ -100,11 +100,10 @@ def stratified(key: Keys, batch_size: int) -> Float[Array, " B"]:
 
 
 def step_quantile(u: Numbers, num_steps: int) -> Int[Array, "..."]:
-    """Returns int32 steps t, even on 1..T. Raises ValueError if num_steps < 1."""
+    """Returns int32 steps t, even on 1..T for u even on [0, 1). Raises ValueError if num_steps < 1."""
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}: give at least 1")
-    below = jnp.floor(jnp.asarray(u) * num_steps).astype(jnp.int32)
-    return 1 + jnp.minimum(below, num_steps - 1)  # where u * T rounds to T
+    return 1 + jnp.floor(jnp.asarray(u) * num_steps).astype(jnp.int32)
 
 
 def log_normal_quantile(u: Numbers, mean: float = -1.2, std: float = 1.2) -> Float[Array, "..."]:

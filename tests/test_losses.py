@@ -70,7 +70,8 @@ def test_the_terms_gradient_is_finite_at_every_step():
 
             value = jax.jit(loss)(eps_hat, v)
             assert value.dtype == jnp.float32 and np.isfinite(value).all()
-            for part in jax.jit(jax.grad(lambda *args: loss(*args).sum(), (0, 1)))(eps_hat, v):
+            gradient = jax.grad(lambda *args: loss(*args).sum(), (0, 1))
+            for part in (*gradient(eps_hat, v), *jax.jit(gradient)(eps_hat, v)):  # XLA may simplify a NaN away
                 assert np.isfinite(part).all()
 
 

@@ -186,15 +186,14 @@ def test_quantiles_have_their_densities(name):
     quantile, density, options = QUANTILES[name]
     quantile, density = functools.partial(quantile, **options), functools.partial(density, **options)
     u = jnp.linspace(0.001, 0.999, 101)
-    t = quantile(u)
+    t, slope = jax.jit(jax.vmap(jax.value_and_grad(quantile)))(u)
     assert (jnp.diff(t) > 0).all()
-    # du/dt of the quantile's inverse is the density
-    assert_close(density(t) * jax.vmap(jax.grad(quantile))(u), np.ones(101), rtol=1e-9)
+    assert_close(density(t), 1 / slope, rtol=1e-9)  # the derivative of the quantile's inverse is the density
     # The trapezoidal rule is off by step^2 / 12 times the change of slope, at most 9,000 (mode at the ends): 2e-6.
     grid = np.linspace(0, 1, 20_001)
     cumulated = integrate.cumulative_trapezoid(density(jnp.asarray(grid)), grid, initial=0)
     np.testing.assert_allclose(cumulated[-1], 1, atol=1e-5)
-    drawn = quantile(weightings.uniform(jax.random.key(1), 20_000))
+    drawn = jax.jit(quantile)(weightings.uniform(jax.random.key(1), 20_000))
     distance = stats.kstest(drawn, lambda t: np.interp(t, grid, cumulated)).statistic
     assert distance < 2.2 / np.sqrt(20_000)  # probability 1e-4, and the key is fixed
 
@@ -226,7 +225,7 @@ def test_mode_in_the_papers_own_form():
 
 def test_log_normal_sigma():
     u = jnp.linspace(0.01, 0.99, 50)
-    sigma = jnp.exp(4 * weightings.log_normal_quantile(u))
+    sigma = jnp.exp(4 * jax.jit(weightings.log_normal_quantile)(u))
     assert_close(sigma, stats.lognorm(s=1.2, scale=np.exp(-1.2)).ppf(u))
     assert_close(weightings.log_normal_quantile(0.5, mean=-0.4), -0.1)
 
@@ -237,9 +236,21 @@ def test_steps_are_even_on_1_to_T(num_steps):
     t = weightings.step_quantile(u, num_steps)
     assert t.dtype == jnp.int32
     np.testing.assert_array_equal(np.bincount(t, minlength=num_steps + 1), [0] + [30] * num_steps)
-    with jax.enable_x64(False):
-        almost_one = jnp.asarray(1 - 2**-24, jnp.float32)  # times 1000 it rounds to 1000
-        assert weightings.step_quantile(almost_one, num_steps) == num_steps
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_the_least_and_the_largest_draws_stay_inside(monkeypatch, x64):
+    """jax draws k * eps, for k from 0 to 1 / eps - 1: both ends are as likely as any other, about 1e-7 in float32."""
+    with jax.enable_x64(x64):
+        eps = jnp.finfo(jnp.zeros(()).dtype).eps
+        for end in (0.0, 1 - eps):
+            monkeypatch.setattr(jax.random, "uniform", lambda key, shape, end=end: jnp.full(shape, end, float))
+            u = jnp.append(weightings.uniform(jax.random.key(0), 3), weightings.stratified(jax.random.key(0), 128))
+            assert ((u > 0) & (u < 1)).all()
+            assert np.isfinite(jax.jit(weightings.log_normal_quantile)(u)).all()
+            for num_steps in (1, 3, 1000, 1024, 4000):
+                t = weightings.step_quantile(u, num_steps)
+                assert ((t >= 1) & (t <= num_steps)).all()
 
 
 def test_mistakes_are_named():
