@@ -109,28 +109,25 @@ def learned_variance(schedule: Schedule, v: Images, t: Steps) -> Float[Array, "B
     return jnp.exp(fraction * jnp.log(large) + (1 - fraction) * jnp.log(small))
 
 
-def normal_kl(p: Normal, q: Normal) -> Float[Array, "B *shape"]:
+def normal_kl(p: Normal, q: Normal) -> Float[Array, "..."]:
     """Returns KL(p || q) in nats, number by number; infinite where a variance is 0."""
     excess = (p.variance - q.variance) / q.variance
     return 0.5 * (excess - jnp.log1p(excess) + (p.mean - q.mean) ** 2 / q.variance)
 
 
-def decoder_log_likelihood(x_0: Images, p: Normal) -> Float[Array, "B *shape"]:
+def decoder_log_likelihood(x_0: Float[Array | np.ndarray, "..."], p: Normal) -> Float[Array, "..."]:
     """Returns the nats that p gives to the 8-bit level at x_0, number by number (eq. 13).
 
     x_0 is one of the 256 levels of [-1, 1]. It gets p's mass in the bin of 2/255 around it; the first and the last bin
     reach to infinity, so that the 256 add up to 1. Finite also in p's far tails; needs a variance above 0.
     """
-    std = jnp.sqrt(p.variance)
+    first, last, std = x_0 < -1 + HALF_BIN, x_0 > 1 - HALF_BIN, jnp.sqrt(p.variance)
     # By symmetry the bin may be mirrored to the left of the mean, where both log-CDFs keep their digits.
-    side = jnp.where(x_0 > p.mean, -1, 1)
-    distance = side * (x_0 - p.mean)
-    right, left = (distance + HALF_BIN) / std, (distance - HALF_BIN) / std
-    log_right = log_ndtr(right)
-    inside = log_right + jnp.log(-jnp.expm1(log_ndtr(left) - log_right))
-    first = log_ndtr((x_0 + HALF_BIN - p.mean) / std)
-    last = log_ndtr(-(x_0 - HALF_BIN - p.mean) / std)
-    return jnp.where(x_0 < -1 + HALF_BIN, first, jnp.where(x_0 > 1 - HALF_BIN, last, inside))
+    mirrored = x_0 > p.mean
+    distance = jnp.where(mirrored, p.mean - x_0, x_0 - p.mean)
+    log_right = jnp.where(jnp.where(mirrored, first, last), 0, log_ndtr((distance + HALF_BIN) / std))
+    log_left = jnp.where(jnp.where(mirrored, last, first), -jnp.inf, log_ndtr((distance - HALF_BIN) / std))
+    return log_right + jnp.log(-jnp.expm1(log_left - log_right))
 
 
 def at(table: Float[Array, "T_plus_1"], t: Steps, images: Array | np.ndarray) -> Array:

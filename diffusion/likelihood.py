@@ -6,8 +6,7 @@ least as many bits as the discrete ones, and for data that are no images `bin_wi
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -27,6 +26,7 @@ from diffusion.gaussian import (
     q_sample,
 )
 from diffusion.losses import variational_term
+from diffusion.predictions import Denoise
 from diffusion.randomness import draw_like, fold_in, normal_like
 from diffusion.schedules import Grid, Schedule
 
@@ -46,7 +46,7 @@ class Bound(NamedTuple):
 
 def variational_bound(
     key: Keys,
-    denoise: Callable[[Array, Array], Any],
+    denoise: Denoise,
     schedule: Schedule,
     x_0: Images,
     variance: str = "large",
@@ -59,7 +59,7 @@ def variational_bound(
     `time[t - 1]` is what the network is given at t: t - 1 by default; a respaced chain needs its own.
     `decoder_variance` is sigma_1^2 where it is not that of `variance`: DDPM's published bits/dim, with "large", have
     the small one there, `p_variance(schedule, "small")[1]`. Raises ValueError if the variance is unknown, or is learned
-    and denoise gives no v, or the reverse.
+    and denoise gives no v.
     """
     num_steps = schedule.beta.shape[0] - 1
     time = jnp.arange(num_steps, dtype=schedule.beta.dtype) if time is None else time
@@ -69,13 +69,13 @@ def variational_bound(
     def term(_, t):
         x_t = q_sample(schedule, x_0, t, normal_like(fold_in(key, t), x_0))
         output = denoise(x_t, time[t - 1])
-        if isinstance(output, tuple) != (variance == "learned"):
-            raise ValueError("variance='learned' and a denoise that returns (x_0_hat, v) need each other")
-        if variance == "learned":
-            x_0_hat, v = output
-            sigma_2 = learned_variance(schedule, v, t)
+        x_0_hat, *v = output if isinstance(output, tuple) else (output,)
+        if variance != "learned":
+            sigma_2 = at(p_variance(schedule, variance), t, x_t)
+        elif v:
+            sigma_2 = learned_variance(schedule, v[0], t)
         else:
-            x_0_hat, sigma_2 = output, at(p_variance(schedule, variance), t, x_t)
+            raise ValueError("variance='learned' needs a denoise that returns (x_0_hat, v): use 'large' or 'small'")
         if decoder_variance is not None:
             sigma_2 = jnp.where(t == 1, decoder_variance, sigma_2)
         p = Normal(q_posterior(schedule, x_0_hat, x_t, t).mean, sigma_2)
@@ -96,7 +96,7 @@ def dequantize(key: Keys, x_0: Images) -> Float[Array, "B *shape"]:
 
 def ode_likelihood(
     key: Keys,
-    denoise: Callable[[Array, Array], Array],
+    denoise: Denoise,
     x_0: Images,
     grid: Grid,
     num_probes: int | None = 1,
@@ -132,8 +132,9 @@ def ode_likelihood(
         w, log_density, v_before, divergence_before = carry
 
         def v_hat(w):
-            x_0_hat = denoise(radius[k] * w, grid.time[k]).astype(w.dtype)
-            return (cosine[k] * w - x_0_hat) / sine[k]
+            output = denoise(radius[k] * w, grid.time[k])
+            x_0_hat = output[0] if isinstance(output, tuple) else output  # a learned variance has no say here
+            return (cosine[k] * w - x_0_hat.astype(w.dtype)) / sine[k]
 
         turn = angle[k] - angle[k + 1]
         v, transposed_jacobian = jax.vjp(v_hat, w + turn * v_before)
