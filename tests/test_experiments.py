@@ -12,7 +12,7 @@ from absl import flags
 
 from diffusion.data.samples import load_samples
 from diffusion.data.sources import array_source, digits
-from diffusion.training import RunError, place_batch, run_key
+from diffusion.training import RunError, make_mesh, place_batch, run_key
 from diffusion.training.loggers import Loggers
 from experiments import command_line, image_diffusion, image_modes
 
@@ -21,6 +21,8 @@ CONFIGS = sorted(path.stem for path in (ROOT / "experiments" / "configs").glob("
 SMALL = (
     "--config.network.channels=8",
     "--config.network.num_blocks=1",
+    "--config.network.multipliers=(1,)",
+    "--config.network.attention_resolutions=()",
     "--config.network.num_groups=4",
     "--config.data.batch_size=16",
     "--config.training.num_previews=8",
@@ -64,6 +66,18 @@ def test_every_config_trains_and_samples_in_shape(name, tmp_path):
     if run.config.loss.prediction == "eps" and not run.config.loss.learned_variance:
         np.testing.assert_allclose(losses.mean(), 1.0, atol=0.2)
     image_diffusion.make_settings(run.config)
+
+
+def test_one_device_and_eight_give_the_same_noise_and_loss(tmp_path):
+    run = parse(tmp_path, *SMALL)
+    losses = []
+    for mesh in (make_mesh(1), make_mesh(8)):
+        experiment = image_diffusion.make_experiment(run.config, digits("train"), mesh)
+        batch = place_batch(mesh, next(experiment.batches(0)))
+        losses.append(jax.jit(experiment.loss)(experiment.init(run_key(0, "init")), batch, run_key(0, "train", 7))[0])
+    assert len(losses[1].sharding.device_set) == 8
+    # Example by example: the same t, eps and dropout; only the order of float32 sums differs.
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
