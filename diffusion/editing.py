@@ -1,0 +1,115 @@
+"""Uses of a trained model that begin with images: img2img, interpolation, inpainting.
+
+Each takes any sampler of `samplers` (or a `functools.partial` of one), and works for any process: images enter a grid
+at one of its points as x = signal * x_0 + noise * eps, and the sampler goes on from there. `key` is one key or one an
+image, as in the samplers. Call them inside `jax.jit`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Float
+
+from diffusion.randomness import fold_in, normal_like
+from diffusion.samplers import Denoise
+from diffusion.schedules import Grid
+
+Images = Float[Array, "B *shape"]
+Sampler = Callable[[Denoise, Any, Grid, Array], Any]
+
+
+def last_steps(grid: Grid, strength: float) -> Grid:
+    """The part of a grid that is its last strength * N steps, to the nearest whole number but at least one.
+
+    Raises ValueError where strength is outside (0, 1].
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}: it has to lie in (0, 1], where 1 is every step of the grid.")
+    num_steps = grid.signal.shape[0] - 1
+    first = num_steps - max(1, int(strength * num_steps + 0.5))
+    return Grid(*(field[first:] for field in grid))
+
+
+def img2img(sampler: Sampler, denoise: Denoise, x_0: Images, grid: Grid, key: Array, strength: float) -> Any:
+    """Adds noise to images and samples from there: what the noise hid is made anew (SDEdit, Meng et al. 2022).
+
+    strength, in (0, 1], is the share of the grid's steps that are run: near 0 returns the images, 1 samples from the
+    grid's first point, where of x_0 only its `signal` is left. Returns what the sampler does. Raises ValueError where
+    strength is outside (0, 1].
+    """
+    grid = last_steps(grid, strength)
+    eps = normal_like(fold_in(key, 0), x_0)
+    return sampler(denoise, grid.signal[0] * x_0 + grid.noise[0] * eps, grid, fold_in(key, 1))
+
+
+def interpolate(
+    sampler: Sampler,
+    denoise: Denoise,
+    x_0: Images,
+    x_0_other: Images,
+    grid: Grid,
+    key: Array,
+    strength: float,
+    shares: Float[Array, "K"],
+) -> Float[Array, "K B *shape"]:
+    """Interpolates between images in the space of x_t: (1 - share) x_t + share x_t', decoded by the sampler.
+
+    DDPM, section 4.2 and figures 8 and 9; strength says how noisy x_t is, as in `img2img`. x_t and x_t' hold the same
+    eps, so that every mixture has the amount of noise the network knows (mixtures of two draws of noise have less), and
+    all shares use the same draws. Shares 0 and 1 give what `img2img` makes of either image. Raises ValueError where
+    strength is outside (0, 1].
+    """
+
+    def decode(share: Array) -> Array:
+        # Noise of the same eps commutes with the mixture: it is the mixed images' x_t.
+        return img2img(sampler, denoise, (1 - share) * x_0 + share * x_0_other, grid, key, strength)
+
+    return jax.vmap(decode)(shares)
+
+
+def inpaint(
+    sampler: Sampler, denoise: Denoise, x_0: Images, known: Array, grid: Grid, key: Array, resample: int = 10
+) -> Images:
+    """Samples the pixels that are not `known`, to go with those that are (RePaint, Lugmayr et al. 2022, Algorithm 1).
+
+    `known` is bool and broadcasts to x_0, whose other pixels are never read; the known ones are returned as they are.
+    After every step of the sampler the known pixels are set to x_0 with noise; `resample` - 1 times the step is then
+    undone by noise and taken again, by which the rest comes to fit: more of it, or a finer grid, is nearer to the
+    conditional distribution. (N - 1) * resample + 1 steps in one scan.
+
+    The sampler is given one interval at a time, so that multistep ones have order 1 and heun's s_churn acts at once.
+    Raises ValueError where `known` is not bool or does not broadcast to x_0, or resample < 1.
+    """
+    if resample < 1:
+        raise ValueError(f"resample is {resample}: it has to be at least 1, every step taken once.")
+    if known.dtype != bool or known.ndim > x_0.ndim or not _broadcasts(known.shape, x_0.shape):
+        raise ValueError(f"known is {known.dtype}{list(known.shape)}: give bool that broadcasts to {list(x_0.shape)}.")
+    # Samplers check the values of a grid, which they cannot in the scan.
+    jax.eval_shape(lambda: sampler(lambda x, _: (x, x), x_0, grid, key))
+
+    x_0 = x_0.astype(jnp.promote_types(x_0.dtype, grid.signal.dtype))
+    num_steps = grid.signal.shape[0] - 1
+    index = np.append(np.repeat(np.arange(num_steps - 1), resample), num_steps - 1)
+    undone = np.append(index[1:] == index[:-1], False)
+    intervals = Grid(*(jnp.stack([field[index], field[index + 1]], axis=1) for field in grid))
+
+    def step(x: Array, inputs: tuple[Array, Grid, Array]) -> tuple[Array, None]:
+        count, interval, undo = inputs
+        keys = [fold_in(fold_in(key, count), purpose) for purpose in range(3)]
+        (signal, signal_there), (noise, noise_there) = interval.signal, interval.noise
+        x = sampler(denoise, x, interval, keys[0])
+        x = jnp.where(known, signal_there * x_0 + noise_there * normal_like(keys[1], x), x)
+        kept = signal / signal_there
+        back = kept * x + jnp.sqrt(noise**2 - (kept * noise_there) ** 2) * normal_like(keys[2], x)
+        return jnp.where(undo, back, x), None
+
+    x_T = grid.signal[0] * jnp.where(known, x_0, 0) + grid.noise[0] * normal_like(fold_in(key, 0), x_0)
+    return lax.scan(step, x_T, (1 + jnp.arange(len(index)), intervals, jnp.asarray(undone)))[0]
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
