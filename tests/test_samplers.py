@@ -252,6 +252,7 @@ def golden_denoise(grid, name):
         ("ddpm_large_1000", partial(ancestral, variance="large")),
         ("ddpm_small_clip", partial(ancestral, variance="small")),
         ("ddim_0", ddim),
+        ("ddim_half", partial(ddim, eta=0.5)),
         ("ddim_1", partial(ddim, eta=1.0)),
         ("euler", ddim),
         ("heun", heun),

@@ -77,6 +77,7 @@ def cases():
         "ddpm_large_1000": (ddpm("fixed_large"), 1000, {}),
         "ddpm_small_clip": (ddpm("fixed_small", clip_sample=True), 10, {}),
         "ddim_0": (ddim, 10, {"eta": 0.0}),
+        "ddim_half": (ddim, 10, {"eta": 0.5}),
         "ddim_1": (ddim, 10, {"eta": 1.0}),
         "euler": (diffusers.EulerDiscreteScheduler(**CHAIN, use_karras_sigmas=True), 10, {"process": "exploding"}),
         "heun": (
