@@ -184,9 +184,8 @@ def test_the_bound_of_an_image_does_not_depend_on_its_batch_with_its_own_key():
     schedule = make_schedule(linear_beta(8, 0.01, 0.5))
     denoise = exact(closed_form.Gaussian(jnp.zeros(()), jnp.asarray(0.4)), schedule)
     keys, x_0 = jax.random.split(jax.random.key(0), 4), jnp.asarray(LEVELS[:256:16].reshape(4, 4))
-    together = variational_bound(keys, denoise, schedule, x_0)
-    alone = variational_bound(keys[2:3], denoise, schedule, x_0[2:3])
-    np.testing.assert_allclose(together.total[2:3], alone.total, rtol=1e-12)
+    bits = jax.jit(lambda key, x_0: variational_bound(key, denoise, schedule, x_0).total)
+    np.testing.assert_allclose(bits(keys, x_0)[2:3], bits(keys[2:3], x_0[2:3]), rtol=1e-12)
 
 
 def test_memory_does_not_grow_with_the_steps():
@@ -233,12 +232,17 @@ def data_bits(data, x_0):
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_the_ode_gives_the_density_of_gaussian_data(process):
-    """Image by image to 1e-3 bits/dim of the model's own, with its prior, and on the whole to 1e-3 of the data's."""
+    """To 1e-3 bits/dim: image by image the model's own, with its prior, and the data's on the whole. Of order 2."""
     make_grid, process = PROCESSES[process]
-    x_0, grid = GAUSSIAN.sample(jax.random.key(0), 500, (3,)), make_grid(400)
-    found = ode_bits(GAUSSIAN, x_0, grid, process)
-    np.testing.assert_allclose(found, models_bits(GAUSSIAN, x_0, grid), atol=1e-3)
+    x_0, num_steps, errors = GAUSSIAN.sample(jax.random.key(0), 500, (3,)), [100, 200, 400], []
+    for n in num_steps:
+        grid = make_grid(n)
+        found = ode_bits(GAUSSIAN, x_0, grid, process)
+        errors.append(jnp.abs(found - models_bits(GAUSSIAN, x_0, grid)))
+    np.testing.assert_allclose(errors[-1], 0, atol=1e-3)
     np.testing.assert_allclose(found.mean(), data_bits(GAUSSIAN, x_0).mean(), atol=1e-3)
+    slope = np.polyfit(np.log(num_steps), [np.log(error.mean()) for error in errors], 1)[0]
+    np.testing.assert_allclose(slope, -2, atol=0.1)
 
 
 def test_the_ode_on_ddpms_own_chain():
@@ -249,17 +253,7 @@ def test_the_ode_on_ddpms_own_chain():
     np.testing.assert_allclose(found.mean(), data_bits(GAUSSIAN, x_0).mean(), atol=1e-3)
 
 
-@pytest.mark.parametrize("process", PROCESSES)
-def test_the_ode_is_solved_to_second_order(process):
-    make_grid, process = PROCESSES[process]
-    x_0, num_steps = GAUSSIAN.sample(jax.random.key(0), 20, (3,)), [100, 200, 400]
-    grids = [make_grid(n) for n in num_steps]
-    errors = [jnp.abs(ode_bits(GAUSSIAN, x_0, g, process) - models_bits(GAUSSIAN, x_0, g)).mean() for g in grids]
-    slope = np.polyfit(np.log(num_steps), np.log(errors), 1)[0]
-    np.testing.assert_allclose(slope, -2, atol=0.1)
-
-
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("process", ["ve", "flow"])
 def test_the_ode_gives_the_density_of_a_mixture(process):
     """400 steps to 1e-3 bits/dim on the whole; the priors' own mismatch, which is odd in x_T, averages out."""
     make_grid, process = PROCESSES[process]
@@ -288,8 +282,8 @@ def test_an_images_probes_do_not_depend_on_its_batch_with_its_own_key():
     make_grid, process = PROCESSES["flow"]
     denoise, grid = closed_form.exact_denoise(MIXTURE, process), make_grid(5)
     keys, x_0 = jax.random.split(jax.random.key(0), 4), MIXTURE.sample(jax.random.key(1), 4)
-    together = ode_likelihood(keys, denoise, x_0, grid)
-    np.testing.assert_allclose(together[1:2], ode_likelihood(keys[1:2], denoise, x_0[1:2], grid), rtol=1e-12)
+    bits = jax.jit(lambda key, x_0: ode_likelihood(key, denoise, x_0, grid))
+    np.testing.assert_allclose(bits(keys, x_0)[1:2], bits(keys[1:2], x_0[1:2]), rtol=1e-12)
 
 
 def test_bins_turn_densities_into_probabilities():
@@ -297,7 +291,7 @@ def test_bins_turn_densities_into_probabilities():
     make_grid, process = PROCESSES["flow"]
     x_0, grid = GAUSSIAN.sample(jax.random.key(0), 5, (3,)), make_grid(10)
     denoise = closed_form.exact_denoise(GAUSSIAN, process)
-    eight_bit = ode_likelihood(jax.random.key(0), denoise, x_0, grid, num_probes=None)
+    eight_bit = jax.jit(lambda x_0: ode_likelihood(jax.random.key(0), denoise, x_0, grid, num_probes=None))(x_0)
     np.testing.assert_allclose(eight_bit, ode_bits(GAUSSIAN, x_0, grid, process) + BITS_OF_A_BIN, rtol=1e-12)
 
 
@@ -322,18 +316,19 @@ def test_dequantized_images_fill_their_bins():
     assert (jnp.abs(spread) <= 0.5 + 1e-12).all()
 
 
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("process", ["ve", "flow"])
 def test_float32_and_a_bfloat16_network(process):
     make_grid, process = PROCESSES[process]
     with jax.enable_x64(False):
         x_0, grid = GAUSSIAN.sample(jax.random.key(0), 20, (3,)), make_grid(50)
         perfect = closed_form.exact_denoise(GAUSSIAN, process)
-        found = ode_likelihood(jax.random.key(0), perfect, x_0, grid)
-        rough = ode_likelihood(jax.random.key(0), lambda *args: perfect(*args).astype(jnp.bfloat16), x_0, grid)
+        bits = jax.jit(ode_likelihood, static_argnums=1)
+        found = bits(jax.random.key(0), perfect, x_0, grid)
+        rough = bits(jax.random.key(0), lambda *args: perfect(*args).astype(jnp.bfloat16), x_0, grid)
         assert found.dtype == rough.dtype == jnp.float32 and np.isfinite(rough).all()
     with jax.enable_x64(True):
         wide = ode_bits(GAUSSIAN, jnp.asarray(x_0, jnp.float64), make_grid(50), process) + BITS_OF_A_BIN
-    # x_0_hat rounded to 6e-8 is divided by a noise of 5e-4 (VP's and EDM's last point) and summed over 50 steps
+    # x_0_hat rounded to 6e-8 is divided by a noise of 0.002 (EDM's last point) and summed over 50 steps
     np.testing.assert_allclose(found, wide, atol=5e-3)
 
 
