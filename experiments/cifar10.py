@@ -8,7 +8,7 @@ Any other TFDS image set is trained by naming it: --config.data.name=svhn_croppe
 
 from diffusion.data.sources import Source
 from diffusion.data.tfds import tfds_source
-from experiments import image_modes
+from experiments import image_modes, image_uses
 from experiments.command_line import Config, Run, main
 
 
@@ -36,5 +36,6 @@ def evaluate(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    modes = {"train": train, "sample": sample, "evaluate": evaluate}
-    main(__file__, __doc__, default_config="cifar10_ddpm.py", modes=modes)
+    uses = image_uses.make_modes(lambda run: make_source(run.config, "test"))
+    modes = {"train": train, "sample": sample, "evaluate": evaluate, **uses}
+    main(__file__, __doc__, default_config="cifar10_ddpm.py", modes=modes, extra_flags=image_uses.define_flags)

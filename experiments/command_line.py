@@ -46,7 +46,7 @@ def main(
     *,
     default_config: str,
     modes: dict[str, Mode],
-    flag_values: flags.FlagValues | None = None,
+    extra_flags: Callable[[flags.FlagValues], None] = lambda values: None,
 ) -> NoReturn:
     """Runs the experiment in `file` as the command line says; never returns.
 
@@ -55,10 +55,12 @@ def main(
       doc: its docstring, shown by --help.
       default_config: a file beside it, used without --config.
       modes: what --mode can name; "train" is the default and the only one that starts a work folder.
-      flag_values: further flags of this experiment.
+      extra_flags: defines the flags that only this experiment has.
     """
     try:
-        run, mode = parse(sys.argv, Path(file), doc, default_config, modes, flag_values or flags.FlagValues())
+        values = flags.FlagValues()
+        extra_flags(values)
+        run, mode = parse(sys.argv, Path(file), doc, default_config, modes, values)
         modes[mode](run)
     except (RunError, ValueError, OSError, flags.Error) as error:
         if "--traceback" in sys.argv:

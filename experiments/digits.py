@@ -6,7 +6,7 @@ Pictures and numbers are then in runs/digits: report.md, curves.png, samples/ an
 """
 
 from diffusion.data.sources import digits
-from experiments import image_modes
+from experiments import image_modes, image_uses
 from experiments.command_line import Run, main
 
 
@@ -28,5 +28,6 @@ def evaluate(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    modes = {"train": train, "sample": sample, "evaluate": evaluate}
-    main(__file__, __doc__, default_config="digits_ddpm.py", modes=modes)
+    uses = image_uses.make_modes(lambda run: digits("test"))
+    modes = {"train": train, "sample": sample, "evaluate": evaluate, **uses}
+    main(__file__, __doc__, default_config="digits_ddpm.py", modes=modes, extra_flags=image_uses.define_flags)
