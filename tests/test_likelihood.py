@@ -159,10 +159,12 @@ def test_drawn_terms_have_the_expectation(quadrature, monkeypatch):
     bound = functools.partial(variational_bound, jax.random.key(1), exact(data, schedule), schedule)
     wanted = expectation(bound(repeated(LEVELS[[100]], count)))
     monkeypatch.undo()
-    found = bound(jnp.full((10, 10_000), LEVELS[100]))
-    assert found.steps.shape == (10, 8)
+    found = bound(jnp.full((200, 500), LEVELS[100]))
+    assert found.steps.shape == (200, 8)
     np.testing.assert_allclose(found.steps.mean(axis=0), wanted.steps, rtol=5 * np.sqrt(2e-5))
     np.testing.assert_allclose(found.decoder.mean(), wanted.decoder, rtol=5 * np.sqrt(2e-5))
+    # Every step draws its own noise: 200 pairs of independent numbers correlate by 1 / sqrt(200) at random.
+    assert abs(np.corrcoef(found.steps[:, 3], found.steps[:, 4])[0, 1]) < 5 / np.sqrt(200)
     np.testing.assert_allclose(found.total, found.prior + found.steps.sum(axis=1) + found.decoder, rtol=1e-15)
 
 
