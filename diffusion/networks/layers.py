@@ -50,13 +50,13 @@ class Conv(nn.Module):
         """Convolves and adds the bias, in `dtype`."""
         kernel = self.param("kernel", self.kernel_init, (self.size, self.size, x.shape[-1], self.channels), jnp.float32)
         bias = self.param("bias", zeros_init, (self.channels,), jnp.float32)
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            window_strides=(self.stride, self.stride),
-            padding="SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if self.size == self.stride == 1:
+            # A matrix product says the same, and XLA's gradient of it by the kernel is several times faster on CPUs.
+            y = x @ kernel[0, 0]
+        else:
+            strides = (self.stride, self.stride)
+            y = jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
         return y + bias.astype(self.dtype)
 
 
