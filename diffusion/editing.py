@@ -91,7 +91,6 @@ def inpaint(
     # Samplers check the values of a grid, which they cannot in the scan.
     jax.eval_shape(lambda: sampler(lambda x, _: (x, x), x_0, grid, key))
 
-    x_0 = x_0.astype(jnp.promote_types(x_0.dtype, grid.signal.dtype))
     num_steps = grid.signal.shape[0] - 1
     index = np.append(np.repeat(np.arange(num_steps - 1), resample), num_steps - 1)
     undone = np.append(index[1:] == index[:-1], False)
