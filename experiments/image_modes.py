@@ -83,7 +83,7 @@ def draw_samples(run: Run, source: Source, trained: Trained, num_samples: int, s
 def evaluate(run: Run, train: Source, test: Source, trained: Trained | None = None) -> None:
     """Scores samples against held-out real images, in pixel space; writes report.json, report.md and pictures.
 
-    Where the images have classes, also the share of each among the samples, told by a classifier of the real ones.
+    Of small images with classes also the share of each among the samples, told by a classifier of the real ones.
     """
     trained = trained or load(run, train)
     num_samples = run.flags.num_samples or run.config.evaluation.num_samples
@@ -109,7 +109,8 @@ def evaluate(run: Run, train: Source, test: Source, trained: Trained | None = No
         evaluation.Measurement("Fréchet distance of held-out real images", score.held_out, **unseen),
         evaluation.Measurement("the first over the second", score.ratio, **made, note="1 is as good as unseen images"),
     ]
-    if train.num_classes is not None:
+    # A machine on pixels: it reads digits, but not photographs.
+    if train.num_classes is not None and np.prod(train.image_shape) <= 256:
         classify = evaluation.fit_classifier(real["image"], real["label"])
         right = float(np.mean(classify(held_out["image"]) == held_out["label"]))
         shares = evaluation.class_shares(classify(samples), train.num_classes)

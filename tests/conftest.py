@@ -11,4 +11,5 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("diffusion", "beartype.beartype")
+# An int may stand where a float is annotated (PEP 484's numeric tower), as everywhere in Python.
+install_import_hook("diffusion", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
