@@ -70,12 +70,12 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     # A file in the way fails for every user; permissions would not stop root.
     (tmp_path / "file").write_text("")
     run, _ = parse(tmp_path / "fine")
-    with pytest.raises(RunError, match="cannot (use|write to) --workdir"):
+    with pytest.raises(RunError, match=r"cannot (use|write to) --workdir"):
         workdir.claim(tmp_path / "file" / "run", "digits", run.description["config"])
 
 
 def test_sampling_needs_a_checkpoint(tmp_path):
-    with pytest.raises(RunError, match="no checkpoint in .*: train first"):
+    with pytest.raises(RunError, match=r"no checkpoint in .*: train first"):
         parse(tmp_path / "none", "--mode=sample")
     assert not (tmp_path / "none").exists()
 

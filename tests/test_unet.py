@@ -1,6 +1,7 @@
 """The U-Net against diffusers' (a recorded golden), and its options against the plain network."""
 
 import pathlib
+from typing import Any
 
 import chex
 import jax
@@ -98,7 +99,7 @@ def test_conversion_is_strict(golden, shapes):
     weights = golden["weights"]
     with pytest.raises(ValueError, match=f"missing .*{key}"):
         from_diffusers({name: weights[name] for name in weights if name != key}, shapes)
-    with pytest.raises(ValueError, match="left over .*extra.bias"):
+    with pytest.raises(ValueError, match=r"left over .*extra.bias"):
         from_diffusers(weights | {"extra.bias": weights["conv_out.bias"]}, shapes)
     with pytest.raises(ValueError, match=key):
         from_diffusers(weights | {key: weights[key][:, :-1]}, shapes)
@@ -106,6 +107,7 @@ def test_conversion_is_strict(golden, shapes):
 
 def test_missing_label_is_the_null_class(params, inputs, apply):
     x_t, time, _ = inputs
+    assert TINY.num_classes is not None
     null = jnp.full(time.shape, TINY.num_classes)
     np.testing.assert_array_equal(apply(TINY, params, x_t, time), apply(TINY, params, x_t, time, null))
 
@@ -204,7 +206,7 @@ def test_group_norm_against_float64(mean):
     groups = x.astype(np.float64).reshape(2, 256, 4, 3)
     expected = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-6)
     expected = expected.reshape(x.shape) * scale + bias
-    actual = layer.apply({"params": {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}}, jnp.asarray(x))
+    actual: Any = layer.apply({"params": {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}}, jnp.asarray(x))
     # The mean of 768 float32 is off by at most sqrt(768) * 2^-24 of its size, the variance by as much of its own.
     np.testing.assert_allclose(actual, expected, atol=(4 + mean) * 28 * 2.0**-24 * np.abs(scale).max())
 
@@ -219,7 +221,7 @@ def test_convolution_against_float64(size, stride):
     expected = np.einsum("bhwcij,ijco->bhwo", windows, kernel) + bias
     layer = Conv(7, size=size, stride=stride)
     variables = {"params": {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}}
-    actual = layer.apply(variables, jnp.asarray(x, jnp.float32))
+    actual: Any = layer.apply(variables, jnp.asarray(x, jnp.float32))
     # Sums of at most 46 products of size up to 10.
     np.testing.assert_allclose(actual, expected, atol=46 * 10 * 2.0**-24)
 
