@@ -58,7 +58,7 @@ def interpolate(
 ) -> Float[Array, "K B *shape"]:
     """Interpolates between images in the space of x_t: (1 - share) x_t + share x_t', decoded by the sampler.
 
-    DDPM, section 4.2 and figures 8 and 9; strength says how noisy x_t is, as in `img2img`. x_t and x_t' hold the same
+    DDPM, section 4.4 and figures 8 and 9; strength says how noisy x_t is, as in `img2img`. x_t and x_t' hold the same
     eps, so that every mixture has the amount of noise the network knows (mixtures of two draws of noise have less), and
     all shares use the same draws. Shares 0 and 1 give what `img2img` makes of either image. Raises ValueError where
     strength is outside (0, 1].
