@@ -8,7 +8,7 @@ Any other TFDS image set is trained by naming it: --config.data.name=svhn_croppe
 
 from diffusion.data.sources import Source
 from diffusion.data.tfds import tfds_source
-from experiments import image_modes, image_uses
+from experiments import image_likelihood, image_modes, image_uses
 from experiments.command_line import Config, Run, main
 
 
@@ -35,7 +35,12 @@ def evaluate(run: Run) -> None:
     image_modes.evaluate(run, make_source(run.config, "train"), make_source(run.config, "test"))
 
 
+def likelihood(run: Run) -> None:
+    """Measures bits/dim of the test split."""
+    image_likelihood.bits_per_dim(run, make_source(run.config, "test"))
+
+
 if __name__ == "__main__":
     uses = image_uses.make_modes(lambda run: make_source(run.config, "test"))
-    modes = {"train": train, "sample": sample, "evaluate": evaluate, **uses}
+    modes = {"train": train, "sample": sample, "evaluate": evaluate, "likelihood": likelihood, **uses}
     main(__file__, __doc__, default_config="cifar10_ddpm.py", modes=modes, extra_flags=image_uses.define_flags)

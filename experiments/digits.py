@@ -6,7 +6,7 @@ Pictures and numbers are then in runs/digits: report.md, curves.png, samples/ an
 """
 
 from diffusion.data.sources import digits
-from experiments import image_modes, image_uses
+from experiments import image_likelihood, image_modes, image_uses
 from experiments.command_line import Run, main
 
 
@@ -27,7 +27,12 @@ def evaluate(run: Run) -> None:
     image_modes.evaluate(run, digits("train"), digits("test"))
 
 
+def likelihood(run: Run) -> None:
+    """Measures bits/dim of the test split."""
+    image_likelihood.bits_per_dim(run, digits("test"))
+
+
 if __name__ == "__main__":
     uses = image_uses.make_modes(lambda run: digits("test"))
-    modes = {"train": train, "sample": sample, "evaluate": evaluate, **uses}
+    modes = {"train": train, "sample": sample, "evaluate": evaluate, "likelihood": likelihood, **uses}
     main(__file__, __doc__, default_config="digits_ddpm.py", modes=modes, extra_flags=image_uses.define_flags)

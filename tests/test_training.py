@@ -67,7 +67,7 @@ def run_steps(experiment, num_steps, mesh, *, rule=replicated, accumulate=1):
     shardings = state_shardings(mesh, state, rule)
     state = jax.device_put(state, shardings)
     step = make_train_step(experiment, seed=0, ema_decay=0.9, accumulate=accumulate, log_every=num_steps)
-    # Raises where it is compiled again after the first step.
+    chex.clear_trace_counter()  # raises where it is compiled again after the first step
     step = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0, out_shardings=(shardings, None))
     losses, batches = [], experiment.batches(0)
     for _ in range(num_steps):
