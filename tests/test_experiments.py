@@ -189,3 +189,17 @@ def test_a_set_that_is_not_prepared_is_told_in_seconds(tmp_path):
         make_source(run.config, "train")
     assert time.monotonic() - begun < 5
     assert "prepare" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_likelihood_by_both_routes_stands_in_one_report(trained):
+    from experiments.image_likelihood import bits_per_dim
+
+    folder, _ = trained
+    run = parse(folder, "--mode=sample", "--num_samples=8", "--steps=5")
+    bits_per_dim(run, digits("test"))
+    report = json.loads((folder / "likelihood" / "report.json").read_text())
+    ode, bound = (one["value"] for one in report["measurements"])
+    assert bound["mean"] == pytest.approx(bound["prior"] + bound["steps"] + bound["decoder"], rel=1e-5)
+    # Nothing is known after six steps, and the white noise of 256 levels costs 8 bits.
+    assert ode["mean"] > 4 and bound["mean"] > 4
+    assert (folder / "likelihood" / "terms.png").stat().st_size > 1000
