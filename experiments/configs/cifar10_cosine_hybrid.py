@@ -8,12 +8,8 @@ The chain has the base config's 1,000 steps, the paper's CIFAR-10 one 4,000 (--c
 
 from ml_collections import ConfigDict
 
-from experiments.configs import cifar10_ddpm
+from experiments.configs import _methods, cifar10_ddpm
 
 
 def get_config() -> ConfigDict:
-    config = cifar10_ddpm.get_config()
-    config.process.beta = "cosine"
-    config.loss.learned_variance = True
-    config.sampling.variance = "learned"
-    return config
+    return _methods.cosine_hybrid(cifar10_ddpm.get_config())

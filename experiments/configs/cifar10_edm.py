@@ -8,16 +8,8 @@ Not the paper's network (its DDPM++), augmentation, or training budget: those of
 
 from ml_collections import ConfigDict
 
-from experiments.configs import cifar10_ddpm
+from experiments.configs import _methods, cifar10_ddpm
 
 
 def get_config() -> ConfigDict:
-    config = cifar10_ddpm.get_config()
-    config.process = ConfigDict(dict(name="edm"))
-    config.loss.prediction = "F"
-    config.loss.weighting = "edm"
-    config.sampling.sampler = "heun"
-    config.sampling.grid = "karras"
-    config.sampling.num_steps = 18  # 35 network evaluations
-    config.sampling.threshold = "none"
-    return config
+    return _methods.edm(cifar10_ddpm.get_config())

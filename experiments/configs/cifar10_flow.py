@@ -7,17 +7,10 @@ All else is cifar10_ddpm.py. Not yet trained to the end here, so no score is giv
 
 from ml_collections import ConfigDict
 
-from experiments.configs import cifar10_ddpm
+from experiments.configs import _methods, cifar10_ddpm
 
 
 def get_config() -> ConfigDict:
-    config = cifar10_ddpm.get_config()
-    config.process = ConfigDict(dict(name="flow"))
-    config.loss.prediction = "velocity"
-    config.loss.weighting = "none"
-    config.loss.times = "logit_normal"
-    config.sampling.sampler = "euler"
-    config.sampling.shift = 1.0
+    config = _methods.flow(cifar10_ddpm.get_config())
     config.sampling.num_steps = 100
-    config.sampling.threshold = "none"
     return config

@@ -7,11 +7,8 @@ All else is cifar10_ddpm.py. Not yet trained to the end here, so no score is giv
 
 from ml_collections import ConfigDict
 
-from experiments.configs import cifar10_ddpm
+from experiments.configs import _methods, cifar10_ddpm
 
 
 def get_config() -> ConfigDict:
-    config = cifar10_ddpm.get_config()
-    config.loss.prediction = "v"
-    config.loss.weighting = "min_snr"
-    return config
+    return _methods.v_min_snr(cifar10_ddpm.get_config())

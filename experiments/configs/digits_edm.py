@@ -8,16 +8,8 @@ Not the paper's network (its DDPM++), augmentation, or training budget: those of
 
 from ml_collections import ConfigDict
 
-from experiments.configs import digits_ddpm
+from experiments.configs import _methods, digits_ddpm
 
 
 def get_config() -> ConfigDict:
-    config = digits_ddpm.get_config()
-    config.process = ConfigDict(dict(name="edm"))
-    config.loss.prediction = "F"
-    config.loss.weighting = "edm"
-    config.sampling.sampler = "heun"
-    config.sampling.grid = "karras"
-    config.sampling.num_steps = 18  # 35 network evaluations
-    config.sampling.threshold = "none"
-    return config
+    return _methods.edm(digits_ddpm.get_config())

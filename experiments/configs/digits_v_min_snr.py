@@ -7,11 +7,8 @@ All else is digits_ddpm.py.
 
 from ml_collections import ConfigDict
 
-from experiments.configs import digits_ddpm
+from experiments.configs import _methods, digits_ddpm
 
 
 def get_config() -> ConfigDict:
-    config = digits_ddpm.get_config()
-    config.loss.prediction = "v"
-    config.loss.weighting = "min_snr"
-    return config
+    return _methods.v_min_snr(digits_ddpm.get_config())
