@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from diffusion.data.images import image_grid, save_png
@@ -184,7 +184,7 @@ def draw_previews(experiment: Experiment, state: TrainState, path: Path) -> None
     """Draws what the raw and the averaged weights make of the same fixed noise."""
     assert experiment.preview is not None
     for name, params in (("raw", state.params), ("ema", state.ema)):
-        images = np.asarray(experiment.preview(params))
+        images = multihost_utils.process_allgather(experiment.preview(params), tiled=True)
         if jax.process_index() == 0:
             save_png(path.with_name(f"{path.name}_{name}.png"), image_grid(images), smallest_side=480)
 
