@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 usage() {
   cat <<TEXT
 ./launch.sh EXPERIMENT [flags]                  set up, then python -m experiments.EXPERIMENT [flags]
-./launch.sh EXPERIMENT --processes N [flags]    the same as N processes on this host
+./launch.sh EXPERIMENT [flags] --processes N    the same as N processes on this host
 ./launch.sh test [pytest's flags]               set up, then run every test
 ./launch.sh EXPERIMENT --help                   the experiment's flags and config
 
@@ -109,13 +109,18 @@ shift
 [ -n "$(experiments | awk -v name="$name" '$1 == name')" ] ||
   fail "unknown experiment '$name'; there are: $(experiments | awk '{printf "%s%s", sep, $1; sep = ", "}')"
 count=1
-if [ "${1:-}" = --processes ]; then
-  count=${2:-}
-  case "$count" in '' | *[!0-9]* | 0) fail "--processes needs a number >= 1" ;; esac
-  shift 2
-fi
+flags=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+  --processes) count=${2:-} && shift ;;
+  --processes=*) count=${1#*=} ;;
+  *) flags+=("$1") ;;
+  esac
+  [ $# -eq 0 ] || shift
+done
+case "$count" in '' | *[!0-9]* | 0) fail "--processes needs a number >= 1" ;; esac
 set_up
-program=(.venv/bin/python -m "experiments.$name" "$@")
+program=(.venv/bin/python -m "experiments.$name" ${flags[@]+"${flags[@]}"})
 if [ "$count" -gt 1 ]; then
   run_processes "$count" "${program[@]}"
 elif [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}" ] && [ "${SLURM_NTASKS:-1}" -gt 1 ]; then
