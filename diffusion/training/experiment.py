@@ -1,7 +1,7 @@
 """What the trainer is given (`Experiment`) and what it carries from step to step (`TrainState`)."""
 
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,6 +56,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32[], the number of updates made
     params: Params
     ema: Params
+    profiles: dict[str, Params]  # power-function averages by their sigma_rel, see `diffusion.averages`
     opt_state: optax.OptState
     metrics: dict[str, Mean]
 
@@ -69,11 +70,13 @@ def run_key(seed: int | jax.Array, purpose: str, index: int | jax.Array = 0) -> 
     return jax.random.fold_in(key, index)
 
 
-def init_state(experiment: Experiment, seed: int, batch: Batch) -> TrainState:
+def init_state(experiment: Experiment, seed: int, batch: Batch, ema_profiles: Sequence[float] = ()) -> TrainState:
     """Returns the state before the first step; `batch` only gives shapes (and may be abstract)."""
     params = experiment.init(run_key(seed, "init"))
     names = jax.eval_shape(experiment.loss, params, batch, run_key(seed, "train"))[1]
-    # One buffer cannot be donated under two names: the average starts as a copy.
-    ema = jax.tree.map(jnp.copy, params)
+    # One buffer cannot be donated under two names: the averages start as copies.
+    copy = lambda: jax.tree.map(jnp.copy, params)  # noqa: E731
+    profiles = {f"{sigma_rel:g}": copy() for sigma_rel in ema_profiles}
     metrics = {name: Mean(jnp.zeros(()), jnp.zeros(())) for name in ["loss", "grad_norm", *names]}
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, experiment.optimizer.init(params), metrics)
+    opt_state = experiment.optimizer.init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, copy(), profiles, opt_state, metrics)

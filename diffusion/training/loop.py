@@ -10,7 +10,9 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from diffusion.averages import power_exponent
 from diffusion.data.images import image_grid, save_png
+from diffusion.training import snapshots
 from diffusion.training.checkpoints import Checkpoints, provenance
 from diffusion.training.errors import RunError
 from diffusion.training.experiment import Experiment, TrainState, init_state
@@ -27,10 +29,12 @@ class Settings(NamedTuple):
     seed: int
     num_steps: int
     ema_decay: float
+    ema_profiles: tuple[float, ...] = ()
     accumulate: int = 1
     log_every: int = 100
     checkpoint_every: int = 1000
     preview_every: int = 1000
+    snapshot_every: int = 0
     keep_newest: int = 3
     keep_every: int = 0
     rule: Rule = replicated
@@ -40,10 +44,15 @@ def check_settings(settings: Settings, experiment: Experiment, mesh: Mesh) -> No
     """Refuses what cannot run.
 
     Raises:
-      RunError: num_steps < 1, or a batch that the devices, times the micro-batches, do not divide.
+      RunError: num_steps < 1, an average of no length that can be, or a batch that the devices, times the micro-batches, do not divide.
     """
     if settings.num_steps < 1:
         raise RunError(f"training.num_steps is {settings.num_steps}: it must be at least 1")
+    for sigma_rel in settings.ema_profiles:
+        try:
+            power_exponent(sigma_rel)
+        except ValueError as error:
+            raise RunError(f"training.ema_profiles: {error}") from error
     parts = mesh.size * settings.accumulate
     if settings.accumulate < 1 or experiment.batch_size % parts:
         raise RunError(
@@ -54,7 +63,7 @@ def check_settings(settings: Settings, experiment: Experiment, mesh: Mesh) -> No
 
 def abstract_train_state(experiment: Experiment, settings: Settings, mesh: Mesh, batch: dict[str, Any]) -> TrainState:
     """Returns the state's shapes, dtypes and shardings, nothing allocated."""
-    shapes = jax.eval_shape(lambda: init_state(experiment, settings.seed, batch))
+    shapes = jax.eval_shape(lambda: init_state(experiment, settings.seed, batch, settings.ema_profiles))
     shardings = state_shardings(mesh, shapes, settings.rule)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
@@ -87,7 +96,8 @@ def train(
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         if checkpoints.newest is None:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-            state = jax.jit(lambda: init_state(experiment, settings.seed, shapes), out_shardings=shardings)()
+            init = lambda: init_state(experiment, settings.seed, shapes, settings.ema_profiles)  # noqa: E731
+            state = jax.jit(init, out_shardings=shardings)()
         else:
             state = checkpoints.restore(abstract)
         if step >= settings.num_steps:
@@ -138,7 +148,10 @@ def train(
                 log_now = step % settings.log_every == 0 or last
                 save_now = step % settings.checkpoint_every == 0 or ending
                 preview_now = experiment.preview is not None and (step % settings.preview_every == 0 or last)
-                if log_now or save_now or preview_now:
+                snapshot_now = (
+                    state.profiles and settings.snapshot_every and (step % settings.snapshot_every == 0 or last)
+                )
+                if log_now or save_now or preview_now or snapshot_now:
                     check_finite(report, step, workdir)
                     clock.pause()
                 if log_now:
@@ -148,6 +161,8 @@ def train(
                     logs.log(step, values)
                 if save_now:
                     checkpoints.save(step, state, description)
+                if snapshot_now:
+                    snapshots.save(workdir, step, state.profiles)
                 if preview_now:
                     draw_previews(experiment, state, workdir / "previews" / f"step_{step:08d}")
                 if ending:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffusion.training.experiment import Batch, Experiment, Mean, TrainState, run_key
+from diffusion.averages import power_exponent, power_rate
+from diffusion.training.experiment import Batch, Experiment, Mean, Params, TrainState, run_key
 
 
 class Report(NamedTuple):
@@ -24,6 +25,11 @@ def ema_decay_at(step: int | jax.Array, decay: float) -> jax.Array:
     """
     step = jnp.asarray(step, jnp.float32)
     return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+
+
+def average(old: Params, new: Params, rate: jax.Array) -> Params:
+    """Returns (1 - rate) old + rate new."""
+    return jax.tree.map(lambda old, new: old + rate * (new - old), old, new)
 
 
 def make_train_step(
@@ -72,12 +78,14 @@ def make_train_step(
         grad_norm = optax.global_norm(grads)
         updates, opt_state = experiment.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = ema_decay_at(state.step, ema_decay)
-        ema = jax.tree.map(lambda average, new: average + (1.0 - decay) * (new - average), state.ema, params)
-
+        ema = average(state.ema, params, 1.0 - ema_decay_at(state.step, ema_decay))
+        profiles = {
+            sigma_rel: average(profile, params, power_rate(state.step + 1, power_exponent(float(sigma_rel))))
+            for sigma_rel, profile in state.profiles.items()
+        }
         metrics["grad_norm"] = Mean(grad_norm, jnp.ones_like(grad_norm))
         fresh = state.step % log_every == 0
         metrics = jax.tree.map(lambda old, new: jnp.where(fresh, 0.0, old) + new, state.metrics, metrics)
-        return TrainState(state.step + 1, params, ema, opt_state, metrics), Report(loss, grad_norm)
+        return TrainState(state.step + 1, params, ema, profiles, opt_state, metrics), Report(loss, grad_norm)
 
     return train_step

@@ -16,6 +16,7 @@ FREE_FIELDS = (
     "training.log_every",
     "training.checkpoint_every",
     "training.preview_every",
+    "training.snapshot_every",
     "training.keep_newest",
     "training.keep_every",
 )

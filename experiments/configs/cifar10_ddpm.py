@@ -66,6 +66,8 @@ def get_config() -> ConfigDict:
         dict(
             num_steps=800_000,  # paper
             ema_decay=0.9999,  # paper
+            ema_profiles=(0.05, 0.1),  # Karras et al. (2024): any other length is made of these afterwards
+            snapshot_every=20_000,  # 286 MB each, 40 in all; 0 stores none
             accumulate=1,
             sharding="replicated",
             log_every=100,

@@ -41,6 +41,8 @@ def get_config() -> ConfigDict:
         dict(
             num_steps=1200,
             ema_decay=0.995,
+            ema_profiles=(0.05, 0.1),  # Karras et al. (2024): any other length is made of these afterwards
+            snapshot_every=100,
             accumulate=1,
             sharding="replicated",
             log_every=50,
