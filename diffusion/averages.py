@@ -1,8 +1,8 @@
 """Averages of the weights with a power-function profile, and any of them after the fact (Karras et al. 2024).
 
 "Analyzing and Improving the Training Dynamics of Diffusion Models", section 3 and appendix C. After t updates the
-average is sum_tau p_t(tau) theta_tau with p_t(tau) proportional to tau^gamma: it forgets the beginning and its length is
-a fixed share of the training so far, `sigma_rel`, the profile's standard deviation over t. A few of these averages,
+average is sum_tau p_t(tau) theta_tau with p_t(tau) proportional to tau^gamma: it forgets the beginning, and its length
+is a fixed share of the training so far, `sigma_rel`, the profile's standard deviation over t. A few of these averages,
 stored now and then, span all others: a profile that was never tracked is their least-squares combination.
 """
 
@@ -18,7 +18,7 @@ LARGEST_SIGMA_REL = 12**-0.5  # the flat profile, gamma = 0
 
 
 def power_exponent(sigma_rel: float) -> float:
-    """Returns the gamma of a profile of relative length `sigma_rel` (eq. 126).
+    """Returns the gamma of a profile of relative length `sigma_rel`.
 
     sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), the variance of a Beta(gamma + 1, 1) variable.
 
@@ -34,7 +34,7 @@ def power_exponent(sigma_rel: float) -> float:
 
 
 def power_rate(step: int | jax.Array, gamma: float) -> jax.Array:
-    """Returns 1 - beta of average <- beta average + (1 - beta) theta at update number `step` = 1, 2, ... (eq. 127).
+    """Returns 1 - beta of average <- beta average + (1 - beta) theta at update number `step` = 1, 2, ....
 
     beta = (1 - 1 / step)^(gamma + 1): the first update replaces whatever the average began with. In float32 beta itself
     would lose 1 - beta: at step 800,000 a twentieth of it.
@@ -52,7 +52,7 @@ class Combination(NamedTuple):
 def combine(steps: Sequence[int], gammas: Sequence[float], step: int, gamma: float) -> Combination:
     """Returns the weights [N] of stored averages (`steps[i]`, `gammas[i]`) that come closest to (`step`, `gamma`).
 
-    Least squares over the profiles as functions of tau, in float64 (appendix C.3, algorithm 3).
+    Least squares over the profiles as functions of tau, in float64 (appendix C).
 
     Raises:
       ValueError: nothing stored, or none of it reaches `step`.
@@ -71,7 +71,7 @@ def combine(steps: Sequence[int], gammas: Sequence[float], step: int, gamma: flo
 
 
 def profile_product(t_1, gamma_1, t_2, gamma_2):
-    """Returns the integral of p_1 p_2 over tau, with p_i(tau) = (gamma_i + 1) tau^gamma_i / t_i^(gamma_i + 1) up to t_i."""
+    """Returns the integral of p_1 p_2 over tau; p_i(tau) = (gamma_i + 1) tau^gamma_i / t_i^(gamma_i + 1) up to t_i."""
     low, high = np.minimum(t_1, t_2), np.maximum(t_1, t_2)
     later = np.where(np.asarray(t_1) < t_2, gamma_2, gamma_1)
     return (gamma_1 + 1) * (gamma_2 + 1) / (gamma_1 + gamma_2 + 1) * (low / high) ** later / high

@@ -102,7 +102,7 @@ def test_stored_and_reconstructed(tmp_path):
         snapshots.reconstruct(tmp_path, 0.07, other)
     last = snapshots.stored_steps(tmp_path)[400]
     last.write_bytes(last.read_bytes()[:-5])
-    with pytest.raises(RunError, match="step_000000400.safetensors is not a whole file"):
+    with pytest.raises(RunError, match=r"step_000000400\.safetensors is not a whole file"):
         snapshots.reconstruct(tmp_path, 0.07, like)
 
 
