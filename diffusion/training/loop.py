@@ -44,8 +44,8 @@ def check_settings(settings: Settings, experiment: Experiment, mesh: Mesh) -> No
     """Refuses what cannot run.
 
     Raises:
-      RunError: num_steps < 1, a length that no average has, or a batch that the devices, times the micro-batches, do not
-        divide.
+      RunError: num_steps < 1, an average's length that cannot be, or a batch that the devices, times the micro-batches,
+        do not divide.
     """
     if settings.num_steps < 1:
         raise RunError(f"training.num_steps is {settings.num_steps}: it must be at least 1")
