@@ -1,11 +1,73 @@
-"""U-Net weights <-> diffusers' `UNet2DModel` (arrays by name; the matching of `google/ddpm-cifar10-32`)."""
+"""The U-Net <-> diffusers' `UNet2DModel`: its arrays by name, and its folder of config.json and weights.
 
+`google/ddpm-cifar10-32` is such a folder (`unet/` of its pipeline, see `pretrained.pipeline`).
+"""
+
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from diffusion.networks.unet import UNet
+from diffusion.pretrained.folder import new_folder, read_json, read_weights, write_json, write_weights
+
+WEIGHTS = "diffusion_pytorch_model"
+# The fields of a config.json and what holds where it is silent: the arguments of diffusers' class and their defaults.
+_FIELDS = dict(
+    sample_size=None,
+    in_channels=3,
+    out_channels=3,
+    center_input_sample=False,
+    time_embedding_type="positional",
+    time_embedding_dim=None,
+    freq_shift=0,
+    flip_sin_to_cos=True,
+    down_block_types=["DownBlock2D", *["AttnDownBlock2D"] * 3],
+    mid_block_type="UNetMidBlock2D",
+    up_block_types=[*["AttnUpBlock2D"] * 3, "UpBlock2D"],
+    block_out_channels=[224, 448, 672, 896],
+    layers_per_block=2,
+    mid_block_scale_factor=1,
+    downsample_padding=1,
+    downsample_type="conv",
+    upsample_type="conv",
+    dropout=0.0,
+    act_fn="silu",
+    attention_head_dim=8,
+    norm_num_groups=32,
+    attn_norm_num_groups=None,
+    norm_eps=1e-5,
+    resnet_time_scale_shift="default",
+    add_attention=True,
+    class_embed_type=None,
+    num_class_embeds=None,
+    num_train_timesteps=None,  # of learned time embeddings only
+)
+# What our network computes whatever its settings: DDPM's sines, then cosines, from 1 down to 1 / 10,000; a stride that
+# pads below and to the right only; ...
+_OURS = dict(
+    center_input_sample=False,
+    time_embedding_type="positional",
+    time_embedding_dim=None,
+    freq_shift=1,
+    flip_sin_to_cos=False,
+    mid_block_type="UNetMidBlock2D",
+    mid_block_scale_factor=1,
+    downsample_padding=0,
+    downsample_type="conv",
+    upsample_type="conv",
+    act_fn="silu",
+    attn_norm_num_groups=None,
+    norm_eps=1e-6,
+    resnet_time_scale_shift="default",
+    add_attention=True,
+    class_embed_type=None,
+)
 
 # Our module names -> diffusers'. It counts the levels on the way up from the smallest image; `_name` turns them round.
 _MODULES = [
@@ -33,6 +95,132 @@ _PARTS = {
 }
 # The names of attention layers in files written before diffusers 0.15, google/ddpm-cifar10-32 among them.
 _OLD_PARTS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def load_unet(folder: str | os.PathLike) -> tuple[UNet, dict[str, Any], dict[str, Any]]:
+    """The network, its parameters (the tree under "params") and the config.json of a `UNet2DModel`'s folder.
+
+    `folder` may also be that of the whole pipeline. Of a model with classes the last row of the table is taken for the
+    null class.
+
+    Raises:
+      ValueError: a file that is missing or not whole, a setting that our network cannot honour, or weights that are
+        missing, left over or misshapen (each named).
+    """
+    folder = Path(folder)
+    folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    config = read_json(folder / "config.json")
+    try:
+        network, image_shape = network_of(config)
+        shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *image_shape)), jnp.zeros(1))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    return network, from_diffusers(read_weights(folder, WEIGHTS), shapes["params"]), config
+
+
+def save_unet(
+    folder: str | os.PathLike, network: UNet, params: Mapping[str, Any], image_size: int | tuple[int, int]
+) -> None:
+    """Writes network and parameters (the tree under "params") as the folder of a `UNet2DModel`.
+
+    `image_size` (or height and width) says at which levels `attention_resolutions` are.
+
+    Raises:
+      ValueError: `folder` is there already, or a `UNet2DModel` cannot be what `network` is.
+    """
+    weights = to_diffusers(params)
+    config = config_of(network, image_size, in_channels=weights["conv_in.weight"].shape[1])
+    with new_folder(folder) as temporary:
+        write_json(temporary / "config.json", config)
+        write_weights(temporary / f"{WEIGHTS}.safetensors", weights)
+
+
+def network_of(config: Mapping[str, Any]) -> tuple[UNet, tuple[int, int, int]]:
+    """The network that a `UNet2DModel`'s config describes, and its images' (height, width, channels).
+
+    Raises:
+      ValueError: naming every field that our network cannot honour.
+    """
+    if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        raise ValueError(f"it describes a {config['_class_name']}, not a UNet2DModel")
+    fields: dict[str, Any] = _FIELDS | {name: value for name, value in config.items() if not name.startswith("_")}
+    if unknown := sorted(fields.keys() - _FIELDS):
+        raise ValueError(f"a UNet2DModel has no field {', '.join(unknown)}")
+    refused = [f"{name}={fields[name]!r} (only {ours!r})" for name, ours in _OURS.items() if fields[name] != ours]
+    if refused:
+        raise ValueError(f"our U-Net cannot honour {', '.join(refused)}")
+
+    size, widths, down = fields["sample_size"], fields["block_out_channels"], fields["down_block_types"]
+    height: Any
+    width: Any
+    height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+    counts = {name: fields[name] for name in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")}
+    for name, count in {**counts, "sample_size": height, "sample_size's width": width}.items():
+        if type(count) is not int or count < 1:
+            raise ValueError(f"{name} is {count!r}, not a whole number of at least 1")
+    if len(down) != len(widths) or any(channels % widths[0] for channels in widths):
+        raise ValueError(
+            f"block_out_channels {widths} are not one multiple of the first for each of {len(down)} levels"
+        )
+    attends = [kind == "AttnDownBlock2D" for kind in down]
+    if _block_types(attends) != (list(down), list(fields["up_block_types"])):
+        raise ValueError(
+            f"down_block_types {down} and up_block_types {fields['up_block_types']} must be mirror images of "
+            "DownBlock2D and AttnDownBlock2D, UpBlock2D and AttnUpBlock2D"
+        )
+    network = UNet(
+        channels=widths[0],
+        multipliers=tuple(channels // widths[0] for channels in widths),
+        num_blocks=fields["layers_per_block"],
+        attention_resolutions=tuple(height // 2**level for level, here in enumerate(attends) if here),
+        dropout=fields["dropout"],
+        head_channels=fields["attention_head_dim"],
+        num_classes=None if fields["num_class_embeds"] is None else fields["num_class_embeds"] - 1,
+        out_channels=fields["out_channels"],
+        num_groups=fields["norm_num_groups"],
+    )
+    return network, (height, width, fields["in_channels"])
+
+
+def config_of(network: UNet, image_size: int | tuple[int, int], in_channels: int) -> dict[str, Any]:
+    """The config.json of a `UNet2DModel` that computes what `network` does; ValueError where there is none."""
+    if network.time_scale != 1:
+        raise ValueError(
+            f"a UNet2DModel takes the time as it is, but this network multiplies it by {network.time_scale:g}: only "
+            "networks of process.name=ddpm can be written"
+        )
+    height, _ = (image_size, image_size) if isinstance(image_size, int) else image_size
+    widths = [network.channels * multiplier for multiplier in network.multipliers]
+    attends = [height // 2**level in network.attention_resolutions for level in range(len(widths))]
+    head_channels = network.head_channels
+    if head_channels is None and network.num_heads > 1:
+        heads = {channels // network.num_heads for channels, here in zip(widths, attends, strict=True) if here}
+        if len(heads | {widths[-1] // network.num_heads}) > 1:
+            raise ValueError("a UNet2DModel has heads of one width at all levels: set head_channels, not num_heads")
+        head_channels = widths[-1] // network.num_heads
+    down, up = _block_types(attends)
+    return {
+        **_FIELDS,
+        **_OURS,
+        "_class_name": "UNet2DModel",
+        "sample_size": image_size if isinstance(image_size, int) else list(image_size),
+        "in_channels": in_channels,
+        "out_channels": network.out_channels or in_channels,
+        "down_block_types": down,
+        "up_block_types": up,
+        "block_out_channels": widths,
+        "layers_per_block": network.num_blocks,
+        "dropout": network.dropout,
+        "attention_head_dim": head_channels,
+        "norm_num_groups": network.num_groups,
+        "num_class_embeds": None if network.num_classes is None else network.num_classes + 1,
+    }
+
+
+def _block_types(attends: list[bool]) -> tuple[list[str], list[str]]:
+    """The names of the levels' blocks on the way down and on the way up."""
+    names = ["Attn" * here for here in attends]
+    return [f"{name}DownBlock2D" for name in names], [f"{name}UpBlock2D" for name in reversed(names)]
 
 
 def to_diffusers(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
