@@ -13,12 +13,12 @@ from experiments.configs import cifar10_ddpm
 
 def get_config() -> ConfigDict:
     config = cifar10_ddpm.get_config()
-    config.data.batch_size = 64
+    config.data.batch_size = 32
     config.network.update(dict(channels=32, num_blocks=1, dropout=0.0, num_groups=8, dtype="float32"))
     config.optimizer.update(dict(learning_rate=1e-3, warmup_steps=200))
     config.training.update(
         dict(
-            num_steps=5_000,
+            num_steps=3_000,
             ema_decay=0.999,
             snapshot_every=250,
             log_every=50,
