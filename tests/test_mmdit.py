@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,9 +118,8 @@ def test_the_output_starts_at_zero():
 
 
 def test_remat_has_the_same_gradient(params):
-    network = VARIANTS["sd3_5_medium"].clone(depth=2, dual_attention=1)
-    params = {**params, "block_1": params["block_2"]}
-    del params["block_2"]
+    network = VARIANTS["sd3_5_medium"].clone(depth=1, dual_attention=0)
+    params = {name: part for name, part in params.items() if "block" not in name} | {"block_0": params["block_2"]}
 
     def gradient(network):
         def loss(x_t, params):
@@ -188,6 +188,6 @@ def test_partition_on_one_axis():
     ],
 )
 def test_bad_input_is_named(change, shape, message):
-    inputs = {**INPUTS, "x_t": jnp.zeros(shape)}
+    inputs: Any = {**INPUTS, "x_t": jnp.zeros(shape)}
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda: TINY.clone(**change).init(jax.random.key(0), **inputs))

@@ -47,8 +47,8 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, image: Tokens, text: Tokens, conditioning: Float[Array, "B W"]) -> tuple[Tokens, Tokens | None]:
-        """The streams after the block (no text after the last); `conditioning` is SiLU(time + pooled text)."""
+    def __call__(self, image: Tokens, text: Tokens, conditioning: Float[Array, "B W"]) -> tuple[Tokens, Tokens]:
+        """The streams after the block (the last leaves the text as it is); `conditioning` is SiLU(time + pooled)."""
         num_vectors = 9 if self.dual_attention else 6
         shift, scale, gate, *of_mlp = self._modulation("image", conditioning, num_vectors)
         normal = layer_norm(image)
@@ -72,7 +72,7 @@ class Block(nn.Module):
             image = image + dual_gate * self._out("dual", alone)
         image = self._mlp("image", image, *of_mlp)
         if text_gate is None:
-            return image, None
+            return image, text
         text = text + text_gate * self._out("text", joint[:, length:])
         return image, self._mlp("text", text, *of_text_mlp)
 
@@ -106,10 +106,10 @@ class Block(nn.Module):
 class MMDiT(nn.Module):
     """Image, time and text -> an image of the same size. The defaults are Stable Diffusion 3 medium's.
 
-    The paper's model of depth d has `width` 64 d and d heads. Patches have `patch` x `patch` pixels. `context_width` and
-    `pooled_width` are the text encoder's. Positions are those of the middle of a table of `table_size`^2 patches that
-    stands for `base_size`^2 of them. `qk_norm` is 3.5's; `dual_attention` is the number of blocks, from the first, that
-    have image attention of their own.
+    The paper's model of depth d has `width` 64 d and d heads. Patches have `patch` x `patch` pixels. `context_width`
+    and `pooled_width` are the text encoder's. Positions are those of the middle of a table of `table_size`^2 patches
+    that stands for `base_size`^2 of them. `qk_norm` is 3.5's; `dual_attention` is the number of blocks, from the
+    first, that have image attention of their own.
 
     `time_scale` multiplies `time` before its embedding: 1000 for a flow's time in [0, 1]. Products are computed in
     `dtype`; parameters, normalisation, softmax, residuals, the last layer and the output stay float32. `remat`

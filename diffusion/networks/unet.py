@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -42,6 +43,30 @@ class ResidualBlock(nn.Module):
         return x + h
 
 
+class CrossAttention(nn.Module):
+    """Attention of all pixels to the tokens of a text, with its normalisation and residual; starts as the identity.
+
+    Source: Rombach et al. 2022, section 3.3, without their feed-forward layer.
+    """
+
+    head_channels: int
+    num_groups: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], context: Float[Array, "B L D"]) -> Float[Array, "B H W C"]:
+        """x + out(attention(norm(x), context))."""
+        batch, height, width, channels = x.shape
+        h = GroupNorm(self.num_groups, dtype=self.dtype, name="norm")(x).reshape(batch, height * width, channels)
+        heads = (batch, -1, channels // self.head_channels, self.head_channels)
+        query, key, value = (
+            Dense(channels, dtype=self.dtype, name=name)(tokens).reshape(heads)
+            for name, tokens in (("query", h), ("key", context), ("value", context))
+        )
+        h = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
+        return x + Dense(channels, dtype=self.dtype, kernel_init=zeros_init, name="out")(h)
+
+
 class UNet(nn.Module):
     """Image and time -> an image of the same height and width. The defaults are DDPM's CIFAR-10 network.
 
@@ -51,6 +76,8 @@ class UNet(nn.Module):
 
     `time_scale` multiplies `time` before its embedding: 1 for DDPM's t - 1, 1000 for a time in [0, 1].
     With `num_classes`, label `num_classes` is the null class ("no class"), and so is a label of None.
+    With `context`, the features of a prompt's tokens, attention to them follows every self-attention (Rombach et al.
+    2022), and `pooled`, those of the whole prompt, join the time embedding. A network is built with them or without.
     `dtype` is what convolutions and products compute in; parameters, normalisation statistics, softmax, the last
     layer and the output stay float32. `remat` recomputes every block's activations in the backward pass.
 
@@ -79,15 +106,18 @@ class UNet(nn.Module):
         time: Float[Array, "B"],
         label: Int[Array, "B"] | None = None,
         *,
+        context: Float[Array, "B L D"] | None = None,
+        pooled: Float[Array, "B P"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B H W out"]:
         """The network's output, float32; `train` turns dropout on (pass `rngs={"dropout": key}` to apply)."""
         self._check(x_t, label)
         num_levels = len(self.multipliers)
-        embedding = nn.silu(self._embedding(time, label))
+        embedding = nn.silu(self._embedding(time, label, pooled))
 
         residual_block = nn.remat(ResidualBlock, static_argnums=(3,)) if self.remat else ResidualBlock
         attention = nn.remat(Attention) if self.remat else Attention
+        cross_attention = nn.remat(CrossAttention) if self.remat else CrossAttention
 
         def block(h, level: int, name: str):
             channels = self.channels * self.multipliers[level]
@@ -95,7 +125,10 @@ class UNet(nn.Module):
 
         def attend(h, name: str):
             head_channels = self.head_channels or h.shape[-1] // self.num_heads
-            return attention(head_channels, self.num_groups, self.dtype, name=name)(h)
+            h = attention(head_channels, self.num_groups, self.dtype, name=name)(h)
+            if context is None:
+                return h
+            return cross_attention(head_channels, self.num_groups, self.dtype, name=f"{name}_text")(h, context)
 
         h = Conv(self.channels, dtype=self.dtype, name="conv_in")(x_t)
         skips = [h]
@@ -124,12 +157,16 @@ class UNet(nn.Module):
         h = nn.silu(GroupNorm(self.num_groups, name="norm_out")(h))
         return Conv(self.out_channels or x_t.shape[-1], kernel_init=zeros_init, name="conv_out")(h)
 
-    def _embedding(self, time: Float[Array, "B"], label: Int[Array, "B"] | None) -> Float[Array, "B E"]:
-        """Time embedding through two dense layers, plus the class embedding."""
+    def _embedding(
+        self, time: Float[Array, "B"], label: Int[Array, "B"] | None, pooled: Float[Array, "B P"] | None
+    ) -> Float[Array, "B E"]:
+        """Time embedding through two dense layers, plus those of the pooled text and of the class."""
         width = 4 * self.channels
         embedding = sinusoidal_embedding(time * self.time_scale, self.channels)
         embedding = nn.silu(Dense(width, dtype=self.dtype, name="time_1")(embedding))
         embedding = Dense(width, dtype=self.dtype, name="time_2")(embedding)
+        if pooled is not None:
+            embedding = embedding + Dense(width, dtype=self.dtype, name="pooled")(pooled)
         if self.num_classes is None:
             return embedding
         if label is None:

@@ -1,4 +1,4 @@
-"""Records mmdit_tiny.npz: outputs of tiny SD3Transformer2DModels of diffusers, in the shapes of SD3, 3.5-large, 3.5-medium.
+"""Records mmdit_tiny.npz: outputs of tiny SD3Transformer2DModels of diffusers, formed as SD3, 3.5-large, 3.5-medium.
 
 Run with PyTorch and diffusers installed: `python tests/golden/record_mmdit.py`. The weights are a function of their
 names and shapes (`seeded_weights`), so that only their shapes are stored.
