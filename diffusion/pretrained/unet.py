@@ -189,7 +189,7 @@ def config_of(network: UNet, image_size: int | tuple[int, int], in_channels: int
             f"a UNet2DModel takes the time as it is, but this network multiplies it by {network.time_scale:g}: only "
             "networks of process.name=ddpm can be written"
         )
-    height, _ = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     widths = [network.channels * multiplier for multiplier in network.multipliers]
     attends = [height // 2**level in network.attention_resolutions for level in range(len(widths))]
     head_channels = network.head_channels
@@ -203,7 +203,7 @@ def config_of(network: UNet, image_size: int | tuple[int, int], in_channels: int
         **_FIELDS,
         **_OURS,
         "_class_name": "UNet2DModel",
-        "sample_size": image_size if isinstance(image_size, int) else list(image_size),
+        "sample_size": height if height == width else [height, width],
         "in_channels": in_channels,
         "out_channels": network.out_channels or in_channels,
         "down_block_types": down,
