@@ -6,12 +6,13 @@ least as many bits as the discrete ones, and for data that are no images `bin_wi
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from diffusion.gaussian import (
     HALF_BIN,
@@ -62,12 +63,72 @@ def variational_bound(
     and denoise gives no v.
     """
     num_steps = schedule.beta.shape[0] - 1
+    x_0 = jnp.asarray(x_0)
+    terms_at = _make_terms(key, denoise, schedule, x_0, variance, time, decoder_variance)
+    terms = jax.lax.scan(lambda _, t: (None, terms_at(t).bits), None, jnp.arange(1, num_steps + 1))[1].T
+    return Bound(_prior(schedule, x_0), terms.at[:, 0].set(0), terms[:, 0])
+
+
+class BoundEstimate(NamedTuple):
+    """The bound from a few of its steps: `steps[:, k]` is L_{t-1} at t = `t[:, k]`, and counts `weight[:, k]` times.
+
+    `eps_mse` is the mean squared error of the noise there, the simple loss of DDPM's eq. 14 at t.
+    """
+
+    prior: Float[Array, " B"]
+    decoder: Float[Array, " B"]
+    t: Int[Array, "B K"]
+    weight: Float[Array, "B K"]
+    steps: Float[Array, "B K"]
+    eps_mse: Float[Array, "B K"]
+
+    @property
+    def total(self) -> Float[Array, " B"]:
+        """An unbiased estimate of `Bound.total`."""
+        return self.prior + (self.weight * self.steps).sum(axis=1) + self.decoder
+
+
+def estimate_bound(
+    key: Keys,
+    denoise: Denoise,
+    schedule: Schedule,
+    x_0: Images,
+    u: Float[Array, " B"],
+    num_terms: int,
+    variance: str = "large",
+) -> BoundEstimate:
+    """Returns an unbiased estimate of `variational_bound` from `num_terms` of its steps an image, and the decoder.
+
+    `u` in (0, 1), even and one an image, places the steps: one in each of `num_terms` equal strata of sqrt((t - 2) /
+    (T - 1)), for the terms are largest at small t. The decoder's term is always taken.
+    """
+    num_steps = schedule.beta.shape[0] - 1
+    if num_steps < 2 or num_terms < 1:
+        raise ValueError(f"{num_terms} terms of a chain of {num_steps} steps: both need to be more")
+    x_0 = jnp.asarray(x_0)
+    terms_at = _make_terms(key, denoise, schedule, x_0, variance)
+    quantile = (jnp.arange(num_terms) + u[:, None]) / num_terms
+    t = 2 + jnp.minimum((quantile**2 * (num_steps - 1)).astype(jnp.int32), num_steps - 2)
+    probability = jnp.sqrt((t - 1) / (num_steps - 1)) - jnp.sqrt((t - 2) / (num_steps - 1))
+    decoder = terms_at(jnp.asarray(1)).bits
+    terms = jax.tree.map(jnp.transpose, jax.lax.scan(lambda _, t: (None, terms_at(t)), None, t.T)[1])
+    return BoundEstimate(_prior(schedule, x_0), decoder, t, 1 / (num_terms * probability), *terms)
+
+
+class _Terms(NamedTuple):
+    bits: Float[Array, " B"]
+    eps_mse: Float[Array, " B"]
+
+
+def _make_terms(key, denoise, schedule, x_0, variance, time=None, decoder_variance=None) -> Callable[[Array], _Terms]:
+    """Returns t (one for all, or one an image) -> what step t adds to the bound, and its error in eps."""
+    num_steps = schedule.beta.shape[0] - 1
     time = jnp.arange(num_steps, dtype=schedule.beta.dtype) if time is None else time
     chex.assert_shape(time, (num_steps,))
-    x_0 = jnp.asarray(x_0)
 
-    def term(_, t):
-        x_t = q_sample(schedule, x_0, t, normal_like(fold_in(key, t), x_0))
+    def terms_at(t: Array) -> _Terms:
+        eps = normal_like(fold_in(key, t), x_0)
+        x_t = q_sample(schedule, x_0, t, eps)
         output = denoise(x_t, time[t - 1])
         x_0_hat, *v = output if isinstance(output, tuple) else (output,)
         if variance != "learned":
@@ -79,13 +140,18 @@ def variational_bound(
         if decoder_variance is not None:
             sigma_2 = jnp.where(t == 1, decoder_variance, sigma_2)
         p = Normal(q_posterior(schedule, x_0_hat, x_t, t).mean, sigma_2)
-        return None, variational_term(schedule, x_0, x_t, t, p)
+        snr = at(schedule.alpha_bar, t, x_t) / at(schedule.one_minus_alpha_bar, t, x_t)
+        eps_mse = jnp.mean(snr * (x_0_hat - x_0) ** 2, axis=tuple(range(1, x_0.ndim)))
+        return _Terms(variational_term(schedule, x_0, x_t, t, p), eps_mse)
 
-    terms = jax.lax.scan(term, None, jnp.arange(1, num_steps + 1))[1].T
+    return terms_at
+
+
+def _prior(schedule: Schedule, x_0: Array) -> Float[Array, " B"]:
+    """KL(q(x_T | x_0) || N(0, I)), bits/dim."""
     x_T = Normal(jnp.sqrt(schedule.alpha_bar[-1]) * x_0, schedule.one_minus_alpha_bar[-1])
     nats = _sum(normal_kl(x_T, Normal(jnp.zeros(()), jnp.ones(()))))
-    prior = nats / (math.prod(x_0.shape[1:]) * jnp.log(2))
-    return Bound(prior, terms.at[:, 0].set(0), terms[:, 0])
+    return nats / (math.prod(x_0.shape[1:]) * jnp.log(2))
 
 
 def dequantize(key: Keys, x_0: Images) -> Float[Array, "B *shape"]:

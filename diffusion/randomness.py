@@ -4,6 +4,7 @@ A `key` is one JAX key for the whole batch, or an array of keys `[B]`, one an im
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,16 @@ from jaxtyping import Float, Shaped
 
 
 def fold_in(key: Array, data: ArrayLike) -> Array:
-    """Derives the key for `data` (a step, a purpose) from `key`, for each image where there is a key an image."""
-    keys = _typed(key)
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, data) if keys.ndim else jax.random.fold_in(keys, data)
+    """Derives the key for `data` (a step, a purpose) from `key`, for each image where there is a key an image.
+
+    `data` may be an array [B], one an image: then there are as many keys, and one `key` gives each image its own.
+    """
+    keys, data = _typed(key), jnp.asarray(data)
+    if not keys.ndim and not data.ndim:
+        return jax.random.fold_in(keys, data)
+    if not keys.ndim:
+        keys = jax.vmap(partial(jax.random.fold_in, keys))(jnp.arange(len(data)))
+    return jax.vmap(jax.random.fold_in, (0, 0 if data.ndim else None))(keys, data)
 
 
 def normal_like(key: Array, x: Float[Array, "B *shape"]) -> Float[Array, "B *shape"]:

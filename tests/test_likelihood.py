@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffusion import gaussian, likelihood
+from diffusion import gaussian, likelihood, schedules
 from diffusion.likelihood import ode_likelihood, variational_bound
 from diffusion.schedules import (
     cosine_beta,
@@ -363,3 +363,26 @@ def test_mistakes_are_named():
         variational_bound(key, plain, schedule, x_0, "learned")
     with pytest.raises(ValueError, match="num_probes is 0: give at least 1"):
         ode_likelihood(key, plain, x_0, flow_grid(2), num_probes=0)
+
+
+def test_the_bound_from_a_few_steps_is_the_bound_on_average():
+    # A schedule of 20 steps, a poor denoiser: the mean over even offsets u of the estimate is the full sum, to the
+    # spread of the noise draws. 4000 copies of one image, so that its standard error is known from the draws.
+    schedule = schedules.make_schedule(schedules.linear_beta(20, 1e-3, 0.4))
+    x_0 = jnp.broadcast_to(jnp.round(jnp.linspace(0, 255, 6)) / 127.5 - 1, (4000, 6))
+    denoise = lambda x_t, time: 0.5 * x_t  # noqa: E731
+    full = likelihood.variational_bound(jax.random.key(0), denoise, schedule, x_0)
+    u = (jnp.arange(4000) + 0.5) / 4000
+    estimate = likelihood.estimate_bound(jax.random.key(1), denoise, schedule, x_0, u, 5)
+    error = jnp.hypot(full.total.std(), estimate.total.std()) / 4000**0.5
+    assert abs(full.total.mean() - estimate.total.mean()) < 4 * error < 0.02 * full.total.mean()
+    assert estimate.t.shape == (4000, 5) and estimate.t.min() == 2 and estimate.t.max() == 20
+    np.testing.assert_allclose(estimate.prior, full.prior, rtol=1e-6)
+    # Each step's own mean, where the estimate drew it, is the full bound's.
+    for t in (2, 7, 20):
+        drawn = estimate.steps[estimate.t == t]
+        spread = float(jnp.hypot(drawn.std() / len(drawn) ** 0.5, full.steps[:, t - 1].std() / 4000**0.5))
+        assert abs(float(drawn.mean() - full.steps[:, t - 1].mean())) < 4 * spread + 1e-6
+    # eq. 14's error: x_0_hat - x_0 = (eps - eps_hat) noise / signal
+    with pytest.raises(ValueError, match="0 terms"):
+        likelihood.estimate_bound(jax.random.key(1), denoise, schedule, x_0, u, 0)
