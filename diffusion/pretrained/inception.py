@@ -1,0 +1,123 @@
+"""The public weights of FID's Inception-v3, as pytorch-fid and torch-fidelity publish them (the same file)."""
+
+import functools
+import hashlib
+import os
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from diffusion.files import cache_folder, replacing
+from diffusion.networks.inception import Inception
+from diffusion.pretrained.torch_files import read_torch_file
+
+FILE = "pt_inception-2015-12-05-6726825d.pth"
+ADDRESS = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+_NORM = ("weight", "bias", "running_mean", "running_var")
+_EPS = 1e-3  # of this graph's batch normalisation
+
+
+def load_inception(path: str | os.PathLike | None = None) -> dict[str, dict[str, np.ndarray]]:
+    """The parameters of `Inception` from the public file (96 MB): at `path`, or fetched once into the cache folder.
+
+    Raises ValueError if there is no such file, if it can't be fetched, or if it is not the public one to the last bit.
+    """
+    file = Path(path) if path is not None else cache_folder() / "weights" / FILE
+    if path is not None and not file.is_file():
+        raise ValueError(f"{file} is not a file: give the path of {FILE}, which is at {ADDRESS}")
+    if not file.is_file():
+        _fetch(file)
+    _check(file, file)
+    return from_torch(read_torch_file(file))
+
+
+def from_torch(weights: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """A state dict of pytorch-fid's module as parameters of `Inception`, batch normalisation folded in (in float64).
+
+    Raises ValueError when a key is missing or left over, or when a shape differs. Only `num_batches_tracked`, which
+    inference doesn't read and older files lack, may be there or not.
+    """
+    kernels = _kernels()
+    expected = {key: shape for name, kernel in kernels.items() for key, shape in _shapes(name, kernel)}
+    counters = {f"{name}.bn.num_batches_tracked": () for name in kernels if f"{name}.bn.weight" in expected}
+    _check_keys(weights, expected, optional=counters)
+    return {name: _layer(weights, name) for name in kernels}
+
+
+@functools.cache
+def _kernels() -> dict[str, tuple[int, ...]]:
+    """The shape of every layer's kernel."""
+    image = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
+    params = jax.eval_shape(Inception().init, jax.random.key(0), image)["params"]
+    return {name: layer["kernel"].shape for name, layer in params.items()}
+
+
+def _shapes(name: str, kernel: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """The keys of one layer of the file and their shapes, given the shape of our kernel: HWIO (dense: IO)."""
+    *size, channels_in, channels = kernel
+    if not size:
+        return [(f"{name}.weight", (channels, channels_in)), (f"{name}.bias", (channels,))]
+    norm = [(f"{name}.bn.{part}", (channels,)) for part in _NORM]
+    return [(f"{name}.conv.weight", (channels, channels_in, *size)), *norm]
+
+
+def _check_keys(weights: Mapping[str, np.ndarray], expected: Mapping[str, tuple], optional: Mapping[str, tuple]):
+    missing = sorted(set(expected) - set(weights))
+    left_over = sorted(set(weights) - set(expected) - set(optional))
+    if missing or left_over:
+        raise ValueError(f"weights do not fit Inception: missing {_few(missing)}, left over {_few(left_over)}")
+    for key, weight in weights.items():
+        shape = {**expected, **optional}[key]
+        if np.shape(weight) != shape:
+            raise ValueError(f"{key} has shape {list(np.shape(weight))}, but Inception needs {list(shape)}")
+
+
+def _few(names: list[str], most: int = 5) -> str:
+    rest = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *rest]) or "none"
+
+
+def _layer(weights: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    """Kernel and bias of one layer. y = gain (conv(x) - mean) / sqrt(variance + eps) + shift, as one convolution."""
+    if f"{name}.weight" in weights:
+        kernel, bias = weights[f"{name}.weight"].T, weights[f"{name}.bias"]
+    else:
+        gain, shift, mean, variance = (
+            weights[f"{name}.bn.{part}"].astype(np.float64)
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = gain / np.sqrt(variance + _EPS)
+        kernel, bias = weights[f"{name}.conv.weight"].transpose(2, 3, 1, 0) * scale, shift - mean * scale
+    return {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
+
+
+def _check(file: Path, place: Path):
+    """Raises ValueError unless `file`, which is or would be at `place`, is the public file."""
+    with open(file, "rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != SHA256:
+        raise ValueError(f"{place} is not {FILE}: its sha256 is {found}, not {SHA256}; move it away and get {ADDRESS}")
+
+
+def _fetch(file: Path):
+    """Downloads the public file; `file` is there whole or not at all."""
+    try:
+        with (
+            replacing(file) as temporary,
+            urllib.request.urlopen(ADDRESS, timeout=30) as response,
+            open(temporary, "wb") as out,
+            tqdm(total=int(response.headers.get("Content-Length", 0)), unit="B", unit_scale=True, desc=FILE) as bar,
+        ):
+            while chunk := response.read(1 << 20):
+                out.write(chunk)
+                bar.update(len(chunk))
+            out.flush()
+            _check(temporary, file)
+    except OSError as error:
+        raise ValueError(f"can't fetch {FILE} ({error}): put {ADDRESS} at {file}") from None
