@@ -1,4 +1,4 @@
-"""The lightest text encoder: learned embeddings of words and of their places in the prompt, trained with what reads it."""
+"""The lightest text encoder: learned embeddings of words and their places, trained with the network that reads it."""
 
 import flax.linen as nn
 import jax.numpy as jnp
