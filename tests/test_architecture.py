@@ -1,4 +1,4 @@
-"""Imports go one way: papers <- networks, data <- training <- evaluation, pretrained <- experiments, demo.
+"""Imports go one way: papers <- networks, data <- training, pretrained <- evaluation <- experiments, demo.
 
 Read from the source with `ast`, so that imports inside functions and of optional packages count too.
 """
@@ -18,7 +18,7 @@ RANKS = {
     "data": 1,
     "training": 2,
     "evaluation": 3,
-    "pretrained": 3,
+    "pretrained": 2,
     "demo": 4,
     "experiments": 5,
 }
@@ -132,6 +132,8 @@ def late():
         ("training", "evaluation", True),
         ("evaluation", "training", False),
         ("pretrained", "evaluation", True),
+        ("evaluation", "pretrained", False),
+        ("pretrained", "training", True),
         ("training", "experiments", True),
         ("demo", "pretrained", False),
     ],

@@ -1,20 +1,63 @@
 """Samples -> features -> metrics -> a report in which no number stands without how it was made."""
 
-from diffusion.evaluation.curves import draw_curves
-from diffusion.evaluation.features import class_shares, fit_classifier, pixel_features
-from diffusion.evaluation.held_out import HeldOutScore, fixed_subset, held_out_score
-from diffusion.evaluation.report import Measurement, Reference, reference_of, write_report
+from diffusion.evaluation.features import (
+    PIXELS,
+    Extracted,
+    Extractor,
+    class_shares,
+    fit_classifier,
+    inception_extractor,
+    make_extractor,
+    network_extractor,
+    pixel_features,
+)
+from diffusion.evaluation.figures import draw_curves, draw_nearest, draw_sweep, draw_terms
+from diffusion.evaluation.held_out import HeldOutScore, held_out_score
+from diffusion.evaluation.report import Measurement, Reference, reference_of, render_report, write_report
+from diffusion.evaluation.scores import (
+    METRICS,
+    ReferenceSet,
+    Score,
+    bias_note,
+    check_names,
+    compare,
+    count_bias,
+    fixed_subset,
+    over_seeds,
+    read_statistics,
+    reference_set,
+)
 
 __all__ = [
+    "METRICS",
+    "PIXELS",
+    "Extracted",
+    "Extractor",
     "HeldOutScore",
     "Measurement",
     "Reference",
+    "ReferenceSet",
+    "Score",
+    "bias_note",
+    "check_names",
     "class_shares",
+    "compare",
+    "count_bias",
     "draw_curves",
+    "draw_nearest",
+    "draw_sweep",
+    "draw_terms",
     "fit_classifier",
     "fixed_subset",
     "held_out_score",
+    "inception_extractor",
+    "make_extractor",
+    "network_extractor",
+    "over_seeds",
     "pixel_features",
+    "read_statistics",
     "reference_of",
+    "reference_set",
+    "render_report",
     "write_report",
 ]

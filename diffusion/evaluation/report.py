@@ -12,19 +12,20 @@ from diffusion.files import replacing
 
 
 class Reference(NamedTuple):
-    """The images a measurement compares with."""
+    """The images a measurement compares with; `count` is None where only published statistics are known."""
 
     name: str
     split: str
-    count: int
+    count: int | None
     fingerprint: str
 
 
 class Measurement(NamedTuple):
     """A number, or a few by name (parts, classes, "mean" and "standard error"), and all that it depends on.
 
-    `sampler` says what made the images ("ddim", or "real images" with `num_steps` None and no seeds); `ema` is the
-    decay of the weights' average, None for the last weights; `reference` is None where nothing is compared with.
+    `sampler` says what made the images ("ddim", or "real images" with `num_steps` None and no seeds); `ema` says how
+    the weights were averaged: a decay, "power 0.1", or None for the last ones; `reference` is None where nothing is
+    compared with.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Measurement(NamedTuple):
     sampler: str
     num_steps: int | None
     seeds: Sequence[int]
-    ema: float | None
+    ema: float | str | None
     note: str = ""
 
 
@@ -52,15 +53,24 @@ def write_report(
     Raises:
       ValueError: naming the measurement that is not a finite number.
     """
+    content = _content(title, measurements, about)
+    for name, text in (("report.json", json.dumps(content, indent=2) + "\n"), ("report.md", _markdown(content))):
+        with replacing(Path(folder) / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def render_report(title: str, measurements: Sequence[Measurement], about: Mapping[str, str | int | float]) -> str:
+    """Returns what `write_report` writes into report.md."""
+    return _markdown(_content(title, measurements, about))
+
+
+def _content(title: str, measurements: Sequence[Measurement], about: Mapping[str, str | int | float]) -> dict:
     for measurement in measurements:
         for part, value in _parts(measurement).items():
             if not math.isfinite(value):
                 where = measurement.name + (f", {part}" if part else "")
-                raise ValueError(f"the report was not written: {where} is {value}, which is no result")
-    content = {"title": title, "about": dict(about), "measurements": [_as_json(one) for one in measurements]}
-    for name, text in (("report.json", json.dumps(content, indent=2) + "\n"), ("report.md", _markdown(content))):
-        with replacing(Path(folder) / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+                raise ValueError(f"there is no report: {where} is {value}, which is no result")
+    return {"title": title, "about": dict(about), "measurements": [_as_json(one) for one in measurements]}
 
 
 def _parts(measurement: Measurement) -> dict[str, float]:
@@ -83,6 +93,7 @@ def _markdown(content: dict) -> str:
     for one in content["measurements"]:
         value = one["value"] if isinstance(one["value"], dict) else {"": one["value"]}
         reference = one["reference"]
+        count = reference and reference["count"]
         if reference:
             references[f"{reference['name']} {reference['split']}"] = reference["fingerprint"]
         row = [
@@ -93,7 +104,7 @@ def _markdown(content: dict) -> str:
             ", ".join(map(str, one["seeds"])) or "-",
             "-" if one["ema"] is None else one["ema"],
             one["features"],
-            f"{reference['name']} {reference['split']}, {reference['count']} images" if reference else "-",
+            f"{reference['name']} {reference['split']}" + (f", {count} images" if count else "") if reference else "-",
         ]
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |")
         notes += [one["note"]] if one["note"] else []

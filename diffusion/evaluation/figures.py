@@ -1,0 +1,93 @@
+"""Pictures that stand beside a report."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.figure
+import numpy as np
+from jaxtyping import Int
+
+from diffusion.data.images import image_grid, save_png
+from diffusion.files import replacing
+
+
+def _figure(panels: int, width: float = 5.0) -> tuple[Any, list[Any]]:
+    matplotlib.use("agg")
+    figure = matplotlib.figure.Figure(figsize=(width * panels, 4), layout="constrained")
+    return figure, list(np.atleast_1d(figure.subplots(1, panels)))
+
+
+def _save(figure: Any, path: str | os.PathLike) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=100)
+
+
+def draw_curves(metrics: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Draws the loss, whole and by part of the process, and the gradient's norm of a metrics.jsonl over the steps."""
+    lines = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
+    names = sorted({name for line in lines for name in line})
+    losses = [name for name in names if name == "loss" or name.startswith("loss_part")]
+    figure, panels = _figure(2)
+    for axes, shown in zip(panels, (losses, ["grad_norm"]), strict=True):
+        for name in shown:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), marker="." if len(points) < 2 else None)
+        axes.set_yscale("log")
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def draw_terms(t: np.ndarray, values: Mapping[str, np.ndarray], path: str | os.PathLike, bins: int = 40) -> None:
+    """Draws quantities of each step of the chain, all of the shape of `t`, as means over `bins` ranges of log t.
+
+    The bound's terms in bits/dim look as in Nichol & Dhariwal (2021), figure 2.
+    """
+    edges = np.unique(np.geomspace(t.min(), t.max() + 1, bins + 1).astype(int))
+    inside = np.digitize(t.ravel(), edges) - 1
+    count = np.bincount(inside, minlength=len(edges) - 1)
+    centre = np.bincount(inside, t.ravel(), len(edges) - 1)
+    figure, panels = _figure(len(values))
+    for axes, (name, value) in zip(panels, values.items(), strict=True):
+        total = np.bincount(inside, value.ravel().astype(np.float64), len(edges) - 1)
+        axes.plot((centre / np.maximum(count, 1))[count > 0], (total / np.maximum(count, 1))[count > 0], marker=".")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("t")
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def nearest(image: np.ndarray, real: np.ndarray, count: int) -> Int[np.ndarray, "N count"]:
+    """The `count` nearest of `real` to each of `image`, both uint8 [..., H, W, C], by the distance of their pixels."""
+    queries, keys = (array.reshape(len(array), -1).astype(np.float32) for array in (image, real))
+    squares = np.einsum("nd,nd->n", keys, keys)
+    distance = squares - 2 * queries @ keys.T  # whole numbers below 2^24 a product: enough digits to rank by
+    return np.argsort(distance, axis=1, kind="stable")[:, :count]
+
+
+def draw_nearest(image: np.ndarray, real: np.ndarray, path: str | os.PathLike, rows: int = 10, count: int = 8) -> None:
+    """Draws `rows` samples, each with the training images nearest to it: a copy would show."""
+    shown = image[:rows]
+    found = real[nearest(shown, real, count)]
+    both = np.concatenate([shown[:, None], np.full_like(shown, 128)[:, None], found], axis=1)
+    save_png(path, image_grid(both.reshape(-1, *image.shape[1:]), columns=count + 2), smallest_side=480)
+
+
+def draw_sweep(x: Sequence[float], value: Sequence[float], path: str | os.PathLike, x_label: str, y_label: str) -> None:
+    """Draws a score over what was varied."""
+    figure, (axes,) = _figure(1)
+    axes.plot(x, value, marker="o")
+    axes.set_xscale("log")
+    axes.set_xticks(x, [f"{number:g}" for number in x])
+    axes.minorticks_off()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.3)
+    _save(figure, path)
