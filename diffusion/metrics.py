@@ -5,6 +5,7 @@ counts beside it (`evaluation.report` keeps them together). No result depends on
 split of the inception score. NaN, infinities and too few rows are refused with a ValueError.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -128,7 +129,9 @@ def inception_score(probability: np.ndarray, num_splits: int = 10) -> Score:
     if (probability < 0).any() or np.abs(probability.sum(1, dtype=np.float64) - 1).max() > 1e-3:
         raise ValueError("probabilities must be at least 0 and sum to 1 in every row: apply softmax to logits first")
     score = []
-    for part in np.array_split(np.asarray(probability, np.float64), num_splits):
+    ends = [i * len(probability) // num_splits for i in range(num_splits + 1)]  # as the released code cuts them
+    for start, end in itertools.pairwise(ends):
+        part = np.asarray(probability[start:end], np.float64)
         score.append(np.exp(rel_entr(part, part.mean(0)).sum(1).mean()))
     return Score(float(np.mean(score)), float(np.std(score)))
 
