@@ -1,0 +1,234 @@
+"""CLIP weights <-> transformers' `CLIPModel` and `CLIPTextModelWithProjection`: OpenAI's, OpenCLIP's, those of SD3.
+
+A published folder holds config.json, model.safetensors and, for CLIP itself, the tokenizer's files.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from diffusion.networks.clip import ACTIVATIONS, CLIP, ImageTower, TextTower
+from diffusion.pretrained.folder import new_folder, read_json, write_json, write_weights
+
+# Ours -> transformers'. Paths are joined by dots; the leaf's name is changed apart.
+_NAMES = [
+    (r"text\.token_embedding", "text_model.embeddings.token_embedding"),
+    (r"(text|image)\.position", r"\1_model.embeddings.position_embedding"),
+    (r"image\.class_token", "image_model.embeddings.class_embedding"),
+    (r"image\.patch_embedding", "image_model.embeddings.patch_embedding"),
+    (r"image\.norm_in", "image_model.pre_layrnorm"),
+    (r"image\.norm_out", "image_model.post_layernorm"),
+    (r"text\.norm_out", "text_model.final_layer_norm"),
+    (r"(text|image)\.projection", r"\1_projection"),
+    (r"(text|image)\.block_(\d+)\.norm_(\d)", r"\1_model.encoder.layers.\2.layer_norm\3"),
+    (r"(text|image)\.block_(\d+)\.mlp_(\d)", r"\1_model.encoder.layers.\2.mlp.fc\3"),
+    (r"(text|image)\.block_(\d+)\.(q)uery", r"\1_model.encoder.layers.\2.self_attn.\3_proj"),
+    (r"(text|image)\.block_(\d+)\.(k)ey", r"\1_model.encoder.layers.\2.self_attn.\3_proj"),
+    (r"(text|image)\.block_(\d+)\.(v)alue", r"\1_model.encoder.layers.\2.self_attn.\3_proj"),
+    (r"(text|image)\.block_(\d+)\.(out)", r"\1_model.encoder.layers.\2.self_attn.\3_proj"),
+    (r"logit_scale", "logit_scale"),
+]
+_BARE = ("class_embedding", "logit_scale")  # parameters that are not a module's "weight"
+# What transformers takes where config.json says nothing.
+_TEXT = dict(
+    vocab_size=49408,
+    hidden_size=512,
+    intermediate_size=2048,
+    num_hidden_layers=12,
+    num_attention_heads=8,
+    max_position_embeddings=77,
+    hidden_act="quick_gelu",
+    layer_norm_eps=1e-5,
+    eos_token_id=49407,
+    projection_dim=512,
+)
+_IMAGE = dict(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    image_size=224,
+    patch_size=32,
+    num_channels=3,
+    hidden_act="quick_gelu",
+    layer_norm_eps=1e-5,
+    projection_dim=512,
+)
+
+
+def to_transformers(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The parameters of `CLIP` (the tree under "params") under transformers' names and in its layouts.
+
+    A tower alone is {"text": its parameters} or {"image": ...}.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {_name(path): _to_theirs(path, np.asarray(leaf)) for path, leaf in leaves}
+
+
+def from_transformers(weights: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Transformers' weights as such a tree; `like` is it, or its shapes.
+
+    Raises:
+      ValueError: a key is missing or left over, or a shape differs.
+    """
+    # A buffer of 0, 1, 2, ... that old files hold.
+    weights = {name: weight for name, weight in weights.items() if not name.endswith("embeddings.position_ids")}
+    names = {_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(like)}
+    missing, left_over = sorted(names - set(weights)), sorted(set(weights) - names)
+    if missing or left_over:
+        raise ValueError(f"weights do not fit this CLIP: missing {missing or 'none'}, left over {left_over or 'none'}")
+
+    def take(path: Any, leaf: Any) -> np.ndarray:
+        name = _name(path)
+        weight = _to_ours(path, np.asarray(weights[name], np.float32))
+        if weight.shape != leaf.shape:
+            raise ValueError(f"{name} becomes {weight.shape} in our layout, but this CLIP needs {leaf.shape}")
+        return weight
+
+    return jax.tree_util.tree_map_with_path(take, like)
+
+
+def load_clip(folder: str | os.PathLike, dtype: Any = jnp.float32) -> tuple[CLIP, dict[str, Any]]:
+    """The network of a published `CLIPModel` and its parameters; its tokenizer is read by `text.read_tokenizer`.
+
+    Raises:
+      ValueError: the folder is not whole, is of another kind of model, or its weights do not fit its config.
+    """
+    config = read_json(Path(folder) / "config.json")
+    if "text_config" not in config or "vision_config" not in config:
+        raise ValueError(f"{folder}: config.json is not of a CLIP with two towers, it lacks text_config, vision_config")
+    shared = {"projection_dim": config.get("projection_dim", 512)}
+    clip = CLIP(
+        _image_tower(config["vision_config"] | shared, dtype), text_tower(config["text_config"] | shared, dtype)
+    )
+    size = clip.image.image_size
+    like: Any = jax.eval_shape(
+        clip.init, jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros((1, 2), jnp.int32)
+    )
+    return clip, {"params": from_transformers(_read_weights(Path(folder)), like["params"])}
+
+
+def load_text_tower(folder: str | os.PathLike, dtype: Any = jnp.float32) -> tuple[TextTower, dict[str, Any]]:
+    """The same of a published `CLIPTextModelWithProjection`, as in Stable Diffusion 3's text_encoder folders."""
+    config = read_json(Path(folder) / "config.json")
+    tower = text_tower(config, dtype)
+    like: Any = jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    return tower, {"params": from_transformers(_read_weights(Path(folder)), {"text": like["params"]})["text"]}
+
+
+def save_clip(folder: str | os.PathLike, clip: CLIP, params: Mapping[str, Any], tokenizer_json: str) -> None:
+    """Writes a folder that transformers and `load_clip` read; `folder` must not be there yet.
+
+    Raises:
+      ValueError: it is, or this CLIP has what transformers' has not (a bias of the logits).
+    """
+    if clip.bias is not None:
+        raise ValueError("transformers' CLIPModel has no bias of the logits: train with loss.name=softmax to write it")
+    image, text = clip.image, clip.text
+
+    def common(tower: ImageTower | TextTower) -> dict[str, Any]:
+        return {
+            "hidden_size": tower.width,
+            "intermediate_size": tower.mlp_width,
+            "num_hidden_layers": tower.num_layers,
+            "num_attention_heads": tower.num_heads,
+            "hidden_act": tower.activation,
+            "layer_norm_eps": 1e-5,
+            "projection_dim": tower.projection,
+        }
+
+    sizes = {"image_size": image.image_size, "patch_size": image.patch_size, "num_channels": 3}
+    places = {"vocab_size": text.vocabulary_size, "max_position_embeddings": text.length}
+    tokens = {"eos_token_id": text.end_of_text, "bos_token_id": 0, "pad_token_id": text.end_of_text}
+    config = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": image.projection,
+        "vision_config": {"model_type": "clip_vision_model"} | common(image) | sizes,
+        "text_config": {"model_type": "clip_text_model"} | common(text) | places | tokens,
+    }
+    with new_folder(folder) as temporary:
+        write_json(temporary / "config.json", config)
+        write_weights(temporary / "model.safetensors", to_transformers(params["params"]))
+        (temporary / "tokenizer.json").write_text(tokenizer_json, "utf-8")
+
+
+def text_tower(config: Mapping[str, Any], dtype: Any = jnp.float32) -> TextTower:
+    """The text tower that a text_config describes. Raises ValueError for what our tower cannot be."""
+    config = {**_TEXT, **config}
+    end = config["eos_token_id"]
+    return TextTower(
+        **_common(config, dtype),
+        vocabulary_size=config["vocab_size"],
+        # Configs that say 2 are older than that field's meaning: the end is the largest token then.
+        end_of_text=config["vocab_size"] - 1 if end == 2 else end,
+        length=config["max_position_embeddings"],
+    )
+
+
+def _image_tower(config: Mapping[str, Any], dtype: Any) -> ImageTower:
+    config = {**_IMAGE, **config}
+    return ImageTower(**_common(config, dtype), image_size=config["image_size"], patch_size=config["patch_size"])
+
+
+def _common(config: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    if config["hidden_act"] not in ACTIVATIONS or config["layer_norm_eps"] != 1e-5:
+        raise ValueError(
+            f"config.json asks for {config['hidden_act']} and layer norms of {config['layer_norm_eps']}: ours "
+            f"have {' or '.join(ACTIVATIONS)}, and 1e-05"
+        )
+    return dict(
+        width=config["hidden_size"],
+        mlp_width=config["intermediate_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
+        projection=config["projection_dim"],
+        activation=config["hidden_act"],
+        dtype=dtype,
+    )
+
+
+def _read_weights(folder: Path) -> dict[str, np.ndarray]:
+    """model.safetensors; halves, as text towers are often published, become float32 when they are taken."""
+    path = folder / "model.safetensors"
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): copy the published folder whole") from error
+
+
+def _name(path: Any) -> str:
+    """Transformers' name of the parameter at `path`."""
+    *modules, leaf = (key.key for key in path)
+    whole = leaf in ("position", "class_token", "logit_scale")
+    ours = ".".join([*modules, leaf] if whole else modules)
+    for pattern, replacement in _NAMES:
+        if re.fullmatch(pattern, ours):
+            name = re.sub(pattern, replacement, ours).replace("image_model", "vision_model")
+            name = name.replace("image_projection", "visual_projection")
+            return name if name.endswith(_BARE) else f"{name}.{'bias' if leaf == 'bias' else 'weight'}"
+    raise ValueError(f"transformers' CLIPModel has no {ours}")
+
+
+def _to_theirs(path: Any, weight: np.ndarray) -> np.ndarray:
+    if path[-1].key != "kernel":
+        return weight
+    if path[-2].key == "patch_embedding":
+        rows, width = weight.shape
+        patch = round((rows / 3) ** 0.5)
+        return weight.reshape(patch, patch, 3, width).transpose(3, 2, 0, 1)
+    return weight.T
+
+
+def _to_ours(path: Any, weight: np.ndarray) -> np.ndarray:
+    if path[-1].key != "kernel":
+        return weight
+    return weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0]) if weight.ndim == 4 else weight.T
