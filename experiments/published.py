@@ -55,10 +55,10 @@ def import_weights(weights: Path, run_folder: Path, arguments: list[str], values
         "image": jax.ShapeDtypeStruct((config.data.batch_size, *shape), np.uint8),
         "label": jax.ShapeDtypeStruct((config.data.batch_size,), np.int32),
     }
-    profiles = image_diffusion.make_settings(config).ema_profiles
-    state = jax.jit(lambda: init_state(experiment, config.seed, batch, profiles))()
-    copies = [{"params": jax.tree.map(jnp.asarray, params)} for _ in range(2)]
-    state = state._replace(params=copies[0], ema=copies[1])
+    # A run that begins with the published weights, where it would have drawn its own.
+    variables = {"params": jax.tree.map(jnp.asarray, params)}
+    begun = experiment._replace(init=lambda key: variables)
+    state = init_state(begun, config.seed, batch, image_diffusion.make_settings(config).ema_profiles)
     file = folder.weights_file(weights / "unet" if (weights / "unet").is_dir() else weights)
     with file.open("rb") as opened:
         origin = {"file": file.name, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
