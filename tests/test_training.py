@@ -159,14 +159,14 @@ def settings(**changes):
     return base._replace(**changes)
 
 
-def do_train(workdir, experiment=None, **changes):
+def do_train(workdir, experiment=None, num_devices=2, **changes):
     workdir.mkdir(exist_ok=True)
     description = {"experiment": "test", "config": {"a": 1}}
     return train(
         experiment or make_experiment(),
         settings(**changes),
         workdir=workdir,
-        mesh=make_mesh(2),
+        mesh=make_mesh(num_devices),
         description=description,
     )
 

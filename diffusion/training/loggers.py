@@ -1,13 +1,18 @@
 """What a run says while it goes: a progress bar, metrics.jsonl and TensorBoard scalars."""
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
 from diffusion.files import replacing
+from diffusion.training.errors import RunError
 
 
 class Loggers:
@@ -32,7 +37,7 @@ class Loggers:
             self._path = workdir / "metrics.jsonl"
             _drop_lines_after(self._path, start_step)
             self._file = self._path.open("a")
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+            self._board = _open_board(workdir / "tensorboard", start_step)
 
     def __enter__(self) -> "Loggers":
         return self
@@ -40,27 +45,51 @@ class Loggers:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
         if self._active:
-            self._file.close()
-            self._board.close()
+            try:
+                self._file.close()
+                self._board.close()
+            except OSError as error:
+                raise RunError(f"the metrics cannot be written to {self._path.parent}: {error}") from error
 
     def advance(self) -> None:
         """Moves the progress bar by a step."""
         self._bar.update()
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Logs named numbers after `step` updates."""
+        """Logs named numbers after `step` updates.
+
+        Raises:
+          RunError: they cannot be written (the disk is full, the folder is gone).
+        """
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                event = Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value))
+                self._board.write_event(event)
+        except OSError as error:
+            raise RunError(f"step {step}: its metrics cannot be written to {self._path.parent}: {error}") from error
         self._bar.set_postfix({"loss": f"{values['loss']:.4f}"} if "loss" in values else {}, refresh=False)
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar."""
         if self._active:
             tqdm.write(line, file=sys.stderr)
+
+
+def _open_board(folder: Path, start_step: int) -> EventsWriter:
+    """Opens a TensorBoard file that hides what earlier ones say of the steps after `start_step`.
+
+    Not `SummaryWriter`: it writes in a thread, and where that cannot, the run would wait for it forever.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    board = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
+    board.write_event(
+        Event(wall_time=time.time(), step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
+    )
+    return board
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

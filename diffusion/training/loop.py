@@ -1,12 +1,15 @@
 """The training loop: batches in, checkpoints, metrics and pictures out."""
 
 import contextlib
-import math
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -15,12 +18,14 @@ from diffusion.data.images import image_grid, save_png
 from diffusion.training import snapshots
 from diffusion.training.checkpoints import Checkpoints, provenance
 from diffusion.training.errors import RunError
-from diffusion.training.experiment import Experiment, TrainState, init_state
+from diffusion.training.experiment import Batch, Experiment, TrainState, init_state
+from diffusion.training.health import Watch
 from diffusion.training.interrupt import StopSignal
+from diffusion.training.lock import sole_run
 from diffusion.training.loggers import Loggers
 from diffusion.training.sharding import Rule, place_batch, replicated, state_shardings
 from diffusion.training.step import Report, make_train_step
-from diffusion.training.workdir import claim
+from diffusion.training.workdir import check, claim
 
 
 class Settings(NamedTuple):
@@ -37,6 +42,8 @@ class Settings(NamedTuple):
     snapshot_every: int = 0
     keep_newest: int = 3
     keep_every: int = 0
+    skip_bad_steps: bool = False
+    spike_factor: float = 0.0
     rule: Rule = replicated
 
 
@@ -72,23 +79,28 @@ def abstract_train_state(experiment: Experiment, settings: Settings, mesh: Mesh,
 def train(
     experiment: Experiment, settings: Settings, *, workdir: Path, mesh: Mesh, description: dict[str, Any]
 ) -> TrainState:
-    """Trains until `settings.num_steps`, going on from the newest checkpoint in `workdir`; returns the last state.
+    """Trains until `settings.num_steps`, from the newest sound checkpoint in `workdir` on; returns the last state.
 
     `description` ({"experiment": name, "config": plain JSON}) goes into every checkpoint.
 
-    Ctrl-C or SIGTERM: the step in hand is finished and saved, then the interpreter exits (130, or 0 after SIGTERM).
+    Ctrl-C or SIGTERM, to any process: the step in hand is finished and saved, then the interpreter exits (130 after
+    Ctrl-C, 0 after SIGTERM).
 
     Raises:
-      RunError: settings that cannot run, a folder that is another run's, or a loss or gradient that is not finite
-        (names the step; nothing of it is saved).
+      RunError: settings that cannot run, a folder that is another run's or in which another run is, no sound
+        checkpoint among those there, a save that failed, or a bad step (named; nothing of it is saved).
     """
     begun = time.perf_counter()
     check_settings(settings, experiment, mesh)
-    claim(workdir, description["experiment"], description["config"])
-    folder = workdir / "checkpoints"
+    check(workdir, description["experiment"], description["config"])
+    first = jax.process_index() == 0
     with contextlib.ExitStack() as cleanup:
+        stop = cleanup.enter_context(StopSignal())
+        if first:
+            cleanup.enter_context(sole_run(workdir))
+            claim(workdir, description["experiment"], description["config"])
         checkpoints = cleanup.enter_context(
-            Checkpoints(folder, keep_newest=settings.keep_newest, keep_every=settings.keep_every)
+            Checkpoints(workdir / "checkpoints", keep_newest=settings.keep_newest, keep_every=settings.keep_every)
         )
         step = checkpoints.newest or 0
         batches = cleanup.enter_context(contextlib.closing(experiment.batches(step)))
@@ -104,90 +116,112 @@ def train(
         if step >= settings.num_steps:
             return state
 
-        train_step = jax.jit(
-            make_train_step(
-                experiment,
-                seed=settings.seed,
-                ema_decay=settings.ema_decay,
-                accumulate=settings.accumulate,
-                log_every=settings.log_every,
-            ),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-        )
         # Compiled before the first step: its cost is known apart, and another shape later is an error, not a recompile.
         compiling = time.perf_counter()
-        train_step = train_step.lower(state, batch).compile()
+        ballot = Ballot(mesh)
+        train_step = ballot.with_votes(make_step(experiment, settings), (shardings, None))
+        train_step = train_step.lower(state, batch, ballot.vote(False)).compile()
         compile_seconds = time.perf_counter() - compiling
         description = {**description, "provenance": provenance()}
 
-        logs = Loggers(workdir, start_step=step, num_steps=settings.num_steps, active=jax.process_index() == 0)
-        with logs, StopSignal() as stop:
-            if step:
-                logs.say(f"going on from step {step} in {workdir}")
-            clock = Stopwatch()
-            previous: Report | None = None
-            while True:
-                clock.resume()
-                state, report = train_step(state, batch)
-                step += 1
-                logs.advance()
-                # The device works on this step while the host looks at the one before.
-                if previous is not None:
-                    check_finite(previous, step - 1, workdir)
-                previous = report
-                if clock.steps == 0:
-                    jax.block_until_ready(report)
-                    logs.say(
-                        f"first step {time.perf_counter() - begun:.1f} s after the start, "
-                        f"of which {compile_seconds:.1f} s compiling"
-                    )
-                clock.steps += 1
-
-                last = step == settings.num_steps
-                ending = last or stop.received is not None
-                log_now = step % settings.log_every == 0 or last
-                save_now = step % settings.checkpoint_every == 0 or ending
-                preview_now = experiment.preview is not None and (step % settings.preview_every == 0 or last)
-                snapshot_now = (
-                    state.profiles and settings.snapshot_every and (step % settings.snapshot_every == 0 or last)
+        logs = cleanup.enter_context(Loggers(workdir, start_step=step, num_steps=settings.num_steps, active=first))
+        watch = Watch(workdir, skip_bad_steps=settings.skip_bad_steps, say=logs.say)
+        if step:
+            logs.say(f"going on from step {step} in {workdir}")
+        clock = Stopwatch()
+        previous: tuple[Report, jax.Array] | None = None
+        # A single process that was stopped while it compiled has nothing new to save.
+        stopped = ending = ballot.alone and stop.received is not None
+        while not ending:
+            clock.resume()
+            state, report, stops = train_step(state, batch, ballot.vote(stop.received is not None))
+            step += 1
+            logs.advance()
+            # The device works on this step while the host looks at the one before.
+            if previous is not None:
+                watch.look(previous[0], step - 1)
+            if clock.steps == 0:
+                jax.block_until_ready(report)
+                logs.say(
+                    f"first step {time.perf_counter() - begun:.1f} s after the start, "
+                    f"of which {compile_seconds:.1f} s compiling"
                 )
-                if log_now or save_now or preview_now or snapshot_now:
-                    check_finite(report, step, workdir)
-                    clock.pause()
-                if log_now:
-                    values = metric_values(state)
-                    values["learning_rate"] = float(experiment.learning_rate(step - 1))
-                    values["images_per_second"] = clock.lap() * experiment.batch_size
-                    logs.log(step, values)
-                if save_now:
-                    checkpoints.save(step, state, description)
-                if snapshot_now:
-                    snapshots.save(workdir, step, state.profiles)
-                if preview_now:
-                    draw_previews(experiment, state, workdir / "previews" / f"step_{step:08d}")
-                if ending:
-                    break
+            clock.steps += 1
+
+            last = step == settings.num_steps
+            # Several processes go by the votes cast with the step before, which all of them see alike.
+            stopped = stop.received is not None if ballot.alone else previous is not None and bool(previous[1])
+            previous = report, stops
+            ending = last or stopped
+            log_now = step % settings.log_every == 0 or last
+            save_now = step % settings.checkpoint_every == 0 or ending
+            preview_now = experiment.preview is not None and (step % settings.preview_every == 0 or last)
+            snapshot_now = state.profiles and settings.snapshot_every and (step % settings.snapshot_every == 0 or last)
+            if log_now or save_now or preview_now or snapshot_now:
+                watch.look(report, step)
+                clock.pause()
+            if log_now:
+                values = metric_values(state)
+                values["learning_rate"] = float(experiment.learning_rate(step - 1))
+                values["images_per_second"] = clock.lap() * experiment.batch_size
+                if settings.skip_bad_steps:
+                    counted = float(state.metrics["grad_norm"].count)
+                    values["skipped_steps"] = (step - 1) % settings.log_every + 1 - counted
+                logs.log(step, values)
+            if save_now:
+                checkpoints.save(step, state, description)
+            if snapshot_now:
+                snapshots.save(workdir, step, state.profiles)
+            if preview_now:
+                draw_previews(experiment, state, workdir / "previews" / f"step_{step:08d}")
+            if not ending:
                 batch = place_batch(mesh, next(batches))
-            total = time.perf_counter() - begun
-            logs.say(
-                f"{clock.steps} steps in {total:.1f} s, {clock.seconds:.1f} s of it in steps "
-                f"(goodput {clock.seconds / total:.0%})"
-            )
-    if stop.received is not None and not last:
+        checkpoints.wait()
+        stopped |= ballot.alone and stop.received is not None  # while the last checkpoint was saved
+        total = time.perf_counter() - begun
+        logs.say(
+            f"{clock.steps} steps in {total:.1f} s, {clock.seconds:.1f} s of it in steps "
+            f"(goodput {clock.seconds / total:.0%})"
+        )
+    if stopped:
         logs.say(f"stopped and saved at step {step}; the same command goes on from there")
-        raise SystemExit(130 if stop.received.name == "SIGINT" else 0)
+        raise SystemExit(130 if stop.received is signal.SIGINT else 0)
     return state
 
 
-def check_finite(report: Report, step: int, workdir: Path) -> None:
-    """Raises RunError when step number `step` had a loss or gradient that is not finite."""
-    loss, grad_norm = float(report.loss), float(report.grad_norm)
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise RunError(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}. Stopped; the checkpoints in "
-            f"{workdir / 'checkpoints'} are from before it. Look at the data of that step, or lower the learning rate"
-        )
+def make_step(experiment: Experiment, settings: Settings) -> Callable[[TrainState, Batch], tuple[TrainState, Report]]:
+    """Returns the train step that `settings` asks for."""
+    return make_train_step(
+        experiment,
+        seed=settings.seed,
+        ema_decay=settings.ema_decay,
+        accumulate=settings.accumulate,
+        log_every=settings.log_every,
+        skip_bad_steps=settings.skip_bad_steps,
+        spike_factor=settings.spike_factor,
+    )
+
+
+class Ballot:
+    """Whether to stop, decided by all processes in one step: a signal reaches each at another time, or only one."""
+
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+        self.alone = jax.process_count() == 1
+        self._none = jnp.zeros(0, bool)
+
+    def vote(self, stop: bool) -> jax.Array:
+        """Returns this process's vote beside those of the others, bool[devices]; where it is alone it needs none."""
+        count = len(self._mesh.local_devices)
+        return self._none if self.alone else place_batch(self._mesh, {"stop": np.full(count, stop)})["stop"]
+
+    def with_votes(self, train_step: Callable[..., Any], shardings: tuple[Any, Any]) -> Any:
+        """Returns jitted (state, batch, votes) -> (state, report, whether any process voted to stop)."""
+
+        def step(state: TrainState, batch: Batch, votes: jax.Array) -> tuple[TrainState, Report, jax.Array]:
+            return (*train_step(state, batch), jnp.any(votes))
+
+        return jax.jit(step, donate_argnums=0, out_shardings=(*shardings, None))
 
 
 def metric_values(state: TrainState) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """One step of training: gradient, update, moving average; a pure function of (state, batch)."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,31 @@ from diffusion.training.experiment import Batch, Experiment, Mean, Params, Train
 
 
 class Report(NamedTuple):
-    """What one step says of itself; the loop stops when either is not finite."""
+    """What one step says of itself; the host looks at the rest only when it is `bad`.
 
+    Attributes:
+      bad: bool[], the loss or the gradient is not finite, or the loss is a spike.
+      loss, grad_norm: float32[].
+      usual_loss: float32[], the mean of the steps before (since the last log line), nan where there are none.
+      group_norms: the gradient's norm in every group of parameters, see `parameter_groups`.
+      metrics: this step's, as sums over its examples.
+    """
+
+    bad: jax.Array
     loss: jax.Array
     grad_norm: jax.Array
+    usual_loss: jax.Array
+    group_norms: dict[str, jax.Array]
+    metrics: dict[str, Mean]
+
+
+def parameter_groups(params: Params) -> dict[str, list[Any]]:
+    """Returns the leaves of each top-level module, by its name ("params" of Flax's {"params": ...} is no level)."""
+    groups: dict[str, list[Any]] = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [name for name in jax.tree_util.keystr(keys, simple=True, separator="/").split("/") if name != "params"]
+        groups.setdefault(names[0] if names else "params", []).append(leaf)
+    return groups
 
 
 def ema_decay_at(step: int | jax.Array, decay: float) -> jax.Array:
@@ -33,7 +54,14 @@ def average(old: Params, new: Params, rate: jax.Array) -> Params:
 
 
 def make_train_step(
-    experiment: Experiment, *, seed: int, ema_decay: float, accumulate: int = 1, log_every: int = 1
+    experiment: Experiment,
+    *,
+    seed: int,
+    ema_decay: float,
+    accumulate: int = 1,
+    log_every: int = 1,
+    skip_bad_steps: bool = False,
+    spike_factor: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Report]]:
     """Returns train_step(state, batch) -> (state, report), to be jitted with the state donated.
 
@@ -45,6 +73,8 @@ def make_train_step(
         B / accumulate examples. Micro-batch number i holds the rows i, i + accumulate, ..., which leaves every row on
         the device it is on.
       log_every: `state.metrics` hold the means since the last multiple of it.
+      skip_bad_steps: a step whose report is `bad` changes nothing but `step`; its metrics do not count.
+      spike_factor: a loss over so many times `usual_loss` is bad too; 0 for no bound.
     """
 
     def mean_loss(params, batch, key):
@@ -76,6 +106,13 @@ def make_train_step(
         key = run_key(seed, "train", state.step)
         (loss, metrics), grads = accumulated_gradient(state.params, batch, key)
         grad_norm = optax.global_norm(grads)
+        before = state.metrics["loss"]
+        usual_loss = before.total / before.count
+        bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+        if spike_factor:
+            bad |= loss > spike_factor * usual_loss  # never of nan, the mean of nothing
+        group_norms = {name: optax.global_norm(leaves) for name, leaves in parameter_groups(grads).items()}
+        report = Report(bad, loss, grad_norm, usual_loss, group_norms, metrics)
         updates, opt_state = experiment.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = average(state.ema, params, 1.0 - ema_decay_at(state.step, ema_decay))
@@ -83,9 +120,14 @@ def make_train_step(
             sigma_rel: average(profile, params, power_rate(state.step + 1, power_exponent(float(sigma_rel))))
             for sigma_rel, profile in state.profiles.items()
         }
-        metrics["grad_norm"] = Mean(grad_norm, jnp.ones_like(grad_norm))
         fresh = state.step % log_every == 0
-        metrics = jax.tree.map(lambda old, new: jnp.where(fresh, 0.0, old) + new, state.metrics, metrics)
-        return TrainState(state.step + 1, params, ema, profiles, opt_state, metrics), Report(loss, grad_norm)
+        old_metrics = jax.tree.map(lambda old: jnp.where(fresh, 0.0, old), state.metrics)
+        metrics = {**metrics, "grad_norm": Mean(grad_norm, jnp.ones_like(grad_norm))}
+        metrics = jax.tree.map(jnp.add, old_metrics, metrics)
+        new = TrainState(state.step + 1, params, ema, profiles, opt_state, metrics)
+        if skip_bad_steps:
+            unchanged = state._replace(step=new.step, metrics=old_metrics)
+            new = jax.tree.map(lambda old, new: jnp.where(bad, old, new), unchanged, new)
+        return new, report
 
     return train_step

@@ -19,6 +19,9 @@ FREE_FIELDS = (
     "training.snapshot_every",
     "training.keep_newest",
     "training.keep_every",
+    # These two change what a bad step does, and are turned on when one has stopped a run.
+    "training.skip_bad_steps",
+    "training.spike_factor",
 )
 
 
@@ -53,12 +56,12 @@ def check(workdir: Path, experiment: str, config: dict[str, Any]) -> None:
         if not path.exists():
             return
         found = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise RunError(f"cannot use --workdir={workdir}: {error}") from error
-    there = found["experiment"]
+        there, old = str(found["experiment"]), dict(found["config"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RunError(f"cannot use --workdir={workdir}: config.json: {error}") from error
     if there != experiment:
         raise RunError(f"{workdir} holds a run of experiment {there}, not {experiment}: name another --workdir")
-    if changed := differences(found["config"], config):
+    if changed := differences(old, config):
         raise RunError(
             f"{workdir} holds a run with another config (there -> asked): {'; '.join(changed)}. "
             "Go on with the old values, or name another --workdir"

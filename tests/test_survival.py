@@ -1,0 +1,327 @@
+"""Runs that are cut short, damaged or refused: what they say, and that what goes on from them has the same bits."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_training import (
+    assert_same_bits,
+    batches_from,
+    do_train,
+    logged,
+    make_experiment,
+    noisy_loss,
+    run_steps,
+)
+
+from diffusion.training import Checkpoints, Mean, RunError, make_mesh
+from diffusion.training.checkpoints import open_existing, read_description
+from diffusion.training.integrity import MANIFEST, flaw, seal
+from diffusion.training.lock import NAME, sole_run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 12 steps with checkpoints 4, 8 and 12, and its last state."""
+    folder = tmp_path_factory.mktemp("finished")
+    state = jax.device_get(do_train(folder))
+    return folder, state
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def steps_in(workdir):
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes() or b"was empty")
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+def largest_file(checkpoint):
+    return max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+DAMAGES = {
+    "a flipped bit": flip_a_bit,
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_kept_aside_and_the_one_before_is_used(finished, copy, damage, capfd):
+    DAMAGES[damage](largest_file(copy / "checkpoints" / "12"))
+    assert_same_bits(do_train(copy), finished[1])
+    assert steps_in(copy) == ["12", "12.bad", "4", "8"]
+    said = [line for line in capfd.readouterr().err.splitlines() if " is damaged: " in line]
+    assert len(said) == 1 and "kept as 12.bad. Using that of step 8" in said[0]
+    assert logged(copy) == logged(finished[0])
+
+
+def test_every_file_of_a_checkpoint_is_covered(finished, tmp_path):
+    source = finished[0] / "checkpoints" / "12"
+    names = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+    assert len(names) > 5 and flaw(source) is None
+    for name in names:
+        for damage in (flip_a_bit, lambda path: path.unlink()):
+            shutil.copytree(source, tmp_path / "12")
+            damage(tmp_path / "12" / name)
+            assert flaw(tmp_path / "12") is not None, name
+            shutil.rmtree(tmp_path / "12")
+
+
+def test_readers_touch_nothing_and_use_the_newest_sound_checkpoint(copy):
+    flip_a_bit(largest_file(copy / "checkpoints" / "12"))
+    (copy / "checkpoints" / ".saving-16").mkdir()  # a run may be just writing it
+    with open_existing(copy) as checkpoints:
+        assert checkpoints.newest == 8 and checkpoints.description()["experiment"] == "test"
+    assert steps_in(copy) == [".saving-16", "12", "4", "8"]
+
+
+def test_a_run_without_a_sound_checkpoint_is_not_begun_anew(copy):
+    for step in (4, 8, 12):
+        (copy / "checkpoints" / str(step) / MANIFEST).unlink()
+    with pytest.raises(RunError, match=f"no checkpoint in .* is sound .*4: {MANIFEST} is missing") as refused:
+        do_train(copy)
+    assert "\n" not in str(refused.value) and steps_in(copy) == ["12", "4", "8"]
+    seal(copy / "checkpoints" / "8")  # what is done by hand for checkpoints from before there were checksums
+    assert int(do_train(copy, num_steps=9).step) == 9
+
+
+def test_what_a_killed_run_left_half_written_is_removed(copy):
+    for name in (".saving-16", ".saving-16.orbax-checkpoint-tmp-1", ".deleting-1"):
+        (copy / "checkpoints" / name / "state").mkdir(parents=True)
+    do_train(copy, num_steps=13)
+    assert steps_in(copy) == ["12", "13", "8"]
+
+
+@pytest.fixture
+def small_files():
+    """No file of this process may grow over 4000 bytes: to it the disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda limit=4000: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_stops_the_run_with_its_reason_and_leaves_earlier_checkpoints(finished, copy, small_files):
+    small_files()
+    with pytest.raises(RunError, match=r"step 16 could not be saved.*File too large") as stopped:
+        do_train(copy, num_steps=24, log_every=100)
+    assert "\n" not in str(stopped.value)
+    assert steps_in(copy) == ["12", "4", "8"]
+    assert all(flaw(copy / "checkpoints" / step) is None for step in steps_in(copy))
+
+
+def test_a_folder_that_stops_being_one_stops_the_run(copy):
+    """As when permission is lost in mid-run: root, who may run this, is never refused it."""
+
+    def batches(start_step):
+        for step, batch in enumerate(batches_from(start_step), start_step):
+            if step == 14:
+                (copy / "checkpoints").rename(copy / "elsewhere")
+                (copy / "checkpoints").write_text("in the way")
+            yield batch
+
+    with pytest.raises(RunError, match="step 16 could not be saved"):
+        do_train(copy, make_experiment(batches=batches), num_steps=20)
+    assert all(flaw(copy / "elsewhere" / step) is None for step in ("4", "8", "12"))
+
+
+def test_metrics_that_cannot_be_written_stop_the_run(copy, small_files, capsys):
+    del capsys  # keeps what is printed in memory: the limit is for files
+
+    def batches(start_step):
+        for step, batch in enumerate(batches_from(start_step), start_step):
+            if step == 13:
+                small_files(10)
+            yield batch
+
+    with pytest.raises(RunError, match="File too large"):
+        do_train(copy, make_experiment(batches=batches), num_steps=20, checkpoint_every=100)
+
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from diffusion.training.lock import sole_run
+with sole_run(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_is_refused_with_the_pid_of_the_first_whose_death_frees_the_folder(tmp_path):
+    first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert first.stdout is not None and first.stdout.readline() == b"held\n"
+        with pytest.raises(RunError, match=f"another run is in .*: pid {first.pid} on {os.uname().nodename}"):
+            do_train(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [NAME]
+    finally:
+        first.kill()
+        first.wait()
+    os.utime(tmp_path / NAME, (2e9, 2e9))  # the clock was set back since: no age is looked at
+    with sole_run(tmp_path):
+        assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
+        with pytest.raises(RunError, match="another run"), sole_run(tmp_path):
+            pass
+
+
+def bad_batches(steps, value=np.nan):
+    def batches(start_step):
+        for step, batch in enumerate(batches_from(start_step), start_step):
+            if step in steps:
+                batch["x"][3, 2] = value
+            yield batch
+
+    return batches
+
+
+def loss_by_parity(params, batch, key):
+    """Example 3, the one of `bad_batches`, is in one part of the loss and not in the other."""
+    losses, _ = noisy_loss(params, batch, key)
+    odd = np.arange(len(losses)) % 2
+    parts = {"odd": odd, "even": 1 - odd}
+    return losses, {f"loss_of_{name}": Mean(jnp.where(p, losses, 0), p.astype(np.float32)) for name, p in parts.items()}
+
+
+def test_bad_numbers_are_told_with_step_parameters_and_part(tmp_path):
+    def loss(params, batch, key):
+        losses, metrics = noisy_loss(params, batch, key)
+        # The gradient of sqrt at 0 is endless, and only b goes through it.
+        return losses + np.float32(0) * jnp.sqrt(params["b"] - params["b"]), metrics
+
+    with pytest.raises(RunError, match=r"^step 1: loss .*, gradient norm nan; not finite in 1 of 2 .* groups: b;"):
+        do_train(tmp_path / "gradient", make_experiment(loss))
+    with pytest.raises(RunError, match=r"^step 7: loss nan.*in 1 of 2 parameter groups: w; worst in: loss_of_odd nan"):
+        do_train(tmp_path / "loss", make_experiment(loss_by_parity, batches=bad_batches([6])))
+
+
+def test_a_spike_stops_the_run_in_its_step(tmp_path):
+    experiment = make_experiment(batches=bad_batches([6], 1e6), loss=lambda p, batch, key: (
+        np.float32(1) + batch["x"][:, 2] ** 2 * p["b"] ** 2, {}))  # fmt: skip
+    with pytest.raises(RunError, match=r"^step 7: loss 5.*e\+10, .*; the loss of the steps before is 2\..*of b "):
+        do_train(tmp_path, experiment, spike_factor=5.0)
+    assert steps_in(tmp_path) == ["4"]
+
+
+def test_skipped_steps_change_nothing_are_counted_and_resume_to_the_same_bits(tmp_path):
+    experiment = make_experiment(batches=bad_batches([2, 6]))
+    whole = do_train(tmp_path / "whole", experiment, skip_bad_steps=True)
+    assert [line["skipped_steps"] for line in logged(tmp_path / "whole")] == [1, 1, 0]
+    assert int(whole.step) == 12 and int(whole.opt_state[0].count) == 10
+    do_train(tmp_path / "parts", experiment, num_steps=3, skip_bad_steps=True)
+    before, _ = run_steps(make_experiment(), 2, make_mesh(2))
+    with open_existing(tmp_path / "parts") as checkpoints:
+        np.testing.assert_array_equal(checkpoints.restore(whole).params["w"], before.params["w"])
+    assert_same_bits(do_train(tmp_path / "parts", experiment, skip_bad_steps=True), whole)
+
+
+def test_skipping_ends_where_it_is_not_the_data(tmp_path):
+    with pytest.raises(RunError, match=r"step 11: .* 11 steps in a row"):
+        do_train(tmp_path, make_experiment(batches=bad_batches(range(99))), num_steps=99, skip_bad_steps=True)
+
+
+@pytest.mark.parametrize("number", [1, 2, 4, 8])
+def test_a_checkpoint_of_two_devices_goes_on_on_any_number(finished, copy, number):
+    """Six steps on two devices, six on others: the losses of twelve on two."""
+    shutil.rmtree(copy / "checkpoints" / "12")
+    shutil.rmtree(copy / "checkpoints" / "8")
+    state = do_train(copy, num_devices=number)
+    # Sums of 16 losses in another order; eight steps of Adam pass on what differs in the gradients' last bits.
+    np.testing.assert_allclose(state.metrics["loss"].total, finished[1].metrics["loss"].total, rtol=1e-6)
+    assert len(state.params["w"].sharding.device_set) == number
+
+
+class Runs:
+    """Makes and unmakes a file: what a pickle can do to whoever loads it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_nothing_executes_from_a_checkpoint(finished, copy, tmp_path):
+    proof = tmp_path / "executed"
+    checkpoint = copy / "checkpoints" / "12"
+    hostile = pickle.dumps(Runs(proof))
+    for path in [path for path in checkpoint.rglob("*") if path.is_file()]:
+        kept = path.read_bytes()
+        path.write_bytes(hostile)
+        if path.name != MANIFEST:
+            seal(checkpoint)  # by one who knows of the checksums
+        try:
+            with Checkpoints(copy / "checkpoints", read_only=True) as checkpoints:
+                checkpoints.description()
+                checkpoints.restore(finished[1])
+        except RunError as error:
+            assert "\n" not in str(error)
+        path.write_bytes(kept)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd"])
+def test_a_manifest_that_names_files_elsewhere_is_refused(copy, name):
+    (copy / "secret").write_text("1")
+    manifest = copy / "checkpoints" / "12" / MANIFEST
+    manifest.write_text(json.dumps({name: [1, 0]}))
+    assert "outside" in str(flaw(manifest.parent))
+
+
+@pytest.mark.parametrize("saved", [None, [], {"experiment": "x", "config": "os.system('id')"}, {"config": {}}])
+def test_a_description_of_another_kind_is_refused(tmp_path, saved):
+    (tmp_path / "_CHECKPOINT_METADATA").write_text(json.dumps({"custom_metadata": saved}))
+    with pytest.raises(RunError, match="not written by this project"):
+        read_description(tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+sys.path[:0] = [{tests!r}, {root!r}]
+from pathlib import Path
+import test_training
+from diffusion.training import integrity
+
+def seal(folder):
+    if folder.name == ".saving-8":
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(folder)
+
+whole, integrity.seal = integrity.seal, seal
+test_training.do_train(Path(sys.argv[1]))
+"""
+
+
+def test_killed_in_the_middle_of_a_save_it_goes_on_to_the_same_bits(finished, tmp_path):
+    here = Path(__file__).parent
+    program = KILLED.format(tests=str(here), root=str(here.parent))
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, timeout=100)
+    assert done.returncode == -signal.SIGKILL, (done.stderr[-2000:], time.monotonic() - begun)
+    assert ".saving-8" in steps_in(tmp_path) and "8" not in steps_in(tmp_path)
+    assert_same_bits(do_train(tmp_path), finished[1])
+    assert steps_in(tmp_path) == ["12", "4", "8"]
+    assert logged(tmp_path) == logged(finished[0])
