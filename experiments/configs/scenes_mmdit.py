@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
             name="mmdit",
             width=96,
             depth=4,
-            num_heads=4,
+            num_heads=3,
             patch=2,
             table_size=16,
             base_size=16,
