@@ -60,8 +60,18 @@ def train(run: Run, parts: Parts, captioned: CaptionedSource, examples: Sequence
     """Trains, or goes on training, in the run's folder."""
     experiment = text_to_image.make_experiment(parts, captioned, examples, run.mesh)
     settings = image_diffusion.make_settings(run.config)
-    state = training.train(experiment, settings, workdir=run.workdir, mesh=run.mesh, description=run.description)
+    description = {**run.description, "text": parts.encoder.description}
+    state = training.train(experiment, settings, workdir=run.workdir, mesh=run.mesh, description=description)
     return Trained(state.ema, int(state.step))
+
+
+def stored_text(run: Run) -> dict[str, Any] | None:
+    """Returns what the run's checkpoint says of its text encoder; None where there is none yet."""
+    try:
+        with open_existing(run.workdir) as checkpoints:
+            return checkpoints.description()["text"]
+    except training.RunError:
+        return None
 
 
 def load(run: Run, parts: Parts, captioned: CaptionedSource) -> Trained:

@@ -5,10 +5,7 @@ without an optimizer's moments: so the loss is a function of its arguments alone
 and a batch carries token ids, which are some hundred times smaller than their features.
 """
 
-import logging
-import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
 
 from diffusion import guidance, losses, predictions, samplers, weightings
 from diffusion.data.batches import batch_indices, make_batches
@@ -24,84 +20,11 @@ from diffusion.data.captions import CaptionedSource, with_text
 from diffusion.data.images import to_float, to_uint8
 from diffusion.networks.mmdit import MMDiT
 from diffusion.networks.unet import UNet
-from diffusion.networks.words import PADDING, Words
 from diffusion.training import Experiment, Loss, Mean, run_key
 from experiments import image_diffusion
 from experiments.command_line import Config
 from experiments.image_diffusion import Diffusion
-
-
-class Text(NamedTuple):
-    """What a network is given of prompts: features of their tokens and of the whole."""
-
-    context: Float[Array, "B L D"]
-    pooled: Float[Array, "B P"]
-
-
-class TextEncoder(NamedTuple):
-    """From prompts to `Text`.
-
-    Attributes:
-      tokenize: prompts -> int32[N, L]; warns of what it leaves out. The empty prompt is "no condition".
-      init: key -> params.
-      encode: (params, ids int32[B, L]) -> `Text`.
-      context_width, pooled_width: D and P.
-      frozen: whether the parameters stay as `init` made them.
-    """
-
-    tokenize: Callable[[Sequence[str]], np.ndarray]
-    init: Callable[[jax.Array], Any]
-    encode: Callable[[Any, Int[Array, "B L"]], Text]
-    context_width: int
-    pooled_width: int
-    frozen: bool
-
-
-def make_text_encoder(config: Config, vocabulary: Sequence[str]) -> TextEncoder:
-    """Returns the encoder that `config.text.encoder` names; `vocabulary` is all words that captions can hold.
-
-    Raises:
-      ValueError: an unknown name.
-    """
-    settings = config.text
-    match settings.encoder:
-        case "words":
-            module = Words(len(vocabulary) + 2, settings.width)
-
-            def encode_words(params: Any, ids: jax.Array) -> Text:
-                context, pooled = module.apply(params, ids)  # pyright: ignore
-                return Text(context, pooled)
-
-            return TextEncoder(
-                tokenize=partial(word_ids, vocabulary=vocabulary, length=settings.length),
-                init=lambda key: module.init(key, jnp.zeros((1, settings.length), jnp.int32)),
-                encode=encode_words,
-                context_width=settings.width,
-                pooled_width=settings.width,
-                frozen=False,
-            )
-        case name:
-            raise ValueError(f"text.encoder is {name!r}: choose words")
-
-
-def word_ids(prompts: Sequence[str], vocabulary: Sequence[str], length: int) -> Int[np.ndarray, "N L"]:
-    """The words' places in the vocabulary plus 2, whatever their case; 1 is an unknown word, 0 fills up to `length`.
-
-    Warns of unknown words, and of prompts that are longer, which are cut.
-    """
-    known = {word: index for index, word in enumerate(vocabulary, 2)}
-    ids = np.full((len(prompts), length), PADDING, np.int32)
-    for row, prompt in zip(ids, prompts, strict=True):
-        words = re.findall(r"\w+", prompt.lower())
-        if unknown := [word for word in words if word not in known]:
-            logging.warning("unknown to the text encoder in %r: %s", prompt, ", ".join(unknown))
-        if len(words) > length:
-            logging.warning(
-                "%r is longer than %d words: what follows %r is left out", prompt, length, words[length - 1]
-            )
-        found = [known.get(word, 1) for word in words[:length]]
-        row[: len(found)] = found
-    return ids
+from experiments.text_encoders import Text, TextEncoder, encode, make_text_encoder
 
 
 def make_network(config: Config, channels: int, encoder: TextEncoder, diffusion: Diffusion) -> MMDiT | UNet:
@@ -151,17 +74,11 @@ def make_loss(config: Config, network: MMDiT | UNet, encoder: TextEncoder, diffu
     return loss
 
 
-def encode(encoder: TextEncoder, params: Any, ids: Int[Array, "B L"]) -> Text:
-    """The text of token ids; no gradient reaches a frozen encoder."""
-    of_text = jax.lax.stop_gradient(params["text"]) if encoder.frozen else params["text"]
-    return encoder.encode(of_text, ids)
-
-
 def make_optimizer(config: Config, encoder: TextEncoder) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Returns the optimizer of the image experiments, which leaves a frozen encoder alone, and its learning rate."""
     optimizer, learning_rate = image_diffusion.make_optimizer(config)
     if encoder.frozen:
-        parts = {"network": optimizer, "text": optax.set_to_zero()}
+        parts: dict[Any, Any] = {"network": optimizer, "text": optax.set_to_zero()}
         optimizer = optax.multi_transform(parts, {name: name for name in parts})
     return optimizer, learning_rate
 
@@ -203,9 +120,14 @@ class Parts(NamedTuple):
     network: MMDiT | UNet
 
 
-def make_parts(config: Config, image_shape: tuple[int, int, int], vocabulary: Sequence[str]) -> Parts:
-    """Returns the encoder, the process and the network of `config`."""
-    encoder = make_text_encoder(config, vocabulary)
+def make_parts(
+    config: Config,
+    image_shape: tuple[int, int, int],
+    vocabulary: Sequence[str],
+    stored: Mapping[str, Any] | None = None,
+) -> Parts:
+    """Returns the encoder (described by a checkpoint where there is one), the process and the network of `config`."""
+    encoder = make_text_encoder(config, vocabulary, stored)
     diffusion = image_diffusion.make_diffusion(config)
     return Parts(config, image_shape, encoder, diffusion, make_network(config, image_shape[-1], encoder, diffusion))
 

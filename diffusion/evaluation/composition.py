@@ -1,4 +1,4 @@
-"""Whether a picture shows what its prompt says, in the manner of GenEval (Ghosh et al. 2023): captioned scenes read back.
+"""Whether a picture of a scene shows what its prompt says, in the manner of GenEval (Ghosh et al. 2023).
 
 A picture is cut into blobs that lie apart on the background. Two support vector machines, trained on blobs of training
 scenes, tell digit and size; the hue tells the colour. A prompt is satisfied when its objects, and no others, are there
@@ -7,7 +7,7 @@ in the number, colours, sizes and places that it names.
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -56,7 +56,7 @@ def blobs(image: UInt8[np.ndarray, "H W 3"]) -> list[Blob]:
     canvas = image.shape[0]
     background = float(np.median(image.max(axis=-1)))
     ink = np.clip((image.max(axis=-1) - background) / (255 - background), 0, 1)
-    label, _ = ndimage.label(ink > FAINT, structure=np.ones((3, 3)))
+    label: Any = ndimage.label(ink > FAINT, structure=np.ones((3, 3)))[0]  # pyright: ignore
     side = WINDOW * canvas // 16
     padded = np.pad(ink, side)
     found = []
@@ -130,7 +130,7 @@ def satisfied(wanted: Scene, found: Sequence[Found], canvas: int) -> dict[str, b
     """
     if len(found) != len(wanted.objects):
         return dict.fromkeys(ASPECTS, False)
-    best = dict.fromkeys(ASPECTS, False)
+    best: dict[str, bool] = dict.fromkeys(ASPECTS, False)
     for order in permutations(found):
         pairs = list(zip(wanted.objects, order, strict=True))
         told = {

@@ -14,9 +14,10 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict(dict(canvas=16, num_examples=50_000, batch_size=128))
     config.text = ConfigDict(
         dict(
-            encoder="words",
-            width=96,
-            length=12,  # words of the longest caption
+            encoder="words",  # or clip, frozen
+            width=96,  # words
+            length=12,  # words: of the longest caption
+            clip="",  # clip: work folder of a run of experiments.clip
         )
     )
     config.network = ConfigDict(
@@ -77,8 +78,8 @@ def get_config() -> ConfigDict:
     config.evaluation = ConfigDict(
         dict(
             num_samples=600,  # prompts of each split, a sixth of each kind
-            guidance=(1.0, 2.0, 4.0, 8.0),  # also measured, on
-            num_swept=120,  # prompts
+            guidance=(1.0, 2.0, 4.0, 8.0),  # scales that are also measured, on num_swept prompts
+            num_swept=120,
             after_training=True,
         )
     )

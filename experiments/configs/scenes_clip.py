@@ -1,0 +1,18 @@
+"""Text to image on captioned scenes (16x16): the MM-DiT steered by a frozen CLIP, trained before on the same scenes.
+
+    ./launch.sh clip
+    ./launch.sh scenes --config=experiments/configs/scenes_clip.py
+
+All else is scenes_mmdit.py.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import scenes_mmdit
+
+
+def get_config() -> ConfigDict:
+    config = scenes_mmdit.get_config()
+    config.text.encoder = "clip"
+    config.text.clip = "runs/clip"
+    return config
