@@ -96,17 +96,18 @@ def estimate_bound(
     u: Float[Array, " B"],
     num_terms: int,
     variance: str = "large",
+    decoder_variance: float | Float[Array, ""] | None = None,
 ) -> BoundEstimate:
     """Returns an unbiased estimate of `variational_bound` from `num_terms` of its steps an image, and the decoder.
 
     `u` in (0, 1), even and one an image, places the steps: one in each of `num_terms` equal strata of sqrt((t - 2) /
-    (T - 1)), for the terms are largest at small t. The decoder's term is always taken.
+    (T - 1)), for the terms are largest at small t. The decoder's term is always taken. The rest is as there.
     """
     num_steps = schedule.beta.shape[0] - 1
     if num_steps < 2 or num_terms < 1:
         raise ValueError(f"{num_terms} terms of a chain of {num_steps} steps: both need to be more")
     x_0 = jnp.asarray(x_0)
-    terms_at = _make_terms(key, denoise, schedule, x_0, variance)
+    terms_at = _make_terms(key, denoise, schedule, x_0, variance, decoder_variance=decoder_variance)
     quantile = (jnp.arange(num_terms) + u[:, None]) / num_terms
     t = 2 + jnp.minimum((quantile**2 * (num_steps - 1)).astype(jnp.int32), num_steps - 2)
     probability = jnp.sqrt((t - 1) / (num_steps - 1)) - jnp.sqrt((t - 2) / (num_steps - 1))

@@ -5,34 +5,16 @@
 Pictures and numbers are then in runs/digits: report.md, curves.png, samples/ and previews/.
 """
 
-from diffusion.data.sources import digits
-from experiments import image_likelihood, image_modes, image_uses
-from experiments.command_line import Run, main
+from diffusion.data.sources import Source, digits
+from experiments import image_modes
+from experiments.command_line import Config
 
 
-def train(run: Run) -> None:
-    """Trains, then evaluates."""
-    trained = image_modes.train(run, digits("train"))
-    if run.config.evaluation.after_training:
-        image_modes.evaluate(run, digits("train"), digits("test"), trained)
-
-
-def sample(run: Run) -> None:
-    """Draws samples."""
-    image_modes.sample(run, digits("train"))
-
-
-def evaluate(run: Run) -> None:
-    """Draws and scores samples."""
-    image_modes.evaluate(run, digits("train"), digits("test"))
-
-
-def likelihood(run: Run) -> None:
-    """Measures bits/dim of the test split."""
-    image_likelihood.bits_per_dim(run, digits("test"))
+def make_source(config: Config, split: str) -> Source:
+    """Returns a split of the digits."""
+    del config
+    return digits(split)
 
 
 if __name__ == "__main__":
-    uses = image_uses.make_modes(lambda run: digits("test"))
-    modes = {"train": train, "sample": sample, "evaluate": evaluate, "likelihood": likelihood, **uses}
-    main(__file__, __doc__, default_config="digits_ddpm.py", modes=modes, extra_flags=image_uses.define_flags)
+    image_modes.main(__file__, __doc__, default_config="digits_ddpm.py", make_source=make_source)

@@ -4,18 +4,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-import matplotlib.figure
 import numpy as np
 from tqdm import tqdm
 
-from diffusion import evaluation, likelihood
+from diffusion import evaluation, gaussian, likelihood
 from diffusion.data.images import to_float
 from diffusion.data.sources import Source
-from diffusion.files import replacing
 from diffusion.training import run_key
 from experiments import image_diffusion, image_modes
 from experiments.command_line import Config, Run
+
+GOLDEN_RATIO = 0.6180339887498949  # its multiples fill the circle more evenly than draws do
 
 
 def bits_per_dim(run: Run, source: Source) -> None:
@@ -25,14 +24,30 @@ def bits_per_dim(run: Run, source: Source) -> None:
     chain, and is left out for a process that is none.
     """
     trained = image_modes.load(run, source)
+    measurements = measure(run, source, trained, run.flags.num_samples or 100, 0, run.flags.steps or 200)
+    if jax.process_index() == 0:
+        folder = run.workdir / "likelihood"
+        about = {"experiment": run.experiment, "steps trained": trained.step}
+        evaluation.write_report(folder, f"Likelihood of {source.name} {source.split}", measurements, about)
+        print((folder / "report.md").read_text(), end="")
+
+
+def measure(
+    run: Run, source: Source, trained: image_modes.Trained, num_images: int, num_terms: int, num_steps: int
+) -> list[evaluation.Measurement]:
+    """Returns bits/dim of the first `num_images` of `source` by both routes, and draws likelihood/terms.png.
+
+    `num_terms` of the bound's steps are taken for each image, another choice for each (`likelihood.estimate_bound`); 0
+    takes all. `num_steps` are the ODE's.
+    """
     config = run.config.copy_and_resolve_references()
     config.sampling.guidance = 1.0  # guided samples follow no likelihood
     config.sampling.sampler = "ddim"
-    config.sampling.num_steps = num_steps = run.flags.steps or 200
-    count = min(run.flags.num_samples or 100, source.num_examples)
+    config.sampling.num_steps = num_steps
+    count = min(num_images, source.num_examples)
     batch_size = min(config.sampling.batch_size, count)
     batches = [np.arange(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
-    measure = make_measure(config, source)
+    measure = make_measure(config, source, num_terms)
     rows: dict[str, list[np.ndarray]] = {}
     for index in tqdm(batches, desc="likelihood", unit="batch"):
         batch = source.read(index)
@@ -45,7 +60,7 @@ def bits_per_dim(run: Run, source: Source) -> None:
         "features": "8-bit images",
         "reference": evaluation.reference_of(source),
         "seeds": [0],
-        "ema": config.training.ema_decay,
+        "ema": trained.average,
     }
     error = {name: float(value.std() / len(value) ** 0.5) for name, value in values.items() if value.ndim == 1}
     measurements = [
@@ -60,24 +75,24 @@ def bits_per_dim(run: Run, source: Source) -> None:
     ]
     if "total" in values:
         parts = {name: float(values[name].mean()) for name in ("total", "prior", "decoder")}
-        parts["steps"] = float(values["steps"].sum(axis=1).mean())
+        mean = parts.pop("total")
+        parts["steps"] = mean - parts["prior"] - parts["decoder"]
+        taken = f"{num_terms} steps of the chain an image" if num_terms else "every step of the chain"
         measurements.append(
             evaluation.Measurement(
                 "bits/dim, variational bound",
-                {"mean": parts.pop("total"), "standard error": error["total"], **parts},
-                sampler=f"every step of the chain, variance {bound_variance(config)}",
+                {"mean": mean, "standard error": error["total"], **parts},
+                sampler=f"{taken}, variance {bound_variance(config)}",
                 num_steps=config.process.num_steps,
                 note="an upper bound, one draw of x_t a step; mean = prior + steps + decoder",
                 **made,
             )
         )
-    if jax.process_index() == 0:
-        folder = run.workdir / "likelihood"
-        about = {"experiment": run.experiment, "steps trained": trained.step}
-        evaluation.write_report(folder, f"Likelihood of {source.name} {source.split}", measurements, about)
-        if "steps" in values:
-            draw_terms(values["steps"].mean(axis=0), folder / "terms.png")
-        print((folder / "report.md").read_text(), end="")
+        if jax.process_index() == 0:
+            shown = {"KL(q(x_{t-1} | x_t, x_0) || p), bits/dim": values["steps"]}
+            shown |= {"|eps - eps_hat|^2": values["eps_mse"]} if "eps_mse" in values else {}
+            evaluation.draw_terms(values["t"], shown, run.workdir / "likelihood" / "terms.png")
+    return measurements
 
 
 def bound_variance(config: Config) -> str:
@@ -85,13 +100,25 @@ def bound_variance(config: Config) -> str:
     return "learned" if config.loss.learned_variance else config.sampling.variance
 
 
-def make_measure(config: Config, source: Source) -> Any:
-    """Returns measure(params, image uint8[B, H, W, C], label [B], index [B]) -> named values, [B] or [B, T]."""
+def make_measure(config: Config, source: Source, num_terms: int) -> Any:
+    """Returns measure(params, image uint8[B, H, W, C], label [B], index [B]) -> named values, [B] or [B, K]."""
     diffusion = image_diffusion.make_diffusion(config)
     network = image_diffusion.make_network(config, source, diffusion)
     grid = diffusion.grid(config.sampling.num_steps)
     unclipped = config.copy_and_resolve_references()
     unclipped.sampling.threshold = "none"  # clipping has kinks: the ODE's divergence would not be the flow's
+
+    def bound_values(key: Any, denoise: Any, schedule: Any, x_0: jax.Array, index: jax.Array) -> dict[str, jax.Array]:
+        variance = bound_variance(config)
+        # DDPM's published bits/dim, with the large variance, have the small one in the decoder.
+        decoder_variance = gaussian.p_variance(schedule, "small")[1] if variance == "large" else None
+        if num_terms:
+            u = (index * GOLDEN_RATIO + 0.5) % 1.0
+            bound = likelihood.estimate_bound(key, denoise, schedule, x_0, u, num_terms, variance, decoder_variance)
+            return {"total": bound.total, **bound._asdict()}
+        bound = likelihood.variational_bound(key, denoise, schedule, x_0, variance, decoder_variance=decoder_variance)
+        t = jnp.broadcast_to(jnp.arange(2, bound.steps.shape[1] + 1), bound.steps[:, 1:].shape)
+        return {"total": bound.total, **bound._asdict(), "steps": bound.steps[:, 1:], "t": t}
 
     @jax.jit
     def measure(params: Any, image: jax.Array, label: jax.Array | None, index: jax.Array) -> dict[str, jax.Array]:
@@ -106,9 +133,7 @@ def make_measure(config: Config, source: Source) -> Any:
         values = {"ode": likelihood.ode_likelihood(keys["ode"], x_0_hat_of, x, grid)}
         if diffusion.schedule is not None:
             denoise = image_diffusion.make_denoise(config, network, diffusion, params, label)
-            variance = bound_variance(config)
-            bound = likelihood.variational_bound(keys["bound"], denoise, diffusion.schedule, x_0, variance)
-            values |= {"total": bound.total, **bound._asdict()}
+            values |= bound_values(keys["bound"], denoise, diffusion.schedule, x_0, index)
         return values
 
     return measure
@@ -117,19 +142,3 @@ def make_measure(config: Config, source: Source) -> Any:
 def first(output: Any) -> jax.Array:
     """Returns x_0_hat of a Denoise's answer, which may be (x_0_hat, v)."""
     return output[0] if isinstance(output, tuple) else output
-
-
-def draw_terms(terms: np.ndarray, path: Any) -> None:
-    """Draws the bound's term of every step, float[T] in bits/dim (as Nichol & Dhariwal 2021, figure 2)."""
-    matplotlib.use("agg")
-    figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    t = jnp.arange(2, len(terms) + 1)
-    axes.plot(t, terms[1:])
-    axes.set_yscale("log")
-    axes.set_xscale("log")
-    axes.set_xlabel("t")
-    axes.set_ylabel("KL(q(x_{t-1} | x_t, x_0) || p), bits/dim")
-    axes.grid(alpha=0.3)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=100)

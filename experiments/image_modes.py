@@ -1,28 +1,81 @@
-"""The modes of the image experiments: train, sample, evaluate."""
+"""The modes that every image experiment has, and its command line: `main(__file__, __doc__, ...)`."""
 
+import hashlib
+import json
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
+from absl import flags
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from diffusion import evaluation, training
+from diffusion import training
 from diffusion.data.images import image_grid, save_png
-from diffusion.data.samples import save_samples
+from diffusion.data.samples import load_samples, save_samples
 from diffusion.data.sources import Source
+from diffusion.files import replacing
+from diffusion.training import RunError, snapshots
 from diffusion.training.checkpoints import open_existing
-from experiments import image_diffusion
-from experiments.command_line import Run
+from experiments import command_line, image_diffusion
+from experiments.command_line import Config, Run
+
+FAR = 0.1  # an average whose profile misses by more is another one
 
 
 class Trained(NamedTuple):
-    """The averaged weights of a run, and after how many steps."""
+    """Averaged weights of a run, after how many steps, and which average: its decay, or "power SIGMA_REL"."""
 
     ema: Any
     step: int
+    average: float | str | None = None
+
+
+def main(file: str, doc: str | None, *, default_config: str, make_source: Callable[[Config, str], Source]) -> NoReturn:
+    """Runs the image experiment in `file`: `make_source(config, split)` gives its images ("train" and "test")."""
+    from experiments import image_evaluation, image_likelihood, image_uses
+
+    def train_and_evaluate(run: Run) -> None:
+        source = make_source(run.config, "train")
+        trained = train(run, source)
+        if run.config.evaluation.after_training:
+            image_evaluation.evaluate(run, source, make_source(run.config, "test"), trained)
+
+    def on(split: str, mode: Callable[[Run, Source], None]) -> command_line.Mode:
+        return lambda run: mode(run, make_source(run.config, split))
+
+    def on_both(mode: Callable[[Run, Source, Source], None]) -> command_line.Mode:
+        return lambda run: mode(run, make_source(run.config, "train"), make_source(run.config, "test"))
+
+    modes = {
+        "train": train_and_evaluate,
+        "sample": on("train", sample),
+        "evaluate": on_both(image_evaluation.evaluate),
+        "sweep": on_both(image_evaluation.sweep),
+        "likelihood": on("test", image_likelihood.bits_per_dim),
+        **image_uses.make_modes(lambda run: make_source(run.config, "test")),
+    }
+
+    def define_all(values: flags.FlagValues) -> None:
+        define_flags(values)
+        image_evaluation.define_flags(values)
+        image_uses.define_flags(values)
+
+    command_line.main(file, doc, default_config=default_config, modes=modes, extra_flags=define_all)
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flag of `load`."""
+    flags.DEFINE_float(
+        "ema_length",
+        None,
+        "take the power-function average of this relative length in place of the run's own (Karras et al. 2024)",
+        flag_values=values,
+    )
 
 
 def train(run: Run, source: Source) -> Trained:
@@ -30,11 +83,17 @@ def train(run: Run, source: Source) -> Trained:
     experiment = image_diffusion.make_experiment(run.config, source, run.mesh)
     settings = image_diffusion.make_settings(run.config)
     state = training.train(experiment, settings, workdir=run.workdir, mesh=run.mesh, description=run.description)
-    return Trained(state.ema, int(state.step))
+    return Trained(state.ema, int(state.step), settings.ema_decay)
 
 
-def load(run: Run, source: Source) -> Trained:
-    """Returns the newest weights in the run's folder, on this machine's devices whatever they were saved from."""
+def load(run: Run, source: Source, ema_length: float | None = None) -> Trained:
+    """Returns the newest weights in the run's folder, on this machine's devices whatever they were saved from.
+
+    With `ema_length` (or --ema_length) the average of that length is made of the stored ones, at the last stored step.
+
+    Raises:
+      RunError: there are none, or no such average can be made of what is stored.
+    """
     experiment = image_diffusion.make_experiment(run.config, source, run.mesh)
     settings = image_diffusion.make_settings(run.config)
     shape = (run.config.data.batch_size, *source.image_shape)
@@ -43,83 +102,110 @@ def load(run: Run, source: Source) -> Trained:
         "label": jax.ShapeDtypeStruct(shape[:1], np.int32),
     }
     abstract = training.abstract_train_state(experiment, settings, run.mesh, batch)
-    with open_existing(run.workdir) as checkpoints:
-        state = checkpoints.restore(abstract)
-    return Trained(state.ema, int(state.step))
+    asked = run.flags.ema_length if ema_length is None and "ema_length" in run.flags else ema_length
+    if asked is None:
+        with open_existing(run.workdir) as checkpoints:
+            state = checkpoints.restore(abstract)
+        return Trained(state.ema, int(state.step), settings.ema_decay)
+    average = snapshots.reconstruct(run.workdir, asked, abstract.ema)
+    if average.error > FAR:
+        raise RunError(
+            f"an average of length {asked:g} cannot be made of those stored in {run.workdir}: its profile would be off "
+            f"by {average.error:.0%}; lengths near {', '.join(map(str, settings.ema_profiles))} can"
+        )
+    params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), average.params, abstract.ema)
+    return Trained(params, max(snapshots.stored_steps(run.workdir)), f"power {asked:g}")
 
 
-def generate(run: Run, source: Source, trained: Trained, num_samples: int, seed: int) -> np.ndarray:
-    """Returns uint8[num_samples, H, W, C]: images 0, 1, ... of `seed`, the same whatever the devices or batches."""
+def generate(
+    run: Run, source: Source, trained: Trained, num_samples: int, seed: int, parts: Path | None = None
+) -> np.ndarray:
+    """Returns uint8[num_samples, H, W, C]: images 0, 1, ... of `seed`, the same whatever the devices or batches.
+
+    With `parts`, a folder, every batch is written there as it is made, and read from there if a call that was killed
+    has left it. The caller removes the folder.
+    """
     diffusion = image_diffusion.make_diffusion(run.config)
     network = image_diffusion.make_network(run.config, source, diffusion)
     generate_batch = image_diffusion.make_generate(run.config, source, network, diffusion, run.mesh)
     batch_size = image_diffusion.round_up(min(run.config.sampling.batch_size, num_samples), run.mesh.size)
     images = []
     for first in tqdm(range(0, num_samples, batch_size), desc="sampling", unit="batch", file=sys.stderr):
+        path = parts and parts / f"{first:08d}_{batch_size}.npz"
+        if path and everywhere(path.exists()):
+            images.append(load_samples(path))
+            continue
         # The last batch is full too, and cut afterwards: one program is compiled for all.
         batch = generate_batch(trained.ema, np.uint32(seed), np.arange(first, first + batch_size))
         images.append(multihost_utils.process_allgather(batch, tiled=True))
+        if path and jax.process_index() == 0:
+            save_samples(path, images[-1])
     return np.concatenate(images)[:num_samples]
+
+
+def everywhere(flag: bool) -> bool:
+    """Returns what the first process says, for all must do the same."""
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag))) if jax.process_count() > 1 else flag
 
 
 def sample(run: Run, source: Source) -> None:
     """Writes --num_samples images as .npz (`arr_0`, uint8 [N, H, W, C]) and as a PNG grid beside it."""
-    draw_samples(run, source, load(run, source), run.flags.num_samples or 64)
+    draw_samples(run, source, load(run, source), run.flags.num_samples or 64, run.flags.seed, run.flags.out)
 
 
-def draw_samples(run: Run, source: Source, trained: Trained, num_samples: int, shown: int = 100) -> np.ndarray:
-    """Generates samples, writes them to --out and the first `shown` as a grid to the .png beside it; returns them."""
-    settings, seed = run.config.sampling, run.flags.seed
+def draw_samples(
+    run: Run,
+    source: Source,
+    trained: Trained,
+    num_samples: int,
+    seed: int,
+    out: str | Path | None = None,
+    shown: int = 100,
+) -> np.ndarray:
+    """Returns samples; writes them to `out`, the first `shown` as a grid to the .png and how they were made to .json.
+
+    A call that was killed goes on where it was, and samples that are there already, made in the same way of the same
+    weights, are read.
+    """
+    settings = run.config.sampling
     name = f"step{trained.step}_{settings.sampler}{settings.num_steps}_seed{seed}_n{num_samples}.npz"
-    out = Path(run.flags.out or run.workdir / "samples" / name)
-    images = generate(run, source, trained, num_samples, seed)
+    out = Path(out or run.workdir / "samples" / name)
+    made = {
+        **run.description,
+        "step": trained.step,
+        "average": trained.average,
+        "weights": digest(trained.ema),
+        "seed": seed,
+        "num_samples": num_samples,
+    }
+    text = json.dumps(made, indent=2) + "\n"
+    note = out.with_suffix(".json")
+    if everywhere(out.exists() and note.exists() and note.read_text() == text):
+        images = load_samples(out)
+        say(f"{len(images)} samples made before: {out}")
+        return images
+    parts = out.with_name(f".{out.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}")
+    images = generate(run, source, trained, num_samples, seed, parts)
     if jax.process_index() == 0:
         save_samples(out, images)
         save_png(out.with_suffix(".png"), image_grid(images[:shown]), smallest_side=720)
-        print(f"{len(images)} samples: {out}\na picture of {min(shown, len(images))}: {out.with_suffix('.png')}")
+        with replacing(note) as temporary:
+            temporary.write_text(text)
+        shutil.rmtree(parts)
+    say(f"{len(images)} samples: {out}\na picture of {min(shown, len(images))}: {out.with_suffix('.png')}")
     return images
 
 
-def evaluate(run: Run, train: Source, test: Source, trained: Trained | None = None) -> None:
-    """Scores samples against held-out real images, in pixel space; writes report.json, report.md and pictures.
+def say(line: str) -> None:
+    """Prints, once for all processes."""
+    if jax.process_index() == 0:
+        print(line)
 
-    Of small images with classes also the share of each among the samples, told by a classifier of the real ones.
-    """
-    trained = trained or load(run, train)
-    num_samples = run.flags.num_samples or run.config.evaluation.num_samples
-    samples = draw_samples(run, train, trained, num_samples)
-    if jax.process_index() != 0:
-        return
-    settings = run.config.sampling
-    real = train.read(np.arange(train.num_examples))
-    held_out = test.read(np.arange(test.num_examples))
-    score = evaluation.held_out_score(samples, real["image"], held_out["image"])
-    made = {
-        "num_samples": score.count,
-        "features": f"pixels in [-1, 1], {np.prod(train.image_shape)} values",
-        "reference": evaluation.reference_of(train),
-        "sampler": settings.sampler,
-        "num_steps": settings.num_steps,
-        "seeds": [run.flags.seed],
-        "ema": run.config.training.ema_decay,
-    }
-    unseen = {**made, "sampler": f"real images, {test.name} {test.split}", "num_steps": None, "seeds": [], "ema": None}
-    measurements = [
-        evaluation.Measurement("Fréchet distance of samples", score.samples, **made),
-        evaluation.Measurement("Fréchet distance of held-out real images", score.held_out, **unseen),
-        evaluation.Measurement("the first over the second", score.ratio, **made, note="1 is as good as unseen images"),
-    ]
-    # A machine on pixels: it reads digits, but not photographs.
-    if train.num_classes is not None and np.prod(train.image_shape) <= 256:
-        classify = evaluation.fit_classifier(real["image"], real["label"])
-        right = float(np.mean(classify(held_out["image"]) == held_out["label"]))
-        shares = evaluation.class_shares(classify(samples), train.num_classes)
-        named = {str(number): float(share) for number, share in enumerate(shares)}
-        note = f"told by a support vector machine that reads {right:.1%} of the held-out images"
-        measurements.append(
-            evaluation.Measurement("share of each class", named, **{**made, "num_samples": len(samples)}, note=note)
-        )
-    about = {"experiment": run.experiment, "steps trained": trained.step, "device": jax.devices()[0].device_kind}
-    evaluation.write_report(run.workdir, f"{run.experiment} after {trained.step} steps", measurements, about)
-    evaluation.draw_curves(run.workdir / "metrics.jsonl", run.workdir / "curves.png")
-    print((run.workdir / "report.md").read_text(), end="")
+
+def digest(params: Any) -> str:
+    """Returns "sha256:..." over all weights."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        total.update(jax.tree_util.keystr(path).encode())
+        total.update(np.ascontiguousarray(multihost_utils.process_allgather(leaf, tiled=True)).tobytes())
+    return f"sha256:{total.hexdigest()}"

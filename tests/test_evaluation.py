@@ -2,23 +2,37 @@
 
 import json
 import pickle
+import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion import metrics
 from diffusion.data import digits
+from diffusion.data.images import save_png
 from diffusion.data.samples import load_samples, save_samples
 from diffusion.evaluation import (
+    METRICS,
+    PIXELS,
     Measurement,
     Reference,
+    bias_note,
     class_shares,
+    compare,
+    count_bias,
     fit_classifier,
     fixed_subset,
     held_out_score,
+    network_extractor,
+    over_seeds,
     pixel_features,
     reference_of,
+    reference_set,
     write_report,
 )
+from diffusion.evaluation.__main__ import main as command_line
 
 rng = np.random.RandomState(0)
 
@@ -125,31 +139,176 @@ def test_class_shares():
     assert class_shares(np.array([0, 3, 3, 1]), 5).tolist() == [0.25, 0.25, 0, 0.5, 0]
 
 
-def test_held_out_score_tells_good_from_bad(real):
+@pytest.fixture(scope="module")
+def train_set(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield reference_set(digits("train"), PIXELS)
+
+
+def test_held_out_score_tells_good_from_bad(real, train_set):
     train, held_out = real["train"]["image"], real["test"]["image"]
-    itself = held_out_score(held_out, train, held_out)
+    itself = held_out_score(held_out, held_out, train_set)
     assert itself.ratio == 1 and itself.count == 500 and itself.samples == itself.held_out
     # Training images shown again are nearer than any fresh ones; noise and blur are farther, and by how much.
-    assert held_out_score(fixed_subset(train, 500), train, held_out).ratio < 0.7
+    assert held_out_score(fixed_subset(train, 500), held_out, train_set).ratio < 0.7
     noisy = np.clip(held_out + rng.normal(0, 40, held_out.shape), 0, 255).astype(np.uint8)
     noisier = np.clip(held_out + rng.normal(0, 80, held_out.shape), 0, 255).astype(np.uint8)
-    ratios = [held_out_score(image, train, held_out).ratio for image in (noisy, noisier, 255 - held_out)]
+    ratios = [held_out_score(image, held_out, train_set).ratio for image in (noisy, noisier, 255 - held_out)]
     assert 2 < ratios[0] < ratios[1] < ratios[2]
 
 
-def test_held_out_score_is_taken_at_one_count_and_in_no_order(real):
-    train, held_out = real["train"]["image"], real["test"]["image"]
+def test_held_out_score_is_taken_at_one_count_and_in_no_order(real, train_set):
+    held_out = real["test"]["image"]
     many = np.concatenate([held_out, 255 - held_out])
-    score = held_out_score(many, train, held_out)
+    score = held_out_score(many, held_out, train_set)
     assert score.count == 500
-    again = held_out_score(many[rng.permutation(1000)], train[rng.permutation(1297)], held_out[::-1])
+    again = held_out_score(many[rng.permutation(1000)], held_out[::-1], train_set)
     assert again == pytest.approx(score, rel=1e-10)
-    few = held_out_score(held_out[:100], train, held_out)
+    few = held_out_score(held_out[:100], held_out, train_set)
     assert few.count == 100 and few.held_out > score.held_out  # the bias of a small count is in both
-    with pytest.raises(ValueError, match=r"samples have shape \[8, 8, 3\] but training images \[8, 8, 1\]"):
-        held_out_score(held_out.repeat(3, -1), train, held_out)
+    with pytest.raises(ValueError, match=r"samples have shape \[8, 8, 3\] but held-out images \[8, 8, 1\]"):
+        held_out_score(held_out.repeat(3, -1), held_out, train_set)
     with pytest.raises(ValueError, match="at least 2 features are needed, not 1"):
-        held_out_score(held_out[:1], train, held_out)
+        held_out_score(held_out[:1], held_out, train_set)
+
+
+# --- scores
+
+
+def small_network(batch_size):
+    """A seeded convolution as a feature extractor that also classifies."""
+    kernel = np.random.RandomState(0).normal(size=(3, 3, 1, 12)).astype(np.float32)
+
+    def apply(params, image):
+        x = jax.lax.conv_general_dilated(
+            image.astype(jnp.float32) / 255,
+            params["kernel"],
+            (2, 2),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        features = jnp.tanh(x).mean((1, 2))
+        return features, 5 * features[:, :4]
+
+    return network_extractor("small", apply, {"kernel": kernel}, batch_size, classifies=True)
+
+
+def test_scores_do_not_depend_on_batch_size_or_order(real, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    image = real["test"]["image"]
+    expected = None
+    for batch_size, order in ((64, slice(None)), (7, rng.permutation(500)), (500, slice(None, None, -1))):
+        extractor = small_network(batch_size)
+        scores = compare(image[order], extractor, reference_set(digits("train"), extractor), list(METRICS))
+        expected = expected or scores
+        for name, score in scores.items():
+            assert score.num_samples == 500
+            assert score.value == pytest.approx(expected[name].value, rel=1e-3, abs=1e-9)
+
+
+def test_scores_are_those_of_the_formulas(real, train_set):
+    image = fixed_subset(real["test"]["image"], 300)
+    scores = compare(image, PIXELS, train_set, ["fid", "kid", "precision_recall"])
+    own, other = (metrics.statistics(pixel_features(x)) for x in (image, real["train"]["image"]))
+    fid = metrics.frechet_distance(own.mean, own.cov, other.mean, other.cov)
+    assert scores["fid"] == (pytest.approx(fid, rel=1e-9), 300)
+    kid = metrics.kernel_distance(pixel_features(image), pixel_features(real["train"]["image"]))
+    assert scores["kid"].value == pytest.approx({"mean": kid.value, "standard error": kid.standard_error}, rel=1e-9)
+    assert 0.7 < scores["precision_recall"].value["precision"] <= 1
+
+
+def test_references_are_computed_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source, calls = digits("train"), []
+    network = small_network(100)
+    counted = network._replace(extract=lambda image: (calls.append(len(image)), network.extract(image))[1])
+    first = reference_set(source, counted)
+    again = reference_set(source, counted)
+    assert calls == [1297]
+    np.testing.assert_array_equal(first.features, again.features)
+    np.testing.assert_array_equal(first.statistics.cov, again.statistics.cov)
+    reference_set(digits("test"), counted)
+    reference_set(source, counted._replace(name="other"))
+    assert calls == [1297, 500, 1297]
+    (stored,) = [path for path in tmp_path.rglob("*.npz") if np.load(path)["features"].shape[0] == 500]
+    stored.write_bytes(stored.read_bytes()[:1000])  # a damaged cache is made anew
+    reference_set(digits("test"), counted)
+    assert calls == [1297, 500, 1297, 500]
+
+
+def test_the_bias_of_a_small_count_is_measured(train_set):
+    biases = [count_bias(train_set, count).value for count in (50, 200, 600)]
+    assert biases[0] > 2 * biases[1] > 2 * biases[2] > 0
+    assert count_bias(train_set, 1000).num_samples == 648  # half of the reference at most
+    assert f"600 of the reference's own images are {biases[2]:.4g} from its others" in bias_note(train_set, 600)
+    assert bias_note(train_set, 50_000) == ""
+    assert "statistics alone" in bias_note(train_set._replace(features=None), 600)
+
+
+def test_over_seeds():
+    assert over_seeds([1.5]) == 1.5
+    assert over_seeds([{"mean": 1.0, "error": 2.0}]) == {"mean": 1.0, "error": 2.0}
+    assert over_seeds([3.0, 1.0, 2.0]) == {"mean": 2.0, "min": 1.0, "max": 3.0}
+    assert over_seeds([{"mean": 1.0, "error": 2.0}, {"mean": 3.0, "error": 4.0}]) == {
+        "mean": 2.0, "min": 1.0, "max": 3.0, "error mean": 3.0, "error min": 2.0, "error max": 4.0,
+    }  # fmt: skip
+
+
+# --- python -m diffusion.evaluation
+
+
+def test_the_command_scores_any_two_sets(real, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save_samples(tmp_path / "a.npz", real["test"]["image"])
+    for number, image in enumerate(real["test"]["image"]):
+        save_png(tmp_path / "pictures" / f"{number:04d}.png", image, smallest_side=1)
+    own = metrics.statistics(pixel_features(real["train"]["image"]))
+    np.savez(tmp_path / "statistics.npz", mu=own.mean, sigma=own.cov)
+    printed = []
+    for samples, reference in (("a.npz", "digits:train"), ("pictures", "digits:train"), ("a.npz", "statistics.npz")):
+        reference = reference if ":" in reference else str(tmp_path / reference)
+        command_line([str(tmp_path / samples), reference, "--features=pixels", f"--out={tmp_path / 'out'}"])
+        printed.append(capsys.readouterr().out)
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        names = [one["name"] for one in report["measurements"]]
+        assert names == (["fid"] if "statistics" in reference else ["fid", "kid", "precision_recall"])
+        assert report["measurements"][0]["value"] == pytest.approx(0.29806, rel=1e-4)  # as held-out images have
+        assert "biased upwards, for 500 samples" in printed[-1]
+    assert (tmp_path / "out" / "nearest.png").stat().st_size > 1000
+
+
+def test_bad_input_of_the_command_gets_one_line(real, tmp_path):
+    save_samples(tmp_path / "one.npz", real["test"]["image"][:1])
+    save_samples(tmp_path / "colour.npz", real["test"]["image"].repeat(3, -1))
+    save_samples(tmp_path / "good.npz", real["test"]["image"])
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:-50])
+    np.savez(tmp_path / "float.npz", arr_0=np.zeros((9, 8, 8, 1)))
+    np.savez(tmp_path / "nan.npz", mu=np.zeros(64), sigma=np.full((64, 64), np.nan))
+    np.savez(tmp_path / "square.npz", mu=np.zeros(64), sigma=np.zeros((64, 3)))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
+    statistics = str(tmp_path / "good_statistics.npz")
+    np.savez(statistics, mu=np.zeros(64), sigma=np.eye(64))
+    for arguments, line in (
+        (["one.npz", "digits:train"], "at least 2 features are needed, not 1"),
+        (["colour.npz", "digits:train"], r"shape \[8, 8, 3\] have 192 features, the reference digits has 64"),
+        (["cut.npz", "digits:train"], "cut.npz is not a whole .npz"),
+        (["missing.npz", "digits:train"], "missing.npz is not a whole .npz"),
+        (["float.npz", "digits:train"], "float64 in .* not uint8"),
+        (["empty", "digits:train"], "holds no pictures"),
+        (["broken", "digits:train"], "a.png cannot be read as a picture"),
+        (["good.npz", "digits:all"], "splits 'train' and 'test'"),
+        (["good.npz", str(tmp_path / "nan.npz")], "not a mean and a covariance"),
+        (["good.npz", str(tmp_path / "square.npz")], "not a mean and a covariance"),
+        (["good.npz", statistics, "--metrics=kid"], "kid needs the reference's images"),
+        (["good.npz", "digits:train", "--metrics=fid,beauty"], "no metric 'beauty'"),
+        (["good.npz", "digits:train", "--features=inception", "--weights=none.pth"], "none.pth is not a file"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            command_line(["--features=pixels", str(tmp_path / arguments[0]), *arguments[1:]])
+        assert re.search(line, str(left.value)) and "\n" not in str(left.value), left.value
 
 
 def test_fixed_subset_depends_on_content_alone(real):

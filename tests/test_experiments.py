@@ -14,10 +14,11 @@ from diffusion.data.samples import load_samples
 from diffusion.data.sources import array_source, digits
 from diffusion.training import RunError, make_mesh, place_batch, run_key
 from diffusion.training.loggers import Loggers
-from experiments import command_line, image_diffusion, image_modes
+from experiments import command_line, image_diffusion, image_evaluation, image_modes
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted(path.stem for path in (ROOT / "experiments" / "configs").glob("[!_]*.py"))
+IMAGES = ("digits", "cifar10")
+CONFIGS = sorted(path.stem for name in IMAGES for path in (ROOT / "experiments" / "configs").glob(f"{name}_*.py"))
 SMALL = (
     "--config.network.channels=8",
     "--config.network.num_blocks=1",
@@ -41,7 +42,10 @@ def parse(folder, *arguments, experiment="digits"):
     modes = dict.fromkeys(["train", "sample", "evaluate"], lambda run: None)
     file = ROOT / "experiments" / f"{experiment}.py"
     argv = [experiment, f"--workdir={folder}", *arguments]
-    return command_line.parse(argv, file, "doc", f"{experiment}_ddpm.py", modes, flags.FlagValues())[0]
+    values = flags.FlagValues()
+    image_modes.define_flags(values)
+    image_evaluation.define_flags(values)
+    return command_line.parse(argv, file, "doc", f"{experiment}_ddpm.py", modes, values)[0]
 
 
 def images_of_cifar_shape(num_examples=40):
@@ -130,18 +134,104 @@ def test_samples_need_only_the_work_folder(trained, tmp_path):
     assert parse(folder, "--mode=sample", "--steps=4").config.sampling.num_steps == 4
 
 
-def test_evaluation_reports_how_every_number_was_made(trained, tmp_path):
+QUICK = (
+    "--config.evaluation.likelihood_images=8",
+    "--config.evaluation.bound_terms=4",
+    "--config.evaluation.ode_steps=4",
+)
+
+
+def test_evaluation_reports_how_every_number_was_made(trained):
     folder, last = trained
-    run = parse(folder, "--mode=evaluate", "--num_samples=100")
-    image_modes.evaluate(run, digits("train"), digits("test"), last)
+    run = parse(folder, "--mode=evaluate", "--num_samples=100", *QUICK)
+    image_evaluation.evaluate(run, digits("train"), digits("test"), last)
     report = json.loads((folder / "report.json").read_text())
     assert report["about"]["steps trained"] == 6
     by_name = {one["name"]: one for one in report["measurements"]}
-    assert by_name["the first over the second"]["value"] > 2  # six steps are not enough
+    assert by_name["samples' Fréchet distance over theirs"]["value"] > 2  # six steps are not enough
+    assert "fewer than 50000: 100 of the reference's own images" in by_name["Fréchet distance"]["note"]
+    assert by_name["kernel distance"]["value"]["mean"] > 0.01
     assert sum(by_name["share of each class"]["value"].values()) == pytest.approx(1)
+    assert by_name["bits/dim, variational bound"]["num_samples"] == 8
     for one in report["measurements"]:
-        assert one["reference"]["fingerprint"].startswith("sha256:") and one["num_samples"] == 100
-    assert (folder / "curves.png").stat().st_size > 1000
+        assert one["reference"]["fingerprint"].startswith("sha256:")
+        real = one["sampler"].startswith("real")
+        assert one["ema"] == (None if real else 0.995) and one["seeds"] == ([] if real else [0])
+    for picture in ("curves.png", "nearest.png", "likelihood/terms.png"):
+        assert (folder / picture).stat().st_size > 1000
+
+
+def test_several_seeds_give_mean_least_and_largest(trained):
+    folder, last = trained
+    run = parse(folder, "--mode=evaluate", "--num_samples=50", "--num_seeds=3", "--metrics=fid", "--seed=5")
+    image_evaluation.evaluate(run, digits("train"), digits("test"), last)
+    first = json.loads((folder / "report.json").read_text())["measurements"][0]
+    assert first["seeds"] == [5, 6, 7] and set(first["value"]) == {"mean", "min", "max"}
+    assert first["value"]["min"] < first["value"]["mean"] < first["value"]["max"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--metrics=fid,beauty"], "no metric 'beauty': choose of fid, kid"),
+        (["--metrics=inception_score"], "classifier's probabilities"),
+        (["--config.evaluation.features=vgg"], "choose pixels or inception"),
+        (["--config.evaluation.features=inception", "--config.evaluation.weights=none.pth"], "none.pth is not a file"),
+        (["--num_seeds=2", "--out=a.npz"], "2 seeds"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused_before_it_samples(trained, monkeypatch, arguments, message):
+    folder, last = trained
+    run = parse(folder, "--mode=evaluate", "--num_samples=50", *arguments)
+    monkeypatch.setattr(image_modes, "generate", lambda *_: pytest.fail("sampled"))
+    with pytest.raises(ValueError, match=message):
+        image_evaluation.evaluate(run, digits("train"), digits("test"), last)
+
+
+def test_sampling_that_was_killed_goes_on(trained, tmp_path, monkeypatch):
+    folder, last = trained
+    run = parse(folder, "--mode=sample", "--config.sampling.batch_size=8")
+    out = tmp_path / "a.npz"
+    whole = image_modes.draw_samples(run, digits("train"), last, 30, 0, tmp_path / "whole.npz")
+    save, saved = image_modes.save_samples, []
+
+    def dies_at_the_third(path, images):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(path, images)
+
+    monkeypatch.setattr(image_modes, "save_samples", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        image_modes.draw_samples(run, digits("train"), last, 30, 0, out)
+    monkeypatch.setattr(image_modes, "save_samples", save)
+    written = saved[0].read_bytes()
+    saved[0].write_bytes(saved[1].read_bytes())  # seen: what is there is read, not made again
+    marked = image_modes.draw_samples(run, digits("train"), last, 30, 0, out)
+    np.testing.assert_array_equal(marked[:8], whole[8:16])
+    np.testing.assert_array_equal(marked[8:], whole[8:])
+    assert written and sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+    # Samples that are there are read again; those of another way are not taken for them.
+    monkeypatch.setattr(image_modes, "generate", lambda *_: pytest.fail("made again"))
+    np.testing.assert_array_equal(image_modes.draw_samples(run, digits("train"), last, 30, 0, out), marked)
+    other = last._replace(ema=jax.tree.map(lambda x: x + 1, last.ema))
+    with pytest.raises(pytest.fail.Exception, match="made again"):
+        image_modes.draw_samples(run, digits("train"), other, 30, 0, out)
+
+
+def test_sweeps_over_steps_and_averages(trained):
+    folder, _ = trained
+    run = parse(folder, "--mode=evaluate", "--num_samples=50", "--sweep_steps=2,4", "--sweep_ema=0.05,0.1")
+    image_evaluation.sweep(run, digits("train"), digits("test"))
+    for name, labels in (("steps", ("2", "4")), ("ema", ("0.05", "0.1"))):
+        rows = json.loads((folder / "sweeps" / name / "report.json").read_text())["measurements"]
+        assert [one["name"].split()[-1] for one in rows] == list(labels)
+        assert rows[0]["value"] != rows[1]["value"] and (folder / "sweeps" / name / "fid.png").stat().st_size > 1000
+    assert [one["ema"] for one in rows] == ["power 0.05", "power 0.1"]
+    for wrong, message in ((["--sweep_ema=0.01"], "off by"), (["--sweep_steps=few"], "numbers"), ([], "what to vary")):
+        with pytest.raises((RunError, ValueError), match=message):
+            image_evaluation.sweep(parse(folder, "--mode=evaluate", *wrong), digits("train"), digits("test"))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ SMALL = (
 def untrained(monkeypatch):
     """No checkpoint is needed: the weights are those of a start."""
 
-    def load(run, source):
+    def load(run, source, ema_length=None):
         diffusion = image_diffusion.make_diffusion(run.config)
         network = image_diffusion.make_network(run.config, source, diffusion)
         label = None if network.num_classes is None else jnp.zeros(1, jnp.int32)
@@ -44,6 +44,7 @@ def call(tmp_path):
 
     def call(mode, *arguments, config="digits_ddpm"):
         values = flags.FlagValues()
+        image_modes.define_flags(values)
         image_uses.define_flags(values)
         modes = {"train": lambda run: None, **image_uses.make_modes(lambda run: digits("test"))}
         config = ROOT / "experiments" / "configs" / f"{config}.py"

@@ -93,5 +93,16 @@ def get_config() -> ConfigDict:
             batch_size=500,
         )
     )
-    config.evaluation = ConfigDict(dict(num_samples=50_000, after_training=False))
+    config.evaluation = ConfigDict(
+        dict(
+            num_samples=50_000,  # paper
+            features="inception",  # or pixels
+            weights="",  # Inception's file, where it is not to be fetched
+            metrics=("fid", "kid", "inception_score", "precision_recall", "bits_per_dim"),
+            likelihood_images=10_000,  # the test set
+            bound_terms=0,  # paper: all 1000
+            ode_steps=200,
+            after_training=False,
+        )
+    )
     return config

@@ -28,5 +28,5 @@ def get_config() -> ConfigDict:
         )
     )
     config.sampling.update(dict(sampler="dpm_solver_pp", grid="karras", num_steps=20, batch_size=250))
-    config.evaluation.num_samples = 5_000
+    config.evaluation.update(dict(num_samples=5_000, likelihood_images=500, bound_terms=32, ode_steps=100))
     return config

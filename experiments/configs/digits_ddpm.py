@@ -68,5 +68,16 @@ def get_config() -> ConfigDict:
             batch_size=250,
         )
     )
-    config.evaluation = ConfigDict(dict(num_samples=500, after_training=True))
+    config.evaluation = ConfigDict(
+        dict(
+            num_samples=500,
+            features="pixels",  # or inception
+            weights="",  # Inception's file, where it is not to be fetched
+            metrics=("fid", "kid", "precision_recall", "bits_per_dim"),
+            likelihood_images=500,
+            bound_terms=32,  # of the bound's 1000, for each image others; 0: all
+            ode_steps=50,
+            after_training=True,
+        )
+    )
     return config
