@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from diffusion.files import cache_folder
 from diffusion.training import RunError, distributed, make_mesh, workdir
 from diffusion.training.checkpoints import open_existing
+from diffusion.training.errors import one_line
 
 Config = Any  # an ml_collections.ConfigDict, whose fields type checkers cannot know
 
@@ -65,10 +66,20 @@ def main(
     except (RunError, ValueError, OSError, flags.Error) as error:
         if "--traceback" in sys.argv:
             traceback.print_exc()
-        line = " ".join(str(error).split())
-        sys.exit(f"error: {line}" + ("" if isinstance(error, RunError) else " (--traceback shows where)"))
+        line = "error: " + " ".join(str(error).split())
+        line += "" if isinstance(error, RunError) else " (--traceback shows where)"
+        distributed.leave(1, line)
+        sys.exit(line)
     except KeyboardInterrupt:
+        distributed.leave(130)
         sys.exit(130)
+    except Exception as error:
+        if distributed.peer_died(error):
+            reason = f"another process of this run has ended ({one_line(error, 200)})"
+            distributed.leave(1, f"error: {reason}; the same command goes on from the newest checkpoint")
+        traceback.print_exc()
+        distributed.leave(1)
+        sys.exit(1)
     sys.exit(0)
 
 

@@ -124,9 +124,14 @@ def small_files():
 
 
 def test_a_full_disk_stops_the_run_with_its_reason_and_leaves_earlier_checkpoints(finished, copy, small_files):
-    small_files()
+    def batches(start_step):
+        for step, batch in enumerate(batches_from(start_step), start_step):
+            if step == 13:
+                small_files()
+            yield batch
+
     with pytest.raises(RunError, match=r"step 16 could not be saved.*File too large") as stopped:
-        do_train(copy, num_steps=24, log_every=100)
+        do_train(copy, make_experiment(batches=batches), num_steps=24, log_every=100)
     assert "\n" not in str(stopped.value)
     assert steps_in(copy) == ["12", "4", "8"]
     assert all(flaw(copy / "checkpoints" / step) is None for step in steps_in(copy))

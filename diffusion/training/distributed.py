@@ -1,23 +1,81 @@
-"""Joining the other processes of a run, before JAX is first used."""
+"""Joining the other processes of a run before JAX is first used, and leaving them when this one cannot go on."""
 
 import os
+import sys
+from typing import Any
 
 import jax
+
+from diffusion.training.rollcall import roll_call, who
+
+JOIN_SECONDS = 120  # for all processes to be there
+HEARTBEAT_SECONDS = 30  # of silence, after which a process counts as dead
+SHUTDOWN_SECONDS = 30  # for all to come to the end
 
 
 def join() -> None:
     """Starts `jax.distributed` where this process is one of several; does nothing where it is alone.
 
     Under Slurm, Open MPI and on TPU pods JAX finds the others itself; `./launch.sh NAME --processes N` tells through
-    DIFFUSION_NUM_PROCESSES, DIFFUSION_PROCESS_ID and JAX_COORDINATOR_ADDRESS.
+    DIFFUSION_NUM_PROCESSES, DIFFUSION_PROCESS_ID and JAX_COORDINATOR_ADDRESS. DIFFUSION_JOIN_SECONDS is how long to
+    wait for the others.
+
+    Raises:
+      RunError: not all processes were there in that time.
     """
     count = int(os.environ.get("DIFFUSION_NUM_PROCESSES", "1"))
+    told: dict[str, Any] = {}
     if count > 1:
         # Without this the processes of a CPU run would not see each other's devices.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(num_processes=count, process_id=int(os.environ["DIFFUSION_PROCESS_ID"]))
-    elif _found_by_jax():
-        jax.distributed.initialize()
+        told = {"num_processes": count, "process_id": int(os.environ["DIFFUSION_PROCESS_ID"])}
+    elif not _found_by_jax():
+        return
+    seconds = int(os.environ.get("DIFFUSION_JOIN_SECONDS", JOIN_SECONDS))
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS", "an address that JAX finds")
+    say(f"process {told.get('process_id', '?')} of {count if told else '?'} ({who()}): joining at {address}")
+    if told and ":" in address:
+        roll_call(address, told["process_id"], count, seconds)
+    jax.distributed.initialize(
+        **told,
+        initialization_timeout=seconds,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+    )
+    devices = jax.local_devices()
+    say(
+        f"process {jax.process_index()} of {jax.process_count()} ({who()}) has "
+        f"{len(devices)} of {jax.device_count()} devices ({devices[0].device_kind}), "
+        f"numbers {', '.join(str(device.id) for device in devices)}"
+    )
+
+
+def leave(code: int, line: str = "") -> None:
+    """Where this process is one of several, prints a line and ends it at once; returns where it is alone.
+
+    An orderly end waits for the others, and they wait for this process in the middle of a step.
+    """
+    if jax.distributed.is_initialized():
+        if line:
+            say(f"process {jax.process_index()}: {line}")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def peer_died(error: Exception) -> bool:
+    """Whether an error is what the end of another process of the run looks like from here."""
+    if not jax.distributed.is_initialized():
+        return False
+    words = str(error).lower()
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(
+        word in words for word in ("gloo", "connection", "socket", "heartbeat", "coordination", "nccl", "deadline")
+    )
+
+
+def say(line: str) -> None:
+    """Prints a line in one piece: several processes may share a terminal."""
+    os.write(2, f"{line}\n".encode())
 
 
 def _found_by_jax() -> bool:

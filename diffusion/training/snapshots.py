@@ -34,13 +34,13 @@ def folder_of(workdir: Path) -> Path:
 def save(workdir: Path, step: int, profiles: dict[str, Params]) -> None:
     """Writes the averages after `step` updates, {sigma_rel: params}; every process calls this, the first one writes."""
     path = folder_of(workdir) / f"step_{step:09d}.safetensors"
-    with replacing(path) as temporary:
-        arrays: dict[str, np.ndarray] = {}
-        for name, params in profiles.items():
-            for keys, value in jax.tree_util.tree_leaves_with_path(params):
-                value = multihost_utils.process_allgather(value, tiled=True)
-                arrays[f"{name}/{path_name(keys)}"] = np.ascontiguousarray(value)
-        if jax.process_index() == 0:
+    arrays: dict[str, np.ndarray] = {}
+    for name, params in profiles.items():
+        for keys, value in jax.tree_util.tree_leaves_with_path(params):
+            value = multihost_utils.process_allgather(value, tiled=True)
+            arrays[f"{name}/{path_name(keys)}"] = np.ascontiguousarray(value)
+    if jax.process_index() == 0:
+        with replacing(path) as temporary:
             save_file(arrays, temporary)
 
 
