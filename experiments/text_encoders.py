@@ -98,8 +98,9 @@ def word_ids(prompts: Sequence[str], vocabulary: Sequence[str], length: int) -> 
     Warns of unknown words, and of prompts that are longer, which are cut.
     """
     known = {word: index for index, word in enumerate(vocabulary, 2)}
-    ids = np.full((len(prompts), length), PADDING, np.int32)
-    for row, prompt in zip(ids, prompts, strict=True):
+    distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+    ids = np.full((len(distinct), length), PADDING, np.int32)
+    for prompt, row in zip(distinct, ids, strict=True):
         words = re.findall(r"\w+", prompt.lower())
         if unknown := [word for word in words if word not in known]:
             logging.warning("unknown to the text encoder in %r: %s", prompt, ", ".join(unknown))
@@ -108,7 +109,7 @@ def word_ids(prompts: Sequence[str], vocabulary: Sequence[str], length: int) -> 
             logging.warning("%r is longer than %d words: what follows %r is left out", prompt, length, last)
         found = [known.get(word, 1) for word in words[:length]]
         row[: len(found)] = found
-    return ids
+    return ids[[distinct[prompt] for prompt in prompts]]
 
 
 def make_clip_text(config: Config, stored: Mapping[str, Any] | None) -> TextEncoder:

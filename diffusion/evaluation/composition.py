@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from diffusion.data.scenes import COLOURS, RELATIONS, SIZES, Box, Scene, draw, place_of, scene
+from diffusion.data.scenes import COLOURS, KINDS, RELATIONS, SIZES, Box, Scene, draw, place_of, scene
 
 ASPECTS = ("number", "digits", "colours", "sizes", "places")
 # Of the brightest ink: what is fainter belongs to no blob, and a blob that has none brighter is a speck.
@@ -157,7 +157,7 @@ def by_kind(wanted: Sequence[Scene], values: Bool[np.ndarray, "N"]) -> dict[str,
     """The mean of all, of each kind of prompt, and of the prompts of two different objects."""
     parts: Mapping[str, list[bool]] = {
         "all": [True] * len(wanted),
-        **{kind: [one.kind == kind for one in wanted] for kind in dict.fromkeys(one.kind for one in wanted)},
+        **{kind: [one.kind == kind for one in wanted] for kind in KINDS},
         "two objects": [len({(thing.colour, thing.digit) for thing in one.objects}) == 2 for one in wanted],
     }
     return {name: float(values[np.array(rows)].mean()) for name, rows in parts.items() if any(rows)}
