@@ -68,8 +68,9 @@ def evaluate(run: Run, train: Source, test: Source, trained: Trained | None = No
     evaluation.write_report(run.workdir, f"{run.experiment} after {trained.step} steps", measurements, about)
     real = train.read(np.arange(train.num_examples))["image"]
     evaluation.draw_nearest(sets[0], real, run.workdir / "nearest.png")
-    if (run.workdir / "metrics.jsonl").exists():  # an imported model has no course
-        evaluation.draw_curves(run.workdir / "metrics.jsonl", run.workdir / "curves.png")
+    course = run.workdir / "metrics.jsonl"
+    if course.exists() and course.stat().st_size:  # an imported model has none
+        evaluation.draw_curves(course, run.workdir / "curves.png")
     print((run.workdir / "report.md").read_text(), end="")
 
 
