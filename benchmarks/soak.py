@@ -1,0 +1,256 @@
+"""Random kills of a digits run and random damage to its checkpoints: how many are survived with the same bits.
+
+    python -m benchmarks.soak --kills 200 --damages 500
+
+A run is killed with SIGKILL at random instants, in the middle of saves too, and started again until it comes to its
+end. It has survived its kills when the last checkpoint, the logged numbers, the previews and the stored averages are
+those, bit for bit, of a run that nothing stopped. A damaged checkpoint is survived when it is told from a sound one,
+kept aside, and the one before it is restored bit for bit. Goes on where an earlier call ended.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before JAX: dropout, noise and batches are spread over two devices, as on a real machine.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+from absl import flags
+
+from diffusion import training
+from diffusion.files import replacing
+from diffusion.training import checkpoints as checkpoint_files
+from experiments import command_line, digits, image_diffusion, image_modes
+
+FLAGS = """
+--config.network.channels=8 --config.network.num_blocks=1 --config.network.multipliers=(1,)
+--config.network.attention_resolutions=() --config.network.num_groups=4 --config.data.batch_size=16
+--config.training.num_previews=8 --config.sampling.num_steps=3 --config.sampling.batch_size=8
+--config.training.num_steps=40 --config.training.checkpoint_every=4 --config.training.log_every=5
+--config.training.preview_every=20 --config.training.snapshot_every=20 --config.evaluation.after_training=False
+""".split()  # noqa: SIM905 (as one would type them)
+
+
+def train(workdir: Path) -> None:
+    """Runs the experiment's own command; never returns."""
+    sys.argv = ["digits", f"--workdir={workdir}", *FLAGS]
+    image_modes.main(digits.__file__, "", default_config="digits_ddpm.py", make_source=digits.make_source)
+
+
+def in_child(work: Callable[[], Any], log: Path, kill_after: float | None = None) -> int:
+    """Forks, before JAX has started anything; returns how the child ended, as `os.waitstatus_to_exitcode` says."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(out, 1), os.dup2(out, 2)
+            work()
+            code = 0
+        except SystemExit as leaving:
+            code = 0 if leaving.code in (0, None) else 1
+            print(leaving.code if code else "", file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    begun = time.monotonic()
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if kill_after is not None and time.monotonic() - begun > kill_after:
+            os.kill(pid, signal.SIGKILL)
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        time.sleep(0.001)
+
+
+def digest(workdir: Path) -> dict[str, str]:
+    """Returns a hash of everything that two equal runs have in common."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("images_per_second")
+    found = {"metrics": hashlib.sha256(json.dumps(lines).encode()).hexdigest()}
+    found["state"] = restored(workdir)[1]
+    for pattern in ("previews/*.png", "averages/*.safetensors"):
+        for path in sorted(workdir.glob(pattern)):
+            found[str(path.relative_to(workdir))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def restored(workdir: Path, read_only: bool = True) -> tuple[int | None, str]:
+    """Returns the step of the newest sound checkpoint and a hash of its every array."""
+    with checkpoint_files.Checkpoints(workdir / "checkpoints", read_only=read_only) as checkpoints:
+        state = checkpoints.restore(ABSTRACT)
+        step = checkpoints.newest
+    sums = hashlib.sha256()
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
+        sums.update(jax.tree_util.keystr(keys).encode())
+        sums.update(np.ascontiguousarray(leaf).tobytes())
+    return step, sums.hexdigest()
+
+
+ABSTRACT: Any = None
+
+
+def set_abstract(workdir: Path) -> None:
+    """Finds what a state looks like, once for all restores in this process."""
+    global ABSTRACT
+    values = flags.FlagValues()
+    argv = ["digits", f"--workdir={workdir}", *FLAGS]
+    modes: Any = {"train": None}
+    run, _ = command_line.parse(argv, Path(digits.__file__), "", "digits_ddpm.py", modes, values)
+    source = digits.make_source(run.config, "train")
+    shape = (run.config.data.batch_size, *source.image_shape)
+    batch = {"image": jax.ShapeDtypeStruct(shape, np.uint8), "label": jax.ShapeDtypeStruct(shape[:1], np.int32)}
+    experiment = image_diffusion.make_experiment(run.config, source, run.mesh)
+    ABSTRACT = training.abstract_train_state(experiment, image_diffusion.make_settings(run.config), run.mesh, batch)
+
+
+def write_digest(workdir: Path, out: Path) -> None:
+    set_abstract(workdir)
+    out.write_text(json.dumps(digest(workdir)))
+
+
+def digest_in_child(workdir: Path, folder: Path) -> dict[str, str]:
+    """Returns the digest of a finished run; JAX must not start in this process."""
+    out = folder / "digest.json"
+    if code := in_child(lambda: write_digest(workdir, out), folder / "log"):
+        raise SystemExit(f"the digest of {workdir} failed ({code}): see {folder / 'log'}")
+    return json.loads(out.read_text())
+
+
+def kill_one_run(number: int, folder: Path, seconds: float, expected: dict[str, str]) -> dict[str, Any]:
+    """Kills run `number` again and again at instants drawn from its number, until it ends by itself."""
+    draw = random.Random(number)
+    workdir = folder / f"killed_{number}"
+    shutil.rmtree(workdir, ignore_errors=True)
+    kills = in_save = 0
+    while True:
+        # Beyond its length now and then, so that runs end; not more than a few kills without a checkpoint between.
+        after = draw.uniform(0, 1.3 * seconds)
+        code = in_child(lambda: train(workdir), folder / "log", after)
+        if code == 0:
+            break
+        if code != -signal.SIGKILL:
+            return {"run": number, "kills": kills, "in_save": in_save, "same": False, "error": f"exit code {code}"}
+        kills += 1
+        in_save += bool(list(workdir.glob("checkpoints/.saving-*")))
+    found = digest_in_child(workdir, folder)
+    differ = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+    if not differ:
+        shutil.rmtree(workdir)
+    return {"run": number, "kills": kills, "in_save": in_save, "same": not differ, "differ": differ}
+
+
+def damage(path: Path, draw: random.Random) -> str:
+    """Damages a file in one of the ways that disks and people do; returns which."""
+    data = bytearray(path.read_bytes())
+    kind = draw.choice(["bit flip", "truncation", "deletion", "garbage", "zeros"])
+    first = draw.randrange(len(data)) if data else 0
+    last = min(len(data), first + draw.choice([1, 512, 4096, len(data)]))
+    match kind:
+        case "bit flip" if data:
+            data[first] ^= 1 << draw.randrange(8)
+        case "truncation" if data:
+            del data[first:]
+        case "garbage":
+            data[first:last] = draw.randbytes(last - first) or b"garbage"
+        case "zeros" if any(data[first:last]):
+            data[first:last] = bytes(last - first)
+        case _:
+            path.unlink()
+            return "deletion"
+    path.write_bytes(data)
+    return kind
+
+
+def damage_checkpoints(count: int, source: Path, folder: Path) -> dict[str, Any]:
+    """Damages the newest checkpoint of `source` in `count` ways, a fresh copy each time."""
+    set_abstract(source)
+    copy, survived, kinds = folder / "damaged", 0, {}
+    steps = sorted(checkpoint_files.steps_in(source / "checkpoints"))[-2:]
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(source / "checkpoints" / str(steps[0]), copy / "checkpoints" / str(steps[0]))
+    before = restored(copy)
+    for number in range(count):
+        draw = random.Random(number)
+        newest = copy / "checkpoints" / str(steps[1])
+        shutil.copytree(source / "checkpoints" / newest.name, newest)
+        victim = draw.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
+        as_it_was = victim.read_bytes()
+        kind = damage(victim, draw)
+        if victim.exists() and victim.read_bytes() == as_it_was:
+            victim.unlink()  # garbage that hit upon what was there
+            kind = "deletion"
+        aside = newest.with_name(f"{newest.name}.bad")
+        sound = restored(copy, read_only=False) == before and aside.is_dir() and not newest.exists()
+        tried, good = kinds.get(kind, (0, 0))
+        kinds[kind] = (tried + 1, good + sound)
+        survived += sound
+        if not sound:
+            print(f"damage {number} ({kind} of {victim.name}) went unseen", file=sys.stderr)
+        shutil.rmtree(aside if aside.exists() else newest)
+    return {"tried": count, "survived": survived, "tried and survived by kind": kinds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--damages", type=int, default=500)
+    parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/soak_cpu.json"))
+    arguments = parser.parse_args()
+    folder, progress = arguments.folder, arguments.folder / "progress.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    whole = folder / "whole"
+    if not (folder / "expected.json").exists():
+        for attempt in ("compiles", "is timed"):
+            shutil.rmtree(whole, ignore_errors=True)
+            begun = time.monotonic()
+            if in_child(lambda: train(whole), folder / "log"):
+                raise SystemExit(f"the run that {attempt} failed: see {folder / 'log'}")
+        seconds = time.monotonic() - begun
+        with replacing(folder / "expected.json") as temporary:
+            temporary.write_text(json.dumps({"seconds": seconds, "digest": digest_in_child(whole, folder)}))
+    reference = json.loads((folder / "expected.json").read_text())
+
+    done = [json.loads(line) for line in progress.read_text().splitlines()] if progress.exists() else []
+    while sum(run["kills"] for run in done) < arguments.kills:
+        done.append(kill_one_run(len(done), folder, reference["seconds"], reference["digest"]))
+        with progress.open("a") as file:
+            file.write(json.dumps(done[-1]) + "\n")
+        print(f"{sum(run['kills'] for run in done)} kills; the last run: {done[-1]}", flush=True)
+    tried = sum(run["kills"] for run in done)
+    survived = sum(run["kills"] for run in done if run["same"])
+    kills = {"tried": tried, "survived": survived, "in the middle of a save": sum(run["in_save"] for run in done)}
+    kills["runs"] = len(done)
+
+    results = {"kills": kills, "seconds of a run": round(reference["seconds"], 1)}
+    # JAX starts in this process only now: before, it forks.
+    results["damages"] = damage_checkpoints(arguments.damages, whole, folder) if arguments.damages else None
+    results["device"] = f"{jax.devices()[0].device_kind}, {len(jax.devices())} simulated, {os.cpu_count()} cores"
+    with replacing(arguments.out) as temporary:
+        temporary.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"kills survived: {survived} of {tried}")
+    if results["damages"]:
+        print(f"damages survived: {results['damages']['survived']} of {results['damages']['tried']}")
+
+
+if __name__ == "__main__":
+    main()
