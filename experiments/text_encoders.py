@@ -50,7 +50,7 @@ class TextEncoder(NamedTuple):
 def encode(encoder: TextEncoder, params: Any, ids: Any) -> Text:
     """The text of token ids [B, L], from params["text"]; no gradient reaches a frozen encoder."""
     of_text = jax.lax.stop_gradient(params["text"]) if encoder.frozen else params["text"]
-    return encoder.encode(of_text, ids)
+    return encoder.encode(of_text, jnp.asarray(ids))
 
 
 def make_text_encoder(config: Config, vocabulary: Sequence[str], stored: Mapping[str, Any] | None) -> TextEncoder:

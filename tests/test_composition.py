@@ -74,7 +74,8 @@ def test_every_aspect_counts(kind):
         if wanted.objects[-1].size != "medium":
             assert not aspects({"size": "medium"})["sizes"]
         if wanted.place:
-            far = Box(*(9 if start < 6 else 0 for start in one.box[:2]), 7)
+            left, top = (9 if start < 6 else 0 for start in one.box[:2])
+            far = Box(left, top, 7)
             assert not aspects({"box": far})["places"]
         if wanted.relation:
             swapped = [a._replace(box=b.box) for a, b in zip(found, reversed(found), strict=True)]

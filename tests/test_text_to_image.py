@@ -18,6 +18,10 @@ from experiments.configs import scenes_clip, scenes_mmdit, scenes_unet
 from experiments.text_encoders import word_ids
 
 
+# A network that answers at once: what it is told of the prompt moves every pixel.
+PLAIN: Any = SimpleNamespace(apply=lambda _, x_t, time, context, pooled: x_t + pooled.mean(-1)[:, None, None, None])
+
+
 def small(config):
     config.text.width = 8
     config.data.batch_size = 8
@@ -25,7 +29,7 @@ def small(config):
     if config.network.name == "mmdit":
         config.network.update(width=16, depth=1, num_heads=2)
     else:
-        config.network.update(channels=8, num_groups=4, head_channels=8)
+        config.network.update(channels=8, num_groups=4, head_channels=8, multipliers=(1,), attention_resolutions=(16,))
     return config
 
 
@@ -53,7 +57,7 @@ def params(parts):
 
 def test_every_caption_is_read_whole(caplog):
     for split in ("train", "held_out"):
-        for index in range(500):
+        for index in range(150):
             caption = scenes.scene(0, split, index).caption
             (ids,) = word_ids([caption], experiment.VOCABULARY, 12)
             assert " ".join(experiment.VOCABULARY[i - 2] for i in ids[ids > 0]) == caption
@@ -84,15 +88,20 @@ def test_the_network_is_told_the_prompt_and_every_part_learns(config):
         assert np.abs(leaf).max() > 0 or "text_norm_query" in name, name
 
 
-def test_all_prompts_dropped_is_no_prompt():
-    config = scenes_mmdit.get_config()
-    config.loss.caption_dropout = 1.0
-    parts = make_parts(config)
-    params = init(parts)
-    loss = jax.jit(text_to_image.make_loss(config, parts.network, parts.encoder, parts.diffusion))
-    read = text_to_image.with_text(scenes.scenes("train", 16, 8), parts.encoder.tokenize).read(np.arange(8))
-    same = {**read, "text": np.zeros_like(read["text"])}
-    np.testing.assert_array_equal(loss(params, read, jax.random.key(1))[0], loss(params, same, jax.random.key(1))[0])
+def test_the_prompts_of_a_share_are_dropped(parts, params):
+    config: Any = small(scenes_mmdit.get_config())
+    read = text_to_image.with_text(scenes.scenes("train", 16, 400), parts.encoder.tokenize).read(np.arange(400))
+
+    def losses(share, ids):
+        config.loss.caption_dropout = share
+        loss = text_to_image.make_loss(config, PLAIN, parts.encoder, parts.diffusion)
+        return loss(params, {**read, "text": ids}, jax.random.key(1))[0]
+
+    empty, whole = losses(1.0, np.zeros_like(read["text"])), losses(0.0, read["text"])
+    np.testing.assert_array_equal(losses(1.0, read["text"]), empty)
+    assert np.mean(whole == empty) < 0.01
+    dropped = losses(0.3, read["text"]) == empty
+    assert abs(np.mean(dropped) - 0.3) < 4 * (0.3 * 0.7 / 400) ** 0.5
 
 
 def test_guidance_leads_to_the_prompt_and_away_from_the_negative_one(parts, params):
@@ -103,14 +112,14 @@ def test_guidance_leads_to_the_prompt_and_away_from_the_negative_one(parts, para
 
     def x_0_hat(scale, text, negative, interval=()):
         parts.config.sampling.guidance, parts.config.sampling.guidance_interval = scale, interval
-        denoise = text_to_image.make_denoise(parts.config, parts.network, parts.diffusion, params, text, negative)
+        denoise = text_to_image.make_denoise(parts.config, PLAIN, parts.diffusion, params, text, negative)
         return denoise(x_t, jnp.float32(0.5))
 
     text, negative = texts
     yes, no = x_0_hat(1.0, text, negative), x_0_hat(1.0, negative, text)
     assert np.abs(yes - no).max() > 1e-2
     np.testing.assert_allclose(x_0_hat(4.0, text, negative), no + 4 * (yes - no), atol=1e-4)
-    np.testing.assert_array_equal(x_0_hat(4.0, text, negative, (0.6, 0.9)), yes)
+    np.testing.assert_allclose(x_0_hat(4.0, text, negative, (0.6, 0.9)), yes, atol=1e-5)
     parts.config.sampling.guidance, parts.config.sampling.guidance_interval = 3.0, ()
 
 
@@ -134,7 +143,7 @@ def clip_parts():
     from experiments.command_line import plain
     from experiments.configs import clip_scenes
 
-    clip = clip_scenes.get_config()
+    clip: Any = clip_scenes.get_config()
     clip.network.text.update(width=8, num_layers=2, num_heads=2, mlp_width=16)
     clip.network.projection = 6
     tokenizer = text.train_tokenizer(["a red two", "a blue four"], 270)
@@ -170,13 +179,13 @@ def test_bad_configs_are_named():
         config.network.update(network)
         return config
 
-    with pytest.raises(ValueError, match="name its work folder by --config.text.clip"):
-        config = scenes_clip.get_config()
+    with pytest.raises(ValueError, match=r"name its work folder by --config\.text\.clip"):
+        config: Any = scenes_clip.get_config()
         config.text.clip = ""
         make_parts(config)
-    config = scenes_mmdit.get_config()
+    config: Any = scenes_mmdit.get_config()
     config.text.encoder = "t5"
-    with pytest.raises(ValueError, match="text.encoder is 't5': choose words or clip"):
+    with pytest.raises(ValueError, match=r"text\.encoder is 't5': choose words or clip"):
         make_parts(config)
     with pytest.raises(ValueError, match="image size 16x16 is not whole patches of 3x3"):
         init(make_parts(change(scenes_mmdit.get_config(), patch=3)))
