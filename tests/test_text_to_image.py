@@ -17,7 +17,6 @@ from experiments import text_encoders, text_modes, text_to_image
 from experiments.configs import scenes_clip, scenes_mmdit, scenes_unet
 from experiments.text_encoders import word_ids
 
-
 # A network that answers at once: what it is told of the prompt moves every pixel.
 PLAIN: Any = SimpleNamespace(apply=lambda _, x_t, time, context, pooled: x_t + pooled.mean(-1)[:, None, None, None])
 
