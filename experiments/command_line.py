@@ -55,7 +55,7 @@ def main(
       file: the experiment module's `__file__`; its stem is the experiment's name.
       doc: its docstring, shown by --help.
       default_config: a file beside it, used without --config.
-      modes: what --mode can name; "train" is the default and the only one that starts a work folder.
+      modes: what --mode can name; "train" is the default; it and "check" need no checkpoint to begin with.
       extra_flags: defines the flags that only this experiment has.
     """
     try:
@@ -119,9 +119,10 @@ def parse(
     rest = values(argv, known_only=True)
     path = values.config or str(default_path)
     folder = Path(values.workdir or f"runs/{file.stem if values.config is None else Path(path.split(':')[0]).stem}")
-    config = load(path) if values.mode == "train" or values.config else None
+    begins = values.mode in ("train", "check")
+    config = load(path) if begins or values.config else None
 
-    if values.mode != "train":
+    if not begins:
         with open_existing(folder) as checkpoints:
             stored = checkpoints.description()
         if stored["experiment"] != file.stem:
@@ -135,7 +136,7 @@ def parse(
         config.sampling.sampler = values.sampler
     if values.steps is not None:
         config.sampling.num_steps = values.steps
-    if values.mode == "train":
+    if begins:
         workdir.check(folder, file.stem, plain(config))
     use_compilation_cache()
     distributed.join()

@@ -37,7 +37,7 @@ class Trained(NamedTuple):
 
 def main(file: str, doc: str | None, *, default_config: str, make_source: Callable[[Config, str], Source]) -> NoReturn:
     """Runs the image experiment in `file`: `make_source(config, split)` gives its images ("train" and "test")."""
-    from experiments import image_evaluation, image_likelihood, image_uses
+    from experiments import image_check, image_evaluation, image_likelihood, image_uses
 
     def train_and_evaluate(run: Run) -> None:
         source = make_source(run.config, "train")
@@ -53,6 +53,7 @@ def main(file: str, doc: str | None, *, default_config: str, make_source: Callab
 
     modes = {
         "train": train_and_evaluate,
+        "check": on("train", image_check.check),
         "sample": on("train", sample),
         "evaluate": on_both(image_evaluation.evaluate),
         "sweep": on_both(image_evaluation.sweep),

@@ -1,0 +1,162 @@
+"""A dry run: what a training would need and whether its parts work, told before hours are spent on it."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from diffusion.training.checkpoints import Checkpoints
+from diffusion.training.errors import RunError
+from diffusion.training.experiment import Experiment, TrainState, init_state, run_key
+from diffusion.training.health import describe
+from diffusion.training.loop import Settings, abstract_train_state, check_settings, make_step
+from diffusion.training.sharding import place_batch
+from diffusion.training.step import parameter_groups
+
+# A driver's mark on the machine, and the extra that lets JAX use what it drives.
+DRIVERS = {"/proc/driver/nvidia/version": "cuda13 (or cuda12)", "/dev/accel0": "tpu"}
+
+
+class Findings(NamedTuple):
+    """What a dry run found: lines to read, warnings among them apart, and the state after one step."""
+
+    lines: list[str]
+    warnings: list[str]
+    state: TrainState
+
+
+def dry_run(experiment: Experiment, settings: Settings, *, mesh: Mesh, num_examples: int, folder: Path) -> Findings:
+    """Makes the state, compiles and runs a step, saves and restores it in `folder`, which is removed afterwards.
+
+    Raises:
+      RunError: settings that cannot run, a checkpoint that cannot be saved, or that comes back as another.
+    """
+    check_settings(settings, experiment, mesh)
+    devices = mesh.devices.ravel()
+    lines = [f"devices      {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)"]
+    batches = experiment.batches(0)
+    rows = next(batches)
+    batches.close()
+    batch = place_batch(mesh, rows)
+    abstract = abstract_train_state(experiment, settings, mesh, batch)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    lines += parameter_lines(abstract) + sharding_lines(abstract)
+
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    init = lambda: init_state(experiment, settings.seed, shapes, settings.ema_profiles)  # noqa: E731
+    state = jax.jit(init, out_shardings=shardings)()
+    alike = same_noise(experiment, state, rows, mesh)
+    begun = time.perf_counter()
+    step = jax.jit(make_step(experiment, settings), donate_argnums=0, out_shardings=(shardings, None))
+    step = step.lower(state, batch).compile()
+    compiled = time.perf_counter()
+    memory = step.memory_analysis()
+    needed = memory_per_device(memory)
+    lines.append(f"memory       {megabytes(needed)} a device in a step (the compiler's estimate)")
+    state, report = jax.block_until_ready(step(state, batch))
+    lines.append(
+        f"one step     {time.perf_counter() - compiled:.2f} s after {compiled - begun:.1f} s of compiling: "
+        f"{describe(jax.device_get(report))}"
+    )
+    lines.append(f"checkpoint   {round_trip(state, abstract, folder)}")
+    warnings = list(worries(experiment, settings, mesh, num_examples, needed))
+    if alike:
+        warnings.append(alike)
+    if report.bad:
+        warnings.append("the first step is bad: look at the data and the learning rate")
+    return Findings(lines, warnings, state)
+
+
+def parameter_lines(state: TrainState) -> list[str]:
+    """Returns the number of parameters, whole and by group."""
+    sizes = {name: sum(x.size for x in leaves) for name, leaves in parameter_groups(state.params).items()}
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:4]
+    parts = ", ".join(f"{name} {sizes[name]:,}" for name in largest)
+    return [f"parameters   {sum(sizes.values()):,} in {len(sizes)} groups; the largest: {parts}"]
+
+
+def sharding_lines(state: TrainState) -> list[str]:
+    """Returns a table: how the arrays of each part of the state lie on the devices, and their bytes on each."""
+    lines = []
+    for name, part in state._asdict().items():
+        rows: dict[str, list[int]] = {}
+        for leaf in jax.tree.leaves(part):
+            cut = [f"axis {axis}" for axis, along in enumerate(leaf.sharding.spec) if along is not None]
+            row = rows.setdefault(f"cut along {', '.join(cut)}" if cut else "whole", [0, 0])
+            row[0] += 1
+            row[1] += int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for how, (count, size) in rows.items():
+            lines.append(f"  {name:<10} {count:>5} arrays {how:<18} {megabytes(size):>10} a device")
+    return ["state", *lines]
+
+
+def same_noise(experiment: Experiment, state: TrainState, rows: dict[str, np.ndarray], mesh: Mesh) -> str | None:
+    """Returns a warning when equal examples on two devices have equal losses: then their noise is equal too."""
+    rows = {name: np.broadcast_to(value[:1], value.shape).copy() for name, value in rows.items()}
+    key = run_key(0, "check")
+    losses = jax.jit(lambda params, batch: experiment.loss(params, batch, key)[0])(
+        state.params, place_batch(mesh, rows)
+    )
+    on_device = {shard.device.id: np.asarray(shard.data).tobytes() for shard in losses.addressable_shards}
+    first: dict[bytes, int] = {}
+    for number, values in on_device.items():
+        if first.setdefault(values, number) != number:
+            return f"devices {first[values]} and {number} draw the same noise: a key is not folded by its example"
+    return None
+
+
+def memory_per_device(memory: Any) -> int:
+    """Returns a compiled step's bytes on each device: what it is given and makes, each donated buffer once."""
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+
+
+def round_trip(state: TrainState, abstract: TrainState, folder: Path) -> str:
+    """Saves and restores `state`; says how large it is and how long that took. RunError if it comes back changed."""
+    begun = time.perf_counter()
+    try:
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.save(1, state, {"experiment": "check", "config": {}})
+            checkpoints.wait()
+            saved = time.perf_counter()
+            back = jax.block_until_ready(checkpoints.restore(abstract))
+        read = time.perf_counter()
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    finally:
+        if jax.process_index() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    equal = all(
+        np.array_equal(a.data, b.data, equal_nan=True)
+        for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(back), strict=True)
+        for a, b in zip(x.addressable_shards, y.addressable_shards, strict=True)
+    )
+    if not equal:
+        raise RunError("a checkpoint came back with other bits than were saved: do not train on this machine")
+    return f"{megabytes(size)}, saved in {saved - begun:.1f} s, the same bits read in {read - saved:.1f} s"
+
+
+def worries(experiment: Experiment, settings: Settings, mesh: Mesh, num_examples: int, needed: int) -> Iterator[str]:
+    """Yields what goes wrong in practice and can be told beforehand."""
+    device = mesh.devices.ravel()[0]
+    if device.platform == "cpu":
+        for driver, extra in DRIVERS.items():
+            if Path(driver).exists():
+                yield f"{driver} is there, but JAX found no accelerator: install JAX with the extra {extra}"
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit and needed > limit:
+        yield f"a step needs {megabytes(needed)} a device, which has {megabytes(limit)}: raise training.accumulate"
+    if num_examples < experiment.batch_size:
+        yield f"the data has {num_examples} examples, fewer than a batch of {experiment.batch_size}"
+    if settings.num_steps < 1 / (1 - settings.ema_decay):
+        length = 1 / (1 - settings.ema_decay)
+        yield f"the moving average is {length:.0f} steps long, the run {settings.num_steps}: lower training.ema_decay"
+
+
+def megabytes(count: float) -> str:
+    """Returns bytes as people read them."""
+    return f"{count / 1e6:,.1f} MB"
