@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from diffusion.networks.clip import ACTIVATIONS, CLIP, ImageTower, TextTower
-from diffusion.pretrained.folder import new_folder, read_json, write_json, write_weights
+from diffusion.pretrained.folder import new_folder, read_json, write_json
 
 # Ours -> transformers'. Paths are joined by dots; the leaf's name is changed apart.
 _NAMES = [
@@ -157,7 +157,8 @@ def save_clip(folder: str | os.PathLike, clip: CLIP, params: Mapping[str, Any], 
     }
     with new_folder(folder) as temporary:
         write_json(temporary / "config.json", config)
-        write_weights(temporary / "model.safetensors", to_transformers(params["params"]))
+        weights = {name: np.array(weight, order="C") for name, weight in to_transformers(params["params"]).items()}
+        save_file(weights, temporary / "model.safetensors", {"format": "pt"})
         (temporary / "tokenizer.json").write_text(tokenizer_json, "utf-8")
 
 

@@ -27,14 +27,14 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from clip_weights import weight_of
 
 from diffusion.data import text as ours
 from diffusion.networks.clip import unit
 from diffusion.pretrained.clip import load_clip
 
+HERE = pathlib.Path(__file__).parent
 LAYERS = dict(num_hidden_layers=2, num_attention_heads=2, hidden_act="quick_gelu")
 TINY = dict(
     projection_dim=12,
@@ -64,7 +64,7 @@ def outputs(peer, image, ids):
         image_embedding=found.image_embeds,
         text_embedding=found.text_embeds,
         logits=found.logits_per_image,
-        image_pooled=found.vision_model_output.pooler_output,
+        image_features=found.vision_model_output.pooler_output,  # projected, not of length 1
         text_tokens=found.text_model_output.last_hidden_state,
     )
     arrays |= {f"image_hidden_{i}": x for i, x in enumerate(found.vision_model_output.hidden_states)}

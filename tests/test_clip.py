@@ -1,0 +1,372 @@
+"""CLIP's towers against recorded outputs of transformers, its folders, its experiment on tiny scenes."""
+
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden.clip_weights import weight_of
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from diffusion.data import captions, scenes, text
+from diffusion.evaluation import clip_features
+from diffusion.networks.clip import CLIP, ImageTower, TextTower, unit
+from diffusion.pretrained.clip import from_transformers, load_clip, load_text_tower, save_clip, to_transformers
+from diffusion.training import make_mesh, place_batch, run_key
+from experiments import image_text
+from experiments.command_line import load
+
+ROOT = Path(__file__).parent.parent
+
+
+def apply(module, params, *inputs, method=None) -> Any:
+    return jax.jit(lambda params, *x: module.apply(params, *x, method=method))(params, *map(jnp.asarray, inputs))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(ROOT / "tests" / "golden" / "clip_tiny.npz") as arrays:
+        found = dict(arrays)
+    return found | {name: json.loads(str(found[name])) for name in ("config", "names", "text_names")}
+
+
+@pytest.fixture(scope="module")
+def published(golden, tmp_path_factory):
+    """Folders as transformers writes them: the whole CLIP, and a text tower alone, in half precision."""
+    folder = tmp_path_factory.mktemp("published")
+    for name, names in (("clip", golden["names"]), ("text", golden["text_names"])):
+        (folder / name).mkdir()
+        weights = {key: weight_of(key, tuple(shape)) for key, shape in names.items()}
+        save_file(weights, folder / name / "model.safetensors")
+    config = golden["config"]
+    (folder / "clip" / "config.json").write_text(json.dumps({"model_type": "clip", **config}))
+    old = {**config["text_config"], "hidden_act": "gelu", "eos_token_id": 2, "projection_dim": 12}
+    (folder / "text" / "config.json").write_text(json.dumps(old))
+    return folder
+
+
+def test_both_towers_are_transformers(golden, published):
+    clip, params = load_clip(published / "clip")
+    see = apply(clip, params, golden["image"], method="see")
+    read = apply(clip, params, golden["ids"], method="read")
+    found = {
+        "image_embedding": unit(see.embedding),
+        "text_embedding": unit(read.embedding),
+        "image_features": see.embedding,
+        "text_tokens": read.tokens,
+        **{f"image_hidden_{i}": x for i, x in enumerate(see.hidden)},
+        **{f"text_hidden_{i}": x for i, x in enumerate(read.hidden)},
+    }
+    assert len(found) == 4 + 3 + 3 and len(golden["ids"]) > len(golden["image"])
+    image, said, scale, bias = apply(clip, params, golden["image"], golden["ids"])
+    found["logits"] = scale * image @ said.T + bias
+    for name, value in found.items():
+        assert golden[name].std() > 0.05, name
+        # float32 over two layers; activations are of size 1.
+        np.testing.assert_allclose(value, golden[name], atol=2e-5, err_msg=name)
+
+
+def test_towers_alone_with_an_exact_gelu_and_the_old_kind_of_config(golden, published):
+    tower, params = load_text_tower(published / "text")
+    assert tower.end_of_text == 49 and tower.activation == "gelu"
+    read = apply(tower, params, golden["ids"])
+    np.testing.assert_allclose(read.embedding, golden["gelu_text_embedding"], atol=2e-5)
+    np.testing.assert_allclose(np.stack(read.hidden), golden["gelu_text_hidden"], atol=2e-5)
+    whole, all_params = load_clip(published / "clip")
+    vision = whole.image.clone(activation="gelu")
+    see = apply(vision, {"params": all_params["params"]["image"]}, golden["image"])
+    np.testing.assert_allclose(see.embedding, golden["gelu_image_embedding"], atol=2e-5)
+    np.testing.assert_allclose(np.stack(see.hidden), golden["gelu_image_hidden"], atol=2e-5)
+
+
+def test_bfloat16_and_remat(golden, published):
+    clip, params = load_clip(published / "clip", jnp.bfloat16)
+    remat = clip.clone(image=clip.image.clone(remat=True), text=clip.text.clone(remat=True))
+    image, said, *_ = apply(remat, params, golden["image"], golden["ids"])
+    assert image.dtype == said.dtype == jnp.float32
+    # bfloat16 has 8 bits: 0.4% of each of some ten sums.
+    np.testing.assert_allclose(image, golden["image_embedding"], atol=0.05)
+    np.testing.assert_allclose(said, golden["text_embedding"], atol=0.05)
+    features = apply(remat, params, golden["ids"], method="read")
+    assert {x.dtype for x in features.hidden} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_what_follows_the_end_is_not_seen(published):
+    clip, params = load_clip(published / "clip")
+    ids = np.array([[3, 7, 49, 49, 49], [3, 7, 49, 8, 0], [3, 8, 49, 49, 49]])
+    one, padded, other = apply(clip, params, ids, method="read").embedding
+    np.testing.assert_allclose(one, padded, atol=1e-5)
+    assert np.abs(one - other).max() > 0.05
+
+
+def test_weights_go_to_transformers_and_back(golden, published, tmp_path):
+    clip, params = load_clip(published / "clip")
+    weights = to_transformers(params["params"])
+    assert {name: list(x.shape) for name, x in weights.items()} == golden["names"]
+    tokenizer = text.train_tokenizer(["a red three"], 258)
+    save_clip(tmp_path / "mine", clip, params, text.to_json(tokenizer))
+    again, same = load_clip(tmp_path / "mine")
+    assert again == clip and text.read_tokenizer(tmp_path / "mine").get_vocab() == tokenizer.get_vocab()
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    with pytest.raises(ValueError, match="there already"):
+        save_clip(tmp_path / "mine", clip, params, "")
+    with pytest.raises(ValueError, match="has no bias"):
+        save_clip(tmp_path / "sigmoid", clip.clone(bias=-10.0), params, "")
+
+
+def test_weights_that_do_not_fit(published, tmp_path):
+    _, params = load_clip(published / "clip")
+    weights = load_file(published / "clip" / "model.safetensors")
+    extra = {"text_model.embeddings.position_ids": np.arange(9)}  # old files hold it
+    from_transformers(weights | extra, params["params"])
+    with pytest.raises(ValueError, match=r"missing none, left over \['more'\]"):
+        from_transformers(weights | {"more": np.zeros(1)}, params["params"])
+    short = {name: x for name, x in weights.items() if name != "logit_scale"}
+    with pytest.raises(ValueError, match=r"missing \['logit_scale'\]"):
+        from_transformers(short, params["params"])
+    with pytest.raises(ValueError, match=r"text_projection.weight becomes \(2, 3\)"):
+        from_transformers(weights | {"text_projection.weight": np.zeros((3, 2))}, params["params"])
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="lacks text_config"):
+        load_clip(tmp_path)
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read"):
+        load_text_tower(tmp_path)
+    (tmp_path / "config.json").write_text('{"hidden_act": "relu"}')
+    with pytest.raises(ValueError, match="asks for relu"):
+        load_text_tower(tmp_path)
+
+
+def test_published_shapes():
+    """Counts of transformers' models: B/32, L/14, and SD3's text towers CLIP-L and OpenCLIP bigG."""
+
+    def count(module, *inputs):
+        shapes: Any = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+        return sum(x.size for x in jax.tree.leaves(shapes))
+
+    ids = jnp.zeros((1, 77), jnp.int32)
+    assert count(CLIP(ImageTower(), TextTower()), jnp.zeros((1, 224, 224, 3)), ids) == 151_277_313
+    large: Any = dict(width=768, num_heads=12, mlp_width=3072, projection=768)
+    vision: Any = dict(patch_size=14, width=1024, num_layers=24, num_heads=16, mlp_width=4096, projection=768)
+    assert count(CLIP(ImageTower(**vision), TextTower(**large)), jnp.zeros((1, 224, 224, 3)), ids) == 427_616_513
+    assert count(TextTower(**large), ids) == 123_650_304
+    big: Any = dict(width=1280, num_layers=32, num_heads=20, mlp_width=5120, projection=1280, activation="gelu")
+    assert count(TextTower(**big), ids) == 694_659_840
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ImageTower(32, 8).init(jax.random.key(0), jnp.zeros((1, 32, 24, 3))), "32x24 pixels: this tower sees"),
+        (lambda: ImageTower(32, 5).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))), "5 pixels do not divide"),
+        (lambda: TextTower(length=8).init(jax.random.key(0), jnp.zeros((1, 9), jnp.int32)), "of 9 tokens"),
+        (lambda: TextTower(num_heads=7).init(jax.random.key(0), jnp.zeros((1, 9), jnp.int32)), "7 heads do not divide"),
+        (lambda: TextTower(activation="relu").init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)), "quick_gelu or"),
+    ],
+)
+def test_what_a_tower_cannot_be(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# --- training
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """The experiment of the config, its batches small and its towers of one layer, on 8 devices and 1."""
+    config = load(str(ROOT / "experiments" / "configs" / "clip_scenes.py"))
+    with config.unlocked():
+        config.data.batch_size = 64
+        config.loss.rows = 16
+        config.network.image.update(width=32, num_layers=1, mlp_width=64)
+        config.network.text.update(width=32, num_layers=1, mlp_width=64)
+    captioned = scenes.scenes("train", 16, 300)
+    tokenizer = text.train_tokenizer(captioned.captions)
+    clip = image_text.make_clip(config, tokenizer)
+    source = captions.with_text(captioned, lambda said: text.encode(tokenizer, said, config.text.length))
+    return config, clip, tokenizer, source
+
+
+def test_loss_starts_at_log_batch_and_is_the_same_on_one_and_eight_devices(parts):
+    config, clip, _, source = parts
+    experiment = image_text.make_experiment(config, clip, source)
+    params = jax.jit(experiment.init)(run_key(0, "init"))
+    rows = source.read(np.arange(64))
+
+    def mean(params, batch):
+        return experiment.loss(params, batch, run_key(0, "train"))[0].mean()
+
+    gradient = jax.jit(jax.value_and_grad(mean))
+    one, eight = (gradient(params, place_batch(make_mesh(number), rows)) for number in (1, 8))
+    assert abs(float(one[0]) / math.log(64) - 1) < 0.01
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(one[1]))
+    assert largest > 1e-3
+    # The same float32 sums in another order.
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5 * largest)
+
+
+def test_the_scale_stays_below_a_hundred():
+    limit = image_text.at_most("logit_scale", math.log(100))
+    params = {"logit_scale": jnp.float32(4.6), "kernel": jnp.float32(4.6)}
+    updates, _ = limit.update({"logit_scale": jnp.float32(0.5), "kernel": jnp.float32(0.5)}, limit.init(params), params)
+    assert float(updates["kernel"]) == 0.5
+    assert float(params["logit_scale"] + updates["logit_scale"]) == pytest.approx(math.log(100))
+    down, _ = limit.update({"logit_scale": jnp.float32(-0.5), "kernel": jnp.float32(0)}, limit.init(params), params)
+    assert float(down["logit_scale"]) == -0.5
+
+
+def test_sigmoid_loss_is_a_switch_and_what_cannot_be_is_told(parts):
+    config, _, tokenizer, source = parts
+    with config.unlocked():
+        other = config.copy_and_resolve_references()
+    other.loss.name = "sigmoid"
+    clip = image_text.make_clip(other, tokenizer)
+    experiment = image_text.make_experiment(other, clip, source)
+    params = experiment.init(run_key(0, "init"))["params"]
+    assert float(params["logit_bias"]) == -10 and float(params["logit_scale"]) == pytest.approx(math.log(10))
+    for field, value, message in (
+        ("loss.name", "hinge", "softmax or sigmoid"),
+        ("loss.rows", 7, "7 rows at a time do not divide"),
+        ("training.accumulate", 2, "over the whole batch"),
+        ("data.name", "nothing", "scenes or folder"),
+    ):
+        wrong = config.copy_and_resolve_references()
+        section, name = field.split(".")
+        wrong[section][name] = value
+        with pytest.raises(ValueError, match=message):
+            image_text.make_source(wrong, "train")
+            image_text.make_experiment(wrong, image_text.make_clip(wrong, tokenizer), source)
+
+
+def test_the_experiment_from_the_command_line(tmp_path, capsys, monkeypatch):
+    from experiments import clip as experiment
+    from experiments.command_line import main
+
+    monkeypatch.chdir(tmp_path)
+    small = ["width=32", "num_layers=1", "mlp_width=64"]
+    sizes = [f"--config.network.{tower}.{field}" for tower in ("image", "text") for field in small]
+    sizes += ["--config.data.num_examples=200", "--config.data.batch_size=32", "--config.training.num_steps=4"]
+    sizes += ["--config.evaluation.num_examples=60", "--config.evaluation.num_candidates=10"]
+    sizes += ["--config.evaluation.num_single=20", "--config.training.log_every=2"]
+    modes = {"train": experiment.train, "evaluate": experiment.evaluate, "score": experiment.score}
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["clip", f"--workdir={tmp_path / 'run'}", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main(
+                experiment.__file__,
+                "",
+                default_config="clip_scenes.py",
+                modes=modes,
+                extra_flags=experiment.define_flags,
+            )
+        return ended.value.code, capsys.readouterr().out
+
+    assert run(*sizes)[0] == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    names = [one["name"] for one in report["measurements"]]
+    assert "retrieval among 10, held_out" in names and "zero-shot accuracy of the colour, test" in names
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "a.png")
+    code, out = run("--mode=score", "--images=a.png", "--prompts=a red three;a blue four")
+    assert code == 0 and "prompt 2: a blue four" in out and "a.png" in out.splitlines()[-1]
+    assert "error" in str(run("--mode=score", "--images=a.png")[0])
+    trained = image_text.load(tmp_path / "run")
+    assert trained.step == 4 and trained.encoder.text(["a red three"]).shape == (1, 512)
+
+
+# --- folders of captions
+
+
+def test_folder_of_captions(tmp_path, caplog):
+    pixels = np.random.RandomState(0).randint(0, 256, (3, 8, 8, 3), np.uint8)
+    for i in range(3):
+        Image.fromarray(pixels[i]).save(tmp_path / f"{i}.png")
+    lines = [
+        {"image": "0.png", "caption": "one"},
+        {"image": "1.png", "caption": ["two", "one"]},
+        {"image": "2.png", "caption": "three"},
+    ]
+
+    def write(*lines):
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        (tmp_path / "captions.jsonl").write_text("\n".join(texts))
+
+    write(*lines)
+    source, said = captions.caption_folder(tmp_path, None)
+    read = source.read(np.arange(4))
+    assert said == ("one", "two", "three") and read["label"].tolist() == [0, 1, 0, 2]
+    assert (read["image"] == pixels[[0, 1, 1, 2]]).all()
+
+    Image.fromarray(pixels[0, :6]).save(tmp_path / "wide.png")
+    write(*lines, {"image": "wide.png", "caption": "wide"})
+    with pytest.raises(ValueError, match=r"line 4: .*wide.png is 8x6, not square: give image_size"):
+        captions.caption_folder(tmp_path, None)
+    assert captions.caption_folder(tmp_path, 4).source.image_shape == (4, 4, 3)
+
+    (tmp_path / "broken.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
+    write(*lines, {"image": "broken.png", "caption": "broken"})
+    with pytest.raises(ValueError, match=r"line 4: .*broken.png cannot be read"):
+        captions.caption_folder(tmp_path, 8)
+    with caplog.at_level(logging.WARNING):
+        assert captions.caption_folder(tmp_path, 8, skip_broken=True).source.num_examples == 4
+    assert "1 of 4 pictures cannot be read" in caplog.text
+
+    for line, message in (
+        ({"image": "none.png", "caption": "x"}, "line 4: a caption without an image"),
+        ({"image": "0.png"}, 'line 4: not {"image"'),
+        ("{", "line 4: not JSON"),
+    ):
+        write(*lines, line)
+        with pytest.raises(ValueError, match=message):
+            captions.caption_folder(tmp_path, 8)
+    with pytest.raises(ValueError, match="write a line"):
+        captions.caption_folder(tmp_path / "nowhere", 8)
+
+
+# --- CLIP as a judge
+
+
+def test_scores_and_classes():
+    """An encoder that knows colours: its embedding of a picture is the mean colour, of a prompt its colour's."""
+    words = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
+    encoder = clip_features.Encoder(
+        lambda image: image.mean(axis=(1, 2)) / 255,
+        lambda prompts: np.array([words[prompt.split()[-1]] for prompt in prompts], float),
+        10.0,
+    )
+    image = np.zeros((3, 4, 4, 3), np.uint8)
+    image[0, ..., 2] = image[1, ..., 0] = image[2, ..., 0] = image[2, ..., 1] = 200
+    np.testing.assert_allclose(
+        clip_features.clip_score(encoder, image, ["all blue", "all green", "all red"]), [100, 0, 100 / 2**0.5]
+    )
+    found = clip_features.zero_shot(encoder, image[:2], [["red"], ["a green", "the green"], ["blue"]])
+    assert found.tolist() == [2, 0]
+    with pytest.raises(ValueError, match="one for each"):
+        clip_features.clip_score(encoder, image, ["red"])
+
+
+def test_recall():
+    similarity = np.array([[3.0, 2.0, 1.0], [2.0, 1.0, 0.0], [5.0, 5.0, 5.0]])
+    assert clip_features.recall(similarity, 1) == pytest.approx(1 / 3)
+    assert clip_features.recall(similarity, 2) == pytest.approx(2 / 3)
+    assert clip_features.recall(similarity, 3) == 1.0  # a tie with all three: third at worst
+
+
+def test_pictures_are_cropped_to_their_middle_square(published):
+    clip, params = load_clip(published / "clip")
+    image = np.zeros((1, 12, 36, 3), np.uint8)
+    image[:, :, 12:24] = np.random.RandomState(0).randint(0, 256, (12, 12, 3))
+    assert (clip_features.fit(image, 12) == image[:, :, 12:24]).all()
+    tokenizer = text.train_tokenizer(["a"], 258)
+    with pytest.raises(ValueError, match="tokenizer has 258 tokens"):
+        clip_features.make_encoder(clip, params, tokenizer)
+    with pytest.raises(ValueError, match="1 channels: repeat"):
+        clip_features.fit(image[..., :1], 12)
