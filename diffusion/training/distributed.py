@@ -10,6 +10,7 @@ from diffusion.training.rollcall import roll_call, who
 
 JOIN_SECONDS = 120  # for all processes to be there
 HEARTBEAT_SECONDS = 30  # of silence, after which a process counts as dead
+MEET_SECONDS = 1800  # for all to have compiled
 SHUTDOWN_SECONDS = 30  # for all to come to the end
 
 
@@ -48,6 +49,18 @@ def join() -> None:
         f"{len(devices)} of {jax.device_count()} devices ({devices[0].device_kind}), "
         f"numbers {', '.join(str(device.id) for device in devices)}"
     )
+
+
+def meet(place: str) -> None:
+    """Returns when every process of the run is here; at once where it is alone.
+
+    CPU processes give each other 30 seconds at their first collective. One that compiles longer than another would use
+    them up, so they meet before it: through the coordinator, as nothing else is not itself a collective.
+    """
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        from jax._src.distributed import global_state  # no public name leads to it
+
+        global_state.client.wait_at_barrier(f"diffusion {place}", timeout_in_ms=1000 * MEET_SECONDS)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def leave(code: int, line: str = "") -> None:

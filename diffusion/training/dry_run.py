@@ -61,14 +61,14 @@ def dry_run(experiment: Experiment, settings: Settings, *, mesh: Mesh, num_examp
     state, report = jax.block_until_ready(step(state, batch))
     lines.append(
         f"one step     {time.perf_counter() - compiled:.2f} s after {compiled - begun:.1f} s of compiling: "
-        f"{describe(jax.device_get(report))}"
+        f"loss {float(report.loss):.6g}, gradient norm {float(report.grad_norm):.6g}"
     )
     lines.append(f"checkpoint   {round_trip(state, abstract, folder)}")
     warnings = list(worries(experiment, settings, mesh, num_examples, needed))
     if alike:
         warnings.append(alike)
     if report.bad:
-        warnings.append("the first step is bad: look at the data and the learning rate")
+        warnings.append(f"the first step is bad: {describe(jax.device_get(report))}")
     return Findings(lines, warnings, state)
 
 
