@@ -216,6 +216,8 @@ def test_loss_starts_at_log_batch_and_is_the_same_on_one_and_eight_devices(parts
 def test_the_scale_stays_below_a_hundred():
     limit = image_text.at_most("logit_scale", math.log(100))
     params = {"logit_scale": jnp.float32(4.6), "kernel": jnp.float32(4.6)}
+    updates: Any
+    down: Any
     updates, _ = limit.update({"logit_scale": jnp.float32(0.5), "kernel": jnp.float32(0.5)}, limit.init(params), params)
     assert float(updates["kernel"]) == 0.5
     assert float(params["logit_scale"] + updates["logit_scale"]) == pytest.approx(math.log(100))
