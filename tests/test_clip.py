@@ -184,6 +184,7 @@ def parts():
     config = load(str(ROOT / "experiments" / "configs" / "clip_scenes.py"))
     with config.unlocked():
         config.data.batch_size = 64
+        config.data.num_examples = 50
         config.loss.rows = 16
         config.network.image.update(width=32, num_layers=1, mlp_width=64)
         config.network.text.update(width=32, num_layers=1, mlp_width=64)
@@ -232,7 +233,7 @@ def test_sigmoid_loss_is_a_switch_and_what_cannot_be_is_told(parts):
     other.loss.name = "sigmoid"
     clip = image_text.make_clip(other, tokenizer)
     experiment = image_text.make_experiment(other, clip, source)
-    params = experiment.init(run_key(0, "init"))["params"]
+    params = jax.jit(experiment.init)(run_key(0, "init"))["params"]
     assert float(params["logit_bias"]) == -10 and float(params["logit_scale"]) == pytest.approx(math.log(10))
     for field, value, message in (
         ("loss.name", "hinge", "softmax or sigmoid"),

@@ -49,7 +49,9 @@ def make_encoder(
 
     def image(pixels: np.ndarray) -> np.ndarray:
         x = fit(pixels, clip.image.image_size)
-        return _in_batches(lambda part: see(params, (part / np.float32(255) - mean) / std), x, batch_size)
+        return _in_batches(
+            lambda part: see(params, (part / np.float32(255) - jnp.asarray(mean)) / jnp.asarray(std)), x, batch_size
+        )
 
     def prompts(texts: Sequence[str]) -> np.ndarray:
         ids = text.encode(tokenizer, texts, clip.text.length, padding)
