@@ -100,7 +100,7 @@ case "${1:-}" in
 test)
   shift
   set_up
-  exec .venv/bin/python -m pytest "$@"
+  exec .venv/bin/python -m pytest -n auto --dist loadfile "$@" # a file on one core: fixtures are made once
   ;;
 esac
 
