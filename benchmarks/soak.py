@@ -11,6 +11,7 @@ kept aside, and the one before it is restored bit for bit. Goes on where an earl
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import os
 import random
@@ -199,7 +200,7 @@ def damage_checkpoints(count: int, source: Path, folder: Path) -> dict[str, Any]
             victim.unlink()  # garbage that hit upon what was there
             kind = "deletion"
         aside = newest.with_name(f"{newest.name}.bad")
-        with contextlib.redirect_stderr(None):  # every damage is named there
+        with contextlib.redirect_stderr(io.StringIO()):  # every damage is named there
             after = restored(copy, read_only=False)
         sound = after == before and aside.is_dir() and not newest.exists()
         tried, good = kinds.get(kind, (0, 0))
