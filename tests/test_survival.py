@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -235,7 +236,7 @@ def test_a_spike_stops_the_run_in_its_step(tmp_path):
 
 def test_skipped_steps_change_nothing_are_counted_and_resume_to_the_same_bits(tmp_path):
     experiment = make_experiment(batches=bad_batches([2, 6]))
-    whole = do_train(tmp_path / "whole", experiment, skip_bad_steps=True)
+    whole: Any = do_train(tmp_path / "whole", experiment, skip_bad_steps=True)
     assert [line["skipped_steps"] for line in logged(tmp_path / "whole")] == [1, 1, 0]
     assert int(whole.step) == 12 and int(whole.opt_state[0].count) == 10
     do_train(tmp_path / "parts", experiment, num_steps=3, skip_bad_steps=True)
