@@ -104,6 +104,12 @@ test)
   ;;
 esac
 
+# On a CPU, memory that malloc gives back and asks for again is most of the page faults of a step: keep it, in huge
+# pages (glibc >= 2.35; an older one ignores this).
+if [ "$(jax_extra)" = cpu ]; then
+  export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000}
+fi
+
 name=$1
 shift
 [ -n "$(experiments | awk -v name="$name" '$1 == name')" ] ||

@@ -230,8 +230,11 @@ def make_loss(config: Config, network: UNet, diffusion: Diffusion) -> Loss:
 def mean_by_part(name: str, values: jax.Array, u: jax.Array, parts: int = 4) -> dict[str, Mean]:
     """Returns `values` [B] as one `Mean` for each of `parts` equal ranges of u in (0, 1), least noise first."""
     part = jnp.minimum((u * parts).astype(jnp.int32), parts - 1)
-    inside = [(part == i).astype(jnp.float32) for i in range(parts)]
-    return {f"{name}_part_{i + 1}_of_{parts}": Mean(values * inside[i], inside[i]) for i in range(parts)}
+    inside = [part == i for i in range(parts)]
+    return {  # chosen, not multiplied: a NaN stays in its own part
+        f"{name}_part_{i + 1}_of_{parts}": Mean(jnp.where(inside[i], values, 0.0), inside[i].astype(jnp.float32))
+        for i in range(parts)
+    }
 
 
 def make_denoise(

@@ -76,6 +76,8 @@ def get_config() -> ConfigDict:
             keep_every=100_000,
             preview_every=10_000,
             num_previews=64,
+            skip_bad_steps=False,  # leave out, and count, steps whose loss or gradient is not finite
+            spike_factor=0.0,  # stop at a loss so many times the usual one; 0: never
         )
     )
     config.sampling = ConfigDict(

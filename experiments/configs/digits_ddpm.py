@@ -51,6 +51,8 @@ def get_config() -> ConfigDict:
             keep_every=0,
             preview_every=500,
             num_previews=36,
+            skip_bad_steps=False,  # leave out, and count, steps whose loss or gradient is not finite
+            spike_factor=0.0,  # stop at a loss so many times the usual one; 0: never
         )
     )
     config.sampling = ConfigDict(
