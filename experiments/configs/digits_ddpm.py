@@ -76,8 +76,8 @@ def get_config() -> ConfigDict:
             features="pixels",  # or inception
             weights="",  # Inception's file, where it is not to be fetched
             metrics=("fid", "kid", "precision_recall", "bits_per_dim"),
-            likelihood_images=500,
-            bound_terms=32,  # of the bound's 1000, for each image others; 0: all
+            likelihood_images=200,
+            bound_terms=24,  # of the bound's 1000, for each image others; 0: all
             ode_steps=50,
             after_training=True,
         )
