@@ -27,7 +27,7 @@ from diffusion.gaussian import (
     q_sample,
 )
 from diffusion.losses import variational_term
-from diffusion.predictions import Denoise
+from diffusion.predictions import Denoise, per_example
 from diffusion.randomness import draw_like, fold_in, normal_like
 from diffusion.schedules import Grid, Schedule
 
@@ -139,7 +139,7 @@ def _make_terms(key, denoise, schedule, x_0, variance, time=None, decoder_varian
         else:
             raise ValueError("variance='learned' needs a denoise that returns (x_0_hat, v): use 'large' or 'small'")
         if decoder_variance is not None:
-            sigma_2 = jnp.where(t == 1, decoder_variance, sigma_2)
+            sigma_2 = jnp.where(per_example(t == 1, x_t), decoder_variance, sigma_2)
         p = Normal(q_posterior(schedule, x_0_hat, x_t, t).mean, sigma_2)
         snr = at(schedule.alpha_bar, t, x_t) / at(schedule.one_minus_alpha_bar, t, x_t)
         eps_mse = jnp.mean(snr * (x_0_hat - x_0) ** 2, axis=tuple(range(1, x_0.ndim)))

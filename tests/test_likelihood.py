@@ -383,6 +383,11 @@ def test_the_bound_from_a_few_steps_is_the_bound_on_average():
         drawn = estimate.steps[estimate.t == t]
         spread = float(jnp.hypot(drawn.std() / len(drawn) ** 0.5, full.steps[:, t - 1].std() / 4000**0.5))
         assert abs(float(drawn.mean() - full.steps[:, t - 1].mean())) < 4 * spread + 1e-6
-    # eq. 14's error: x_0_hat - x_0 = (eps - eps_hat) noise / signal
+    # Images of several channels, and the decoder's own variance: it moves the decoder's term and no other.
+    image = x_0.reshape(4000, 1, 2, 3)
+    same = likelihood.estimate_bound(jax.random.key(1), denoise, schedule, image, u, 5)
+    other = likelihood.estimate_bound(jax.random.key(1), denoise, schedule, image, u, 5, decoder_variance=1e-2)
+    np.testing.assert_array_equal(other.steps, same.steps)
+    assert (other.decoder != same.decoder).all() and other.steps.shape == (4000, 5)
     with pytest.raises(ValueError, match="0 terms"):
         likelihood.estimate_bound(jax.random.key(1), denoise, schedule, x_0, u, 0)
