@@ -171,8 +171,10 @@ def draw_samples(
     settings = run.config.sampling
     name = f"step{trained.step}_{settings.sampler}{settings.num_steps}_seed{seed}_n{num_samples}.npz"
     out = Path(out or run.workdir / "samples" / name)
-    made = {
-        **run.description,
+    config = run.description["config"]
+    made = {  # what a sample depends on; not, for one, what is to be measured of it
+        "experiment": run.experiment,
+        **{name: config[name] for name in ("network", "process", "loss", "sampling")},
         "step": trained.step,
         "average": trained.average,
         "weights": digest(trained.ema),
