@@ -58,11 +58,20 @@ def main(
       modes: what --mode can name; "train" is the default; it and "check" need no checkpoint to begin with.
       extra_flags: defines the flags that only this experiment has.
     """
-    try:
+
+    def work() -> None:
         values = flags.FlagValues()
         extra_flags(values)
         run, mode = parse(sys.argv, Path(file), doc, default_config, modes, values)
         modes[mode](run)
+
+    run_to_end(work)
+
+
+def run_to_end(work: Callable[[], None]) -> NoReturn:
+    """Does `work` and exits: 0, or after what a user can mend one line and 1; --traceback shows where it came from."""
+    try:
+        work()
     except (RunError, ValueError, OSError, flags.Error) as error:
         if "--traceback" in sys.argv:
             traceback.print_exc()

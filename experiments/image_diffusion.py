@@ -257,10 +257,22 @@ def make_denoise(
     if settings.guidance != 1.0:
         if network.num_classes is None:
             raise ValueError("sampling.guidance needs classes to be guided to: network.class_conditional=True")
-        denoise = guidance.classifier_free(conditional, denoise_of(None), settings.guidance)
-        if settings.guidance_interval:
-            denoise = guidance.limited_interval(denoise, conditional, *settings.guidance_interval)
-    match settings.threshold:
+        denoise = guided(config, conditional, denoise_of(None))
+    return thresholded(config, denoise)
+
+
+def guided(config: Config, conditional: samplers.Denoise, unconditional: samplers.Denoise) -> samplers.Denoise:
+    """Returns `conditional` led away from `unconditional` as strongly, and where, as `config.sampling` says."""
+    settings = config.sampling
+    denoise = guidance.classifier_free(conditional, unconditional, settings.guidance)
+    if settings.guidance_interval:
+        denoise = guidance.limited_interval(denoise, conditional, *settings.guidance_interval)
+    return denoise
+
+
+def thresholded(config: Config, denoise: samplers.Denoise) -> samplers.Denoise:
+    """Returns `denoise` with its x_0_hat bounded as `config.sampling.threshold` says."""
+    match config.sampling.threshold:
         case "clip":
             return guidance.clip(denoise)
         case "dynamic":

@@ -1,6 +1,6 @@
 """--mode=evaluate and --mode=sweep: samples scored against the training images, beside images never seen."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -147,9 +147,8 @@ def shares(
     return [Measurement("share of each class", named, len(samples), note=note, **made)]
 
 
-def sweep(run: Run, train: Source, test: Source) -> None:
+def sweep(run: Run, train: Source) -> None:
     """Scores samples over the number of steps, or over the length of the average: a report and a picture of each."""
-    del test
     if not run.flags.sweep_steps and not run.flags.sweep_ema:
         raise ValueError("--mode=sweep needs what to vary: --sweep_steps=5,10,20,50 or --sweep_ema=0.03,0.05,0.1")
     settings = run.config.evaluation
@@ -168,7 +167,7 @@ def sweep(run: Run, train: Source, test: Source) -> None:
         config.sampling.num_steps = int(num_steps)
         return fid(run._replace(config=config), newest)
 
-    sweeps: list[tuple[str, str, list[float], Any]] = []
+    sweeps: list[tuple[str, str, list[float], Callable[[float], list[Measurement]]]] = []
     if run.flags.sweep_steps:
         newest = image_modes.load(run, train)
         sweeps.append(("steps", "sampling steps", numbers("sweep_steps", run.flags.sweep_steps), at_steps))

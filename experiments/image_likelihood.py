@@ -44,7 +44,7 @@ def measure(
     config.sampling.guidance = 1.0  # guided samples follow no likelihood
     config.sampling.sampler = "ddim"
     config.sampling.num_steps = num_steps
-    config.sampling.grid = "log_snr"  # the ODE's own: 50 such steps are worth over 200 even ones
+    config.sampling.grid = "log_snr"  # its own: on the digits 50 such steps are nearer the end than 200 even ones
     count = min(num_images, source.num_examples)
     batch_size = min(config.sampling.batch_size, count)
     batches = [np.arange(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]

@@ -56,7 +56,7 @@ def main(file: str, doc: str | None, *, default_config: str, make_source: Callab
         "check": on("train", image_check.check),
         "sample": on("train", sample),
         "evaluate": on_both(image_evaluation.evaluate),
-        "sweep": on_both(image_evaluation.sweep),
+        "sweep": on("train", image_evaluation.sweep),
         "likelihood": on("test", image_likelihood.bits_per_dim),
         **image_uses.make_modes(lambda run: make_source(run.config, "test")),
     }

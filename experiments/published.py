@@ -10,7 +10,6 @@ diffusion_pytorch_model.safetensors). An import computes in float32 unless --con
 
 import hashlib
 import sys
-import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +23,7 @@ from diffusion.pretrained import folder, pipeline, unet
 from diffusion.training import Checkpoints, RunError, init_state, make_mesh, workdir
 from diffusion.training.checkpoints import open_existing, provenance
 from experiments import cifar10, image_diffusion, image_modes
-from experiments.command_line import Config, Run, from_plain, load, override, plain
+from experiments.command_line import Config, Run, from_plain, load, override, plain, run_to_end
 
 DDPM = Path(__file__).parent / "configs" / "cifar10_ddpm.py"
 
@@ -129,21 +128,18 @@ def main() -> NoReturn:
     flags.DEFINE_string("weights", None, "folder as diffusers publishes it", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_bool("traceback", False, "show where an error comes from", flag_values=values)
-    try:
+
+    def work() -> None:
         if {"--help", "-h"} & set(sys.argv):
             print(f"{__doc__}\nFlags:\n{values.get_help()}")
-            sys.exit(0)
+            return
         arguments = values(sys.argv, known_only=True)
         for name in ("mode", "weights", "workdir"):
             if not values[name].value:
                 raise RunError(f"--{name} is missing: see --help")
         modes[values.mode](Path(values.weights), Path(values.workdir), arguments, values)
-    except (RunError, ValueError, OSError, flags.Error) as error:
-        if "--traceback" in sys.argv:
-            traceback.print_exc()
-        line = " ".join(str(error).split())
-        sys.exit(f"error: {line}" + ("" if isinstance(error, RunError) else " (--traceback shows where)"))
-    sys.exit(0)
+
+    run_to_end(work)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffusion import guidance, losses, predictions, samplers, weightings
+from diffusion import losses, predictions, samplers, weightings
 from diffusion.data.batches import batch_indices, make_batches
 from diffusion.data.captions import CaptionedSource, with_text
 from diffusion.data.images import to_float, to_uint8
@@ -87,7 +87,6 @@ def make_denoise(
     config: Config, network: MMDiT | UNet, diffusion: Diffusion, params: Any, text: Text, negative: Text
 ) -> samplers.Denoise:
     """Returns denoise(x_t, time) -> x_0_hat, led to `text` and away from `negative` as `config.sampling` says."""
-    settings = config.sampling
 
     def denoise_of(text: Text) -> samplers.Denoise:
         def apply(x_t: jax.Array, time: jax.Array) -> Any:
@@ -95,19 +94,8 @@ def make_denoise(
 
         return predictions.denoiser(config.loss.prediction, apply, diffusion.process)
 
-    conditional = denoise_of(text)
-    denoise = guidance.classifier_free(conditional, denoise_of(negative), settings.guidance)
-    if settings.guidance_interval:
-        denoise = guidance.limited_interval(denoise, conditional, *settings.guidance_interval)
-    match settings.threshold:
-        case "clip":
-            return guidance.clip(denoise)
-        case "dynamic":
-            return guidance.dynamic_threshold(denoise)
-        case "none":
-            return denoise
-        case name:
-            raise ValueError(f"sampling.threshold is {name!r}: choose clip, dynamic or none")
+    denoise = image_diffusion.guided(config, denoise_of(text), denoise_of(negative))
+    return image_diffusion.thresholded(config, denoise)
 
 
 class Parts(NamedTuple):

@@ -223,7 +223,7 @@ def test_sampling_that_was_killed_goes_on(trained, tmp_path, monkeypatch):
 def test_sweeps_over_steps_and_averages(trained):
     folder, _ = trained
     run = parse(folder, "--mode=evaluate", "--num_samples=50", "--sweep_steps=2,4", "--sweep_ema=0.05,0.1")
-    image_evaluation.sweep(run, digits("train"), digits("test"))
+    image_evaluation.sweep(run, digits("train"))
     for name, labels in (("steps", ("2", "4")), ("ema", ("0.05", "0.1"))):
         rows = json.loads((folder / "sweeps" / name / "report.json").read_text())["measurements"]
         assert [one["name"].split()[-1] for one in rows] == list(labels)
@@ -231,7 +231,7 @@ def test_sweeps_over_steps_and_averages(trained):
     assert [one["ema"] for one in rows] == ["power 0.05", "power 0.1"]
     for wrong, message in ((["--sweep_ema=0.01"], "off by"), (["--sweep_steps=few"], "numbers"), ([], "what to vary")):
         with pytest.raises((RunError, ValueError), match=message):
-            image_evaluation.sweep(parse(folder, "--mode=evaluate", *wrong), digits("train"), digits("test"))
+            image_evaluation.sweep(parse(folder, "--mode=evaluate", *wrong), digits("train"))
 
 
 @pytest.mark.parametrize(

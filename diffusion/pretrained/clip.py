@@ -12,11 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from diffusion.networks.clip import ACTIVATIONS, CLIP, ImageTower, TextTower
-from diffusion.pretrained.folder import new_folder, read_json, write_json
+from diffusion.pretrained.folder import new_folder, read_json, read_weights, write_json, write_weights
+from diffusion.pretrained.strict import check_keys
 
 # Ours -> transformers'. Paths are joined by dots; the leaf's name is changed apart.
 _NAMES = [
@@ -36,6 +35,8 @@ _NAMES = [
     (r"(text|image)\.block_(\d+)\.(out)", r"\1_model.encoder.layers.\2.self_attn.\3_proj"),
     (r"logit_scale", "logit_scale"),
 ]
+# Text towers are often published in halves, which become float32 when they are taken; old files hold int64 positions.
+HALVES = ("float32", "float16", "bfloat16", "int64")
 _BARE = ("class_embedding", "logit_scale")  # parameters that are not a module's "weight"
 # What transformers takes where config.json says nothing.
 _TEXT = dict(
@@ -82,9 +83,7 @@ def from_transformers(weights: Mapping[str, np.ndarray], like: Mapping[str, Any]
     # A buffer of 0, 1, 2, ... that old files hold.
     weights = {name: weight for name, weight in weights.items() if not name.endswith("embeddings.position_ids")}
     names = {_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(like)}
-    missing, left_over = sorted(names - set(weights)), sorted(set(weights) - names)
-    if missing or left_over:
-        raise ValueError(f"weights do not fit this CLIP: missing {missing or 'none'}, left over {left_over or 'none'}")
+    check_keys(weights, names, "CLIP")
 
     def take(path: Any, leaf: Any) -> np.ndarray:
         name = _name(path)
@@ -113,7 +112,7 @@ def load_clip(folder: str | os.PathLike, dtype: Any = jnp.float32) -> tuple[CLIP
     like: Any = jax.eval_shape(
         clip.init, jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros((1, 2), jnp.int32)
     )
-    return clip, {"params": from_transformers(_read_weights(Path(folder)), like["params"])}
+    return clip, {"params": from_transformers(read_weights(Path(folder), "model", HALVES), like["params"])}
 
 
 def load_text_tower(folder: str | os.PathLike, dtype: Any = jnp.float32) -> tuple[TextTower, dict[str, Any]]:
@@ -121,7 +120,9 @@ def load_text_tower(folder: str | os.PathLike, dtype: Any = jnp.float32) -> tupl
     config = read_json(Path(folder) / "config.json")
     tower = text_tower(config, dtype)
     like: Any = jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    return tower, {"params": from_transformers(_read_weights(Path(folder)), {"text": like["params"]})["text"]}
+    return tower, {
+        "params": from_transformers(read_weights(Path(folder), "model", HALVES), {"text": like["params"]})["text"]
+    }
 
 
 def save_clip(folder: str | os.PathLike, clip: CLIP, params: Mapping[str, Any], tokenizer_json: str) -> None:
@@ -157,8 +158,7 @@ def save_clip(folder: str | os.PathLike, clip: CLIP, params: Mapping[str, Any], 
     }
     with new_folder(folder) as temporary:
         write_json(temporary / "config.json", config)
-        weights = {name: np.array(weight, order="C") for name, weight in to_transformers(params["params"]).items()}
-        save_file(weights, temporary / "model.safetensors", {"format": "pt"})
+        write_weights(temporary / "model.safetensors", to_transformers(params["params"]))
         (temporary / "tokenizer.json").write_text(tokenizer_json, "utf-8")
 
 
@@ -195,15 +195,6 @@ def _common(config: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
         activation=config["hidden_act"],
         dtype=dtype,
     )
-
-
-def _read_weights(folder: Path) -> dict[str, np.ndarray]:
-    """model.safetensors; halves, as text towers are often published, become float32 when they are taken."""
-    path = folder / "model.safetensors"
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): copy the published folder whole") from error
 
 
 def _name(path: Any) -> str:

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_weights(folder: Path, stem: str = "diffusion_pytorch_model") -> dict[str, np.ndarray]:
-    """The float32 arrays of STEM.safetensors, or where there is none of STEM.bin (PyTorch's, read without running it).
+def read_weights(
+    folder: Path, stem: str = "diffusion_pytorch_model", dtypes: Sequence[str] = ("float32",)
+) -> dict[str, np.ndarray]:
+    """The arrays of STEM.safetensors, or where there is none of STEM.bin (PyTorch's, read without running it).
 
     Raises:
-      ValueError: neither file is there, it is not whole, or an array is not float32.
+      ValueError: neither file is there, it is not whole, or an array is of none of `dtypes`.
     """
     path = weights_file(folder, stem)
     if path.suffix == ".bin":
@@ -42,8 +44,8 @@ def read_weights(folder: Path, stem: str = "diffusion_pytorch_model") -> dict[st
         except (SafetensorError, OSError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}): fetch it again") from error
     for name, weight in weights.items():
-        if weight.dtype != np.float32:
-            raise ValueError(f"{path}: {name} is {weight.dtype}, not float32: take the float32 file of this model")
+        if weight.dtype.name not in dtypes:
+            raise ValueError(f"{path}: {name} is {weight.dtype}, not {dtypes[0]}: take the float32 file of this model")
     return weights
 
 
@@ -52,7 +54,7 @@ def weights_file(folder: Path, stem: str = "diffusion_pytorch_model") -> Path:
     for path in (folder / f"{stem}.safetensors", folder / f"{stem}.bin"):
         if path.is_file():
             return path
-    raise ValueError(f"{folder} has no {stem}.safetensors (nor .bin): name a folder that holds one")
+    raise ValueError(f"{stem}.safetensors cannot be read: {folder} has no {stem}.safetensors, nor a .bin")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -62,7 +64,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file that says, as its readers want to know, that layouts are PyTorch's."""
-    save_file({name: np.ascontiguousarray(weight) for name, weight in weights.items()}, path, {"format": "pt"})
+    # Not ascontiguousarray, which gives a scalar an axis.
+    save_file({name: np.array(weight, order="C") for name, weight in weights.items()}, path, {"format": "pt"})
 
 
 @contextlib.contextmanager

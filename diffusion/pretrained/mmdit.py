@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.networks.mmdit import MMDiT, position_table
+from diffusion.pretrained.strict import check_keys
 
 # Our modules -> diffusers'. Theirs has three layers where ours, "qkv", has one.
 _MODULES = {
@@ -75,11 +76,7 @@ def from_diffusers(network: MMDiT, weights: Mapping[str, np.ndarray]) -> dict[st
     like = shapes(network)
     # Arrays without memory of their own: only their shapes are asked for.
     expected = to_diffusers(network, jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), like))
-    missing, left_over = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
-    if missing or left_over:
-        raise ValueError(
-            f"weights do not fit this MM-DiT: missing {missing or 'none'}, left over {left_over or 'none'}"
-        )
+    check_keys(weights, expected, "MM-DiT")
     for name, array in expected.items():
         if weights[name].shape != array.shape:
             raise ValueError(f"{name} is {weights[name].shape}, but this MM-DiT needs {array.shape}")

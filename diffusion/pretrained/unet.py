@@ -15,6 +15,7 @@ import numpy as np
 
 from diffusion.networks.unet import UNet
 from diffusion.pretrained.folder import new_folder, read_json, read_weights, write_json, write_weights
+from diffusion.pretrained.strict import check_keys
 
 WEIGHTS = "diffusion_pytorch_model"
 # The fields of a config.json and what holds where it is silent: the arguments of diffusers' class and their defaults.
@@ -240,9 +241,7 @@ def from_diffusers(weights: Mapping[str, np.ndarray], like: Mapping[str, Any]) -
         raise ValueError("weights name the same attention layer twice, in the old way (query) and the new (to_q)")
     num_levels = _num_levels(like)
     names = {_name(path, num_levels) for path, _ in jax.tree_util.tree_leaves_with_path(like)}
-    missing, left_over = sorted(names - set(modern)), sorted(set(modern) - names)
-    if missing or left_over:
-        raise ValueError(f"weights do not fit this U-Net: missing {missing or 'none'}, left over {left_over or 'none'}")
+    check_keys(modern, names, "U-Net")
 
     def take(path, leaf):
         name = _name(path, num_levels)
