@@ -9,10 +9,9 @@ from diffusion.averages import combine, power_exponent, power_rate, profile_prod
 from diffusion.training import RunError, snapshots
 
 
-@pytest.mark.parametrize("sigma_rel, gamma", [(0.05, 16.97), (0.10, 6.94), (0.25, 1.0)])
+@pytest.mark.parametrize("sigma_rel, gamma", [(0.05, 16.97), (0.10, 6.94), (18**-0.5, 1.0)])
 def test_exponents(sigma_rel, gamma):
-    # The paper's pairs (section 3.1: 16.97 and 6.94), and gamma = 1: variance 2 / (9 * 4) = 0.2357^2.
-    sigma_rel = 18**-0.5 if gamma == 1.0 else sigma_rel
+    # The paper's pairs (section 3.1: 16.97 and 6.94), and gamma = 1, the triangle, of variance 1 / 18.
     assert power_exponent(sigma_rel) == pytest.approx(gamma, rel=1e-3)
 
 
@@ -84,7 +83,8 @@ def test_stored_and_reconstructed(tmp_path):
     tracked = {name: track(weights, power_exponent(float(name))) for name in ("0.05", "0.1", "0.07")}
 
     def tree(vector):
-        return {"params": {"dense": {"kernel": jnp.asarray(vector[:4].reshape(2, 2)), "bias": jnp.asarray(vector[4:])}}}
+        dense = {"kernel": jnp.asarray(vector[:4].reshape(2, 2)), "bias": jnp.asarray(vector[4:5])}
+        return {"params": {"dense": dense, "scale": jnp.asarray(vector[5])}}
 
     for step in range(20, 401, 20):
         snapshots.save(tmp_path, step, {name: tree(tracked[name][step - 1]) for name in ("0.05", "0.1")})
@@ -93,7 +93,9 @@ def test_stored_and_reconstructed(tmp_path):
     for ours, theirs in zip(jax.tree.leaves(made.params), jax.tree.leaves(tree(tracked["0.07"][-1])), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0.01)
     earlier = snapshots.reconstruct(tmp_path, 0.1, like, step=200)
-    np.testing.assert_allclose(earlier.params["params"]["dense"]["bias"], tracked["0.1"][199][4:], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        earlier.params["params"]["dense"]["bias"], tracked["0.1"][199][4:5], rtol=1e-4, atol=1e-5
+    )
 
     with pytest.raises(RunError, match="no averages of step 30"):
         snapshots.reconstruct(tmp_path, 0.07, like, step=30)

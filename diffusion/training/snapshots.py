@@ -38,7 +38,7 @@ def save(workdir: Path, step: int, profiles: dict[str, Params]) -> None:
     for name, params in profiles.items():
         for keys, value in jax.tree_util.tree_leaves_with_path(params):
             value = multihost_utils.process_allgather(value, tiled=True)
-            arrays[f"{name}/{path_name(keys)}"] = np.ascontiguousarray(value)
+            arrays[f"{name}/{path_name(keys)}"] = np.array(value, order="C")  # ascontiguousarray gives a scalar an axis
     if jax.process_index() == 0:
         with replacing(path) as temporary:
             save_file(arrays, temporary)
