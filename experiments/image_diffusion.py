@@ -173,11 +173,18 @@ def make_network(config: Config, source: Source, diffusion: Diffusion) -> UNet:
 
 
 def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Returns Adam with warm-up and clipping, and its learning rate as a function of the step."""
+    """Returns Adam with warm-up and clipping, and its learning rate as a function of the step.
+
+    In the last `cooldown_steps` steps the rate falls along a line (Hu et al. 2024, section 4).
+    """
     settings = config.optimizer
-    rate = optax.linear_schedule(0.0, settings.learning_rate, settings.warmup_steps)
-    # From 1, so that the first update is not lost to a rate of zero.
-    learning_rate = lambda step: rate(step + 1)  # noqa: E731
+    warm_up, cool_down = max(settings.warmup_steps, 1), max(settings.cooldown_steps, 1)
+
+    def learning_rate(step: Any) -> Any:
+        # Neither the first update nor the last is lost to a rate of zero.
+        share = jnp.minimum((step + 1) / warm_up, (config.training.num_steps - step) / cool_down)
+        return settings.learning_rate * jnp.minimum(share, 1.0)
+
     optimizer = optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
         optax.adam(learning_rate, b1=settings.b1, b2=settings.b2, eps=settings.eps),

@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from diffusion.networks.layers import merged_dot_general
+
 normal = nn.initializers.normal
+Dense = partial(nn.Dense, dot_general=merged_dot_general)
 # Statistics are float32; the mean is taken away before squaring, so that a large one does not cost precision.
 LayerNorm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 
@@ -61,7 +64,7 @@ class Block(nn.Module):
         into, out = width**-0.5, width**-0.5 * (2 * self.num_layers) ** -0.5
 
         def dense(name: str, features: int, std: float) -> nn.Dense:
-            return nn.Dense(features, kernel_init=normal(std), dtype=self.dtype, name=name)
+            return Dense(features, kernel_init=normal(std), dtype=self.dtype, name=name)
 
         h = LayerNorm(dtype=self.dtype, name="norm_1")(x)
         heads = (*x.shape[:2], self.num_heads, width // self.num_heads)
@@ -108,7 +111,7 @@ class ImageTower(nn.Module):
         patches = image.reshape(batch, grid, patch, grid, patch, channels).swapaxes(2, 3)
         patches = patches.reshape(batch, grid * grid, patch * patch * channels)
         std = (patch * patch * channels) ** -0.5
-        x = nn.Dense(width, use_bias=False, kernel_init=normal(std), dtype=self.dtype, name="patch_embedding")(patches)
+        x = Dense(width, use_bias=False, kernel_init=normal(std), dtype=self.dtype, name="patch_embedding")(patches)
         class_token = self.param("class_token", normal(width**-0.5), (width,), jnp.float32)
         position = self.param("position", normal(width**-0.5), (grid * grid + 1, width), jnp.float32)
         class_token = jnp.broadcast_to(class_token.astype(self.dtype), (batch, 1, width))
@@ -212,7 +215,7 @@ def _project(tower: Any, pooled: Float[Array, "B W"]) -> Float[Array, "B E"]:
     if tower.projection is None:
         return pooled
     std = tower.width**-0.5
-    return nn.Dense(tower.projection, use_bias=False, kernel_init=normal(std), dtype=tower.dtype, name="projection")(
+    return Dense(tower.projection, use_bias=False, kernel_init=normal(std), dtype=tower.dtype, name="projection")(
         pooled
     )
 

@@ -4,6 +4,7 @@ Two streams of tokens, text and image patches, each with its own weights, that m
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -13,9 +14,13 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from diffusion.networks.layers import merged_dot_general
+
 xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros_init()
 TIME_CHANNELS = 256
+Dense = partial(nn.Dense, dot_general=merged_dot_general)
+DenseGeneral = partial(nn.DenseGeneral, dot_general=merged_dot_general)
 
 Vectors = Float[Array, "B 1 W"]
 Tokens = Float[Array, "B _ W"]
@@ -77,15 +82,13 @@ class Block(nn.Module):
         return image, self._mlp("text", text, *of_text_mlp)
 
     def _modulation(self, stream: str, conditioning: Float[Array, "B W"], count: int) -> list[Vectors]:
-        dense = nn.Dense(
-            count * conditioning.shape[-1], dtype=self.dtype, kernel_init=zeros, name=f"{stream}_modulation"
-        )
+        dense = Dense(count * conditioning.shape[-1], dtype=self.dtype, kernel_init=zeros, name=f"{stream}_modulation")
         return jnp.split(dense(conditioning)[:, None], count, axis=-1)
 
     def _heads(self, stream: str, x: Tokens) -> tuple[Float[Array, "B _ heads head"], ...]:
         """Query, key and value. One product makes all three; its heads are an axis of the kernel, to be cut along."""
         shape = (3, self.num_heads, x.shape[-1] // self.num_heads)
-        dense = nn.DenseGeneral(shape, dtype=self.dtype, kernel_init=xavier, name=f"{stream}_qkv")
+        dense = DenseGeneral(shape, dtype=self.dtype, kernel_init=xavier, name=f"{stream}_qkv")
         query, key, value = jnp.moveaxis(dense(x), 2, 0)
         if self.qk_norm:
             query = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name=f"{stream}_norm_query")(query)
@@ -94,12 +97,12 @@ class Block(nn.Module):
 
     def _out(self, stream: str, x: Float[Array, "B _ heads head"]) -> Tokens:
         width = x.shape[-1] * x.shape[-2]
-        return nn.DenseGeneral(width, (-2, -1), dtype=self.dtype, kernel_init=xavier, name=f"{stream}_out")(x)
+        return DenseGeneral(width, (-2, -1), dtype=self.dtype, kernel_init=xavier, name=f"{stream}_out")(x)
 
     def _mlp(self, stream: str, x: Tokens, shift: Vectors, scale: Vectors, gate: Vectors) -> Tokens:
         h = modulate(layer_norm(x), shift, scale)
-        h = nn.Dense(4 * x.shape[-1], dtype=self.dtype, kernel_init=xavier, name=f"{stream}_mlp_1")(h)
-        h = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=xavier, name=f"{stream}_mlp_2")(nn.gelu(h))
+        h = Dense(4 * x.shape[-1], dtype=self.dtype, kernel_init=xavier, name=f"{stream}_mlp_1")(h)
+        h = Dense(x.shape[-1], dtype=self.dtype, kernel_init=xavier, name=f"{stream}_mlp_2")(nn.gelu(h))
         return x + gate * h
 
 
@@ -148,7 +151,7 @@ class MMDiT(nn.Module):
         rows, columns = height // self.patch, width // self.patch
 
         def dense(features: int, name: str, dtype: Any = self.dtype, kernel_init: Any = xavier) -> nn.Dense:
-            return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
+            return Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
 
         def mlp(x: Float[Array, "B _"], name: str) -> Float[Array, "B W"]:
             return dense(self.width, f"{name}_2")(nn.silu(dense(self.width, f"{name}_1")(x)))

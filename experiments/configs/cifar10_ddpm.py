@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
         dict(
             learning_rate=2e-4,  # paper
             warmup_steps=5000,  # code: warmup
+            cooldown_steps=0,  # the paper has none
             clip_norm=1.0,  # code: grad_clip
             b1=0.9,
             b2=0.999,

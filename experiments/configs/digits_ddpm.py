@@ -36,7 +36,9 @@ def get_config() -> ConfigDict:
             label_dropout=0.1,  # only with class_conditional
         )
     )
-    config.optimizer = ConfigDict(dict(learning_rate=2e-3, warmup_steps=100, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8))
+    config.optimizer = ConfigDict(
+        dict(learning_rate=2e-3, warmup_steps=100, cooldown_steps=0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8)
+    )
     config.training = ConfigDict(
         dict(
             num_steps=1200,

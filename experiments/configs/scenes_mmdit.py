@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.data = ConfigDict(dict(canvas=16, num_examples=50_000, batch_size=128))
+    config.data = ConfigDict(dict(canvas=16, num_examples=100_000, batch_size=128))
     config.text = ConfigDict(
         dict(
             encoder="words",  # or clip, frozen
@@ -45,7 +45,9 @@ def get_config() -> ConfigDict:
             caption_dropout=0.1,
         )
     )
-    config.optimizer = ConfigDict(dict(learning_rate=1e-3, warmup_steps=100, clip_norm=1.0, b1=0.9, b2=0.99, eps=1e-8))
+    config.optimizer = ConfigDict(
+        dict(learning_rate=1e-3, warmup_steps=100, cooldown_steps=1000, clip_norm=1.0, b1=0.9, b2=0.99, eps=1e-8)
+    )
     config.training = ConfigDict(
         dict(
             num_steps=5000,
@@ -53,9 +55,9 @@ def get_config() -> ConfigDict:
             accumulate=1,
             sharding="replicated",
             log_every=50,
-            checkpoint_every=500,
+            checkpoint_every=250,
             keep_newest=2,
-            keep_every=0,
+            keep_every=1000,
             preview_every=500,
             num_previews=24,
         )
