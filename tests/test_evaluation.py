@@ -177,7 +177,7 @@ def test_held_out_score_is_taken_at_one_count_and_in_no_order(real, train_set):
 # --- scores
 
 
-def small_network(batch_size):
+def small_network(batch_size, num_devices=1):
     """A seeded convolution as a feature extractor that also classifies."""
     kernel = np.random.RandomState(0).normal(size=(3, 3, 1, 12)).astype(np.float32)
 
@@ -192,15 +192,17 @@ def small_network(batch_size):
         features = jnp.tanh(x).mean((1, 2))
         return features, 5 * features[:, :4]
 
-    return network_extractor("small", apply, {"kernel": kernel}, batch_size, classifies=True)
+    devices = jax.devices()[:num_devices]
+    return network_extractor("small", apply, {"kernel": kernel}, batch_size, classifies=True, devices=devices)
 
 
-def test_scores_do_not_depend_on_batch_size_or_order(real, monkeypatch, tmp_path):
+def test_scores_do_not_depend_on_batch_size_devices_or_order(real, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     image = real["test"]["image"]
     expected = None
-    for batch_size, order in ((64, slice(None)), (7, rng.permutation(500)), (500, slice(None, None, -1))):
-        extractor = small_network(batch_size)
+    backwards = slice(None, None, -1)
+    for batch_size, devices, order in ((64, 1, slice(None)), (7, 1, rng.permutation(500)), (60, 8, backwards)):
+        extractor = small_network(batch_size, devices)
         scores = compare(image[order], extractor, reference_set(digits("train"), extractor), list(METRICS))
         expected = expected or scores
         for name, score in scores.items():

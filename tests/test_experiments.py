@@ -12,6 +12,7 @@ from absl import flags
 
 from diffusion.data.samples import load_samples
 from diffusion.data.sources import array_source, digits
+from diffusion.evaluation import PIXELS, compare, reference_set
 from diffusion.training import RunError, make_mesh, place_batch, run_key
 from diffusion.training.loggers import Loggers
 from experiments import command_line, image_diffusion, image_evaluation, image_modes
@@ -110,6 +111,19 @@ def test_a_run_stopped_by_ctrl_c_ends_with_the_bits_of_one_that_was_not(trained,
     again = image_modes.train(parse(tmp_path, *SMALL, *SHORT), digits("train"))
     assert again.step == 6
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.ema), jax.device_get(trained[1].ema))
+
+
+def test_one_device_and_eight_draw_the_same_samples_with_the_same_score(trained):
+    folder, _ = trained
+    run, reference = parse(folder, "--mode=sample"), reference_set(digits("train"), PIXELS)
+    images, scores = [], []
+    for mesh in (make_mesh(1), make_mesh(8)):
+        weights = image_modes.load(run._replace(mesh=mesh), digits("train"))
+        images.append(image_modes.generate(run._replace(mesh=mesh), digits("train"), weights, 48, seed=0))
+        scores.append(compare(images[-1], PIXELS, reference, ["fid"])["fid"].value)
+    # Sums in another order: a pixel on the edge between two of the 256 levels may fall to either side.
+    assert np.max(np.abs(images[0].astype(int) - images[1])) <= 1
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)
 
 
 def test_samples_need_only_the_work_folder(trained, tmp_path):

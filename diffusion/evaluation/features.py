@@ -6,11 +6,12 @@ Any function of images serves: the pixels, FID's Inception, a Flax module of one
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Float64, Int
 from tqdm import tqdm
 
@@ -52,15 +53,24 @@ PIXELS = Extractor("pixels in [-1, 1]", lambda image: Extracted(pixel_features(i
 
 
 def network_extractor(
-    name: str, apply: Callable[[Any, jax.Array], Any], params: Any, batch_size: int = 64, classifies: bool = False
+    name: str,
+    apply: Callable[[Any, jax.Array], Any],
+    params: Any,
+    batch_size: int = 64,
+    classifies: bool = False,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Extractor:
     """Returns an extractor of `apply(params, uint8[B, H, W, C])` -> features [B, D].
 
     One that `classifies` returns (features, logits [B, K]).
 
-    Every batch has `batch_size` rows, the last one filled up: one program is compiled. The features do not depend on it
-    beyond rounding.
+    Every batch is spread over `devices` (default: this process's) and has `batch_size` rows, rounded up to what they
+    divide; the last one is filled up, so one program is compiled. The features depend on neither beyond rounding.
     """
+    mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), ("data",))
+    rows_of = NamedSharding(mesh, PartitionSpec("data"))
+    placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    batch_size = -(-batch_size // mesh.size) * mesh.size
 
     @jax.jit
     def forward(params: Any, image: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -79,7 +89,7 @@ def network_extractor(
         for first in range(0, len(image), batch_size):
             rows = image[first : first + batch_size]
             padding = np.repeat(rows[:1], batch_size - len(rows), axis=0)
-            found, told = forward(params, np.concatenate([rows, padding]))
+            found, told = forward(placed, jax.device_put(np.concatenate([rows, padding]), rows_of))
             features.append(np.asarray(found, np.float32)[: len(rows)])
             probability += [] if told is None else [np.asarray(told, np.float32)[: len(rows)]]
             bar.update(len(rows))
