@@ -1,9 +1,10 @@
-"""CLIP: trained on captioned scenes in minutes on a CPU, without a download, or on a folder of pictures and captions.
+"""CLIP: trained on captioned scenes in minutes on a CPU, without a download, or on pictures and captions of your own.
 
     ./launch.sh clip
     ./launch.sh clip --mode=evaluate
     ./launch.sh clip --mode=score --images=a.png,b.png --prompts="a red three;a blue four"
     ./launch.sh clip --config.data.name=folder --config.data.dir=DIR --config.evaluation.dir=OTHER
+    ./launch.sh clip --config.data.name=tfds:coco_captions --config.evaluation.split=val
 
 DIR holds the pictures and captions.jsonl, a line {"image": "name.png", "caption": "..."} for each pair.
 """

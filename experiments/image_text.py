@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from diffusion import contrastive, training
-from diffusion.data import captions, scenes, text
+from diffusion.data import scenes, text
 from diffusion.data.batches import batch_indices, make_batches
 from diffusion.data.captions import CaptionedSource
 from diffusion.data.sources import Source
@@ -19,6 +19,7 @@ from diffusion.evaluation.clip_features import Encoder, make_encoder
 from diffusion.networks.clip import CLIP, ImageTower, TextTower
 from diffusion.training import Experiment, Mean, RunError, make_mesh
 from diffusion.training.checkpoints import open_existing
+from experiments.caption_sources import captioned_source
 from experiments.command_line import Config, from_plain
 from experiments.image_diffusion import make_settings
 
@@ -107,20 +108,12 @@ def at_most(name: str, largest: float) -> optax.GradientTransformation:
 
 
 def make_source(config: Config, split: str) -> CaptionedSource:
-    """Returns the pictures and captions of a split: "train", or of scenes also "test" and "held_out"."""
+    """Returns the pictures and captions of a split: "train" or "held_out", of scenes also "test"."""
     data = config.data
-    match data.name:
-        case "scenes":
-            count = data.num_examples if split == "train" else config.evaluation.num_examples
-            return scenes.scenes(split, data.image_size, count)
-        case "folder":
-            folder = data.dir if split == "train" else config.evaluation.dir
-            if not folder:
-                field = "data.dir" if split == "train" else "evaluation.dir"
-                raise ValueError(f"no folder of pictures and captions: name one by --config.{field}=DIR")
-            return captions.caption_folder(folder, data.image_size, split, skip_broken=data.skip_broken)
-        case name:
-            raise ValueError(f"data.name is {name!r}: choose scenes or folder")
+    if data.name != "scenes":
+        return captioned_source(config, split, data.image_size)
+    count = data.num_examples if split == "train" else config.evaluation.num_examples
+    return scenes.scenes(split, data.image_size, count)
 
 
 def make_experiment(config: Config, clip: CLIP, source: Any) -> Experiment:

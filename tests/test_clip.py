@@ -239,7 +239,7 @@ def test_sigmoid_loss_is_a_switch_and_what_cannot_be_is_told(parts):
         ("loss.name", "hinge", "softmax or sigmoid"),
         ("loss.rows", 7, "7 rows at a time do not divide"),
         ("training.accumulate", 2, "over the whole batch"),
-        ("data.name", "nothing", "scenes or folder"),
+        ("data.name", "nothing", "folder or tfds:NAME"),
     ):
         wrong = config.copy_and_resolve_references()
         section, name = field.split(".")

@@ -11,9 +11,10 @@ import math
 import os
 import re
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -30,17 +31,66 @@ def tfds_source(
     data_dir: str | os.PathLike | None = None,
     in_memory: bool | None = None,
     image_size: int | None = None,
+    channels: int | None = None,
 ) -> Source:
     """A split of a prepared TFDS image set, for example ("cifar10", "train") or ("name/config:1.0.0", "train[:90%]").
 
     A set of at most 2 GiB is decoded once, held in memory, and its decoded form cached under `cache_folder()`; a larger
     one, or `in_memory=False`, is decoded as it is read. With `image_size` every image is cropped to its central square
-    and resized (Lanczos); sets whose images differ in size need it. `data_dir` defaults to TFDS' own, $TFDS_DATA_DIR or
-    ~/tensorflow_datasets. The image is the feature "image", the label the feature "label" where there is one.
+    and resized (Lanczos); sets whose images differ in size need it. With `channels` (1, 3 or 4) every image is made
+    grey, RGB or RGBA. `data_dir` defaults to TFDS' own, $TFDS_DATA_DIR or ~/tensorflow_datasets. The image is the
+    feature "image", the label the feature "label" where there is one.
+
+    Raises:
+      ValueError: as `open_set` does, or if images differ in size while no `image_size` is given.
+    """
+    folder, features, records = open_set(name, split, data_dir)
+    import tensorflow_datasets as tfds
+
+    height, width, depth = features["image"].shape
+    if image_size is not None:
+        height, width = image_size, image_size
+    if height is None or width is None:
+        raise ValueError(
+            f"the images of {name} differ in size: give image_size (--config.data.image_size=N) to resize them"
+        )
+    shape = (height, width, channels or depth)
+    num_classes = features["label"].num_classes if isinstance(features.get("label"), tfds.features.ClassLabel) else None
+
+    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
+        try:
+            examples = records.__getitems__(indices.tolist())
+            image = np.stack([_decode(example["image"], shape, image_size) for example in examples])
+        except (OSError, RuntimeError) as error:
+            raise unreadable(folder, error) from error
+        label = [example["label"] if num_classes else 0 for example in examples]
+        return {"image": image, "label": np.array(label, np.int32)}
+
+    digest = hashlib.sha256(repr((name, split, shape, image_size)).encode())
+    for path in sorted(folder.iterdir()):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        if path.suffix == ".json":
+            digest.update(path.read_bytes())
+    source = Source(name, split, len(records), shape, num_classes, read, f"files-sha256:{digest.hexdigest()}")
+    if in_memory is None:
+        in_memory = source.num_examples * math.prod(shape) <= LARGEST_IN_MEMORY
+    return _decoded_once(source, folder) if in_memory else source
+
+
+class PreparedSet(NamedTuple):
+    """A split as TFDS prepared it: its folder, its features, and its records by index, the images still encoded."""
+
+    folder: Path
+    features: dict[str, Any]
+    records: Any
+
+
+def open_set(name: str, split: str, data_dir: str | os.PathLike | None) -> PreparedSet:
+    """The prepared split of that name; nothing is read yet.
 
     Raises:
       ValueError: if the set is not in `data_dir` (with the two ways to get it), is not in array_record form, has no
-        such split, no uint8 images, or images of differing sizes while no `image_size` is given.
+        such split or no uint8 images.
     """
     folder = _find(name, Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser())
     import tensorflow_datasets as tfds  # 0.4 s, and without a set there is no use for it
@@ -57,34 +107,12 @@ def tfds_source(
         raise ValueError(f"{folder}: {_line(error)}") from error
     if not isinstance(features.get("image"), tfds.features.Image) or features["image"].np_dtype != np.uint8:
         raise ValueError(f"{folder} has no feature 'image' of uint8 images, only {', '.join(sorted(features))}")
-    height, width, channels = (image_size, image_size, features["image"].shape[-1])
-    if image_size is None:
-        height, width, _ = features["image"].shape
-    if height is None or width is None:
-        raise ValueError(
-            f"the images of {name} differ in size: give image_size (--config.data.image_size=N) to resize them"
-        )
-    shape = (height, width, channels)
-    num_classes = features["label"].num_classes if isinstance(features.get("label"), tfds.features.ClassLabel) else None
+    return PreparedSet(folder, features, records)
 
-    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
-        try:
-            examples = records.__getitems__(indices.tolist())
-            image = np.stack([_decode(example["image"], shape, image_size) for example in examples])
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"{folder} cannot be read; copy or prepare it again ({_line(error)})") from error
-        label = [example["label"] if num_classes else 0 for example in examples]
-        return {"image": image, "label": np.array(label, np.int32)}
 
-    digest = hashlib.sha256(repr((name, split, shape, image_size)).encode())
-    for path in sorted(folder.iterdir()):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        if path.suffix == ".json":
-            digest.update(path.read_bytes())
-    source = Source(name, split, len(records), shape, num_classes, read, f"files-sha256:{digest.hexdigest()}")
-    if in_memory is None:
-        in_memory = source.num_examples * math.prod(shape) <= LARGEST_IN_MEMORY
-    return _decoded_once(source, folder) if in_memory else source
+def unreadable(folder: Path, error: Exception) -> ValueError:
+    """The error that says that records of a prepared set are damaged."""
+    return ValueError(f"{folder} cannot be read; copy or prepare it again ({_line(error)})")
 
 
 def _line(error: Exception) -> str:
@@ -132,21 +160,31 @@ def _decode(encoded: bytes, shape: tuple[int, int, int], image_size: int | None)
 
 
 def _decoded_once(source: Source, folder: Path) -> Source:
-    """The same images held in memory, from the cache where they are; its CRC32 tells when that file is not whole."""
-    key = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
-    digest = hashlib.sha256(repr((source.fingerprint, str(folder.resolve()), key)).encode()).hexdigest()
-    cached = cache_folder() / "decoded" / f"{source.name.split('/')[0].split(':')[0]}-{digest[:32]}.npz"
+    """The same images held in memory."""
+    arrays = made_once(source.name, source.fingerprint, folder, lambda: _read_all(source))
+    label = arrays["label"] if source.num_classes else None
+    return array_source(arrays["image"], label, source.name, source.split, source.num_classes)
+
+
+def made_once(name: str, key: str, folder: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What `make` makes of the files in `folder`, kept in the cache; its CRC32 tells when that file is not whole.
+
+    `key` tells apart what is made of one folder; files that change are read anew.
+    """
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
+    digest = hashlib.sha256(repr((key, str(folder.resolve()), files)).encode()).hexdigest()
+    cached = cache_folder() / "decoded" / f"{name.split('/')[0].split(':')[0]}-{digest[:32]}.npz"
     try:
         with np.load(cached, allow_pickle=False) as arrays:
-            image, label = arrays["image"], arrays["label"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        image, label = _read_all(source)
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        made = make()
         with contextlib.suppress(OSError), replacing(cached) as temporary:  # without a cache the next start is slower
-            np.savez(temporary, image=image, label=label)
-    return array_source(image, label if source.num_classes else None, source.name, source.split, source.num_classes)
+            np.savez(temporary, **made)  # pyright: ignore[reportArgumentType]  # no array is called allow_pickle
+        return made
 
 
-def _read_all(source: Source) -> tuple[np.ndarray, np.ndarray]:
+def _read_all(source: Source) -> dict[str, np.ndarray]:
     image = np.empty((source.num_examples, *source.image_shape), np.uint8)
     label = np.empty(source.num_examples, np.int32)
     parts = [slice(start, min(start + 256, len(label))) for start in range(0, len(label), 256)]
@@ -160,4 +198,4 @@ def _read_all(source: Source) -> tuple[np.ndarray, np.ndarray]:
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(label), desc=title, unit=" images", delay=2) as bar:
         for count in pool.map(read, parts):
             bar.update(count)
-    return image, label
+    return {"image": image, "label": label}

@@ -13,8 +13,9 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.data = ConfigDict(
         dict(
-            name="scenes",  # or folder
-            dir="",  # folder: of captions.jsonl and the pictures
+            name="scenes",  # or folder, or tfds:NAME, a prepared TFDS set as tfds:coco_captions
+            dir="",  # folder: of captions.jsonl and the pictures; tfds: its data_dir, empty for TFDS' own
+            split="train",  # tfds
             image_size=16,
             num_examples=50_000,  # scenes
             batch_size=256,
@@ -69,6 +70,7 @@ def get_config() -> ConfigDict:
     config.evaluation = ConfigDict(
         dict(
             dir="",  # folder: of held-out captions.jsonl and pictures
+            split="val",  # tfds: the held-out one
             num_examples=4000,  # scenes of each split
             num_candidates=100,
             num_sets=10,

@@ -1,0 +1,96 @@
+"""Image sets with captions prepared by TensorFlow Datasets, coco_captions among them, read without TensorFlow."""
+
+import hashlib
+import json
+import os
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from diffusion.data.captions import CaptionedSource
+from diffusion.data.tfds import PreparedSet, made_once, open_set, tfds_source, unreadable
+
+# What sets call their captions, the likeliest first.
+NAMES = ("caption", "captions", "text", "texts", "title")
+
+
+def tfds_captions(
+    name: str, split: str, data_dir: str | os.PathLike | None = None, image_size: int | None = None
+) -> CaptionedSource:
+    """The pairs of a prepared TFDS set, for example ("coco_captions", "train"), its images as RGB.
+
+    The captions are the first of the features `NAMES` that holds texts: one, a sequence, or records with such a feature
+    of their own (coco_captions: captions/text). Each caption of an image is a pair; an image without one is left out.
+    The images are those of `tfds_source`, which says what `data_dir` and `image_size` are; texts are read once, then
+    cached too.
+
+    Raises:
+      ValueError: as `tfds_source` does, or if there is no feature of captions (tells the features), or not one caption.
+    """
+    prepared = open_set(name, split, data_dir)
+    path = caption_path(prepared.features)
+    if path is None:
+        raise ValueError(
+            f"{prepared.folder} has no captions: none of its features {', '.join(sorted(prepared.features))} is one of "
+            f"{', '.join(NAMES)} and holds texts"
+        )
+    images = tfds_source(name, split, data_dir, image_size=image_size, channels=3)
+    key = f"{name} {split} {'/'.join(path)}"
+    stored = made_once(name, key, prepared.folder, lambda: {"said": _as_array(_read_captions(prepared, path, key))})
+    captions: dict[str, int] = {}
+    pictures, labels = [], []
+    for picture, said in enumerate(json.loads(stored["said"].tobytes())):
+        pictures += [picture] * len(said)
+        labels += [captions.setdefault(caption, len(captions)) for caption in said]
+    if not captions:
+        raise ValueError(f"{prepared.folder}: its {images.num_examples} examples of {split} have no caption")
+    picture, label = np.array(pictures), np.array(labels, np.int32)
+
+    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {"image": images.read(picture[indices])["image"], "label": label[indices]}
+
+    kind, _, digest = images.fingerprint.partition(":")
+    digest = hashlib.sha256(digest.encode() + stored["said"].tobytes()).hexdigest()
+    source = images._replace(
+        num_examples=len(label), num_classes=len(captions), read=read, fingerprint=f"{kind}:{digest}"
+    )
+    return CaptionedSource(source, tuple(captions))
+
+
+def caption_path(features: Any) -> tuple[str, ...] | None:
+    """Where the captions stand in a mapping of TFDS features, a name for each level; None if nowhere."""
+    import tensorflow_datasets as tfds
+
+    for name in NAMES:
+        if name not in features:
+            continue
+        feature = features[name]
+        inner: Any = feature.feature if isinstance(feature, tfds.features.Sequence) else feature
+        if isinstance(inner, tfds.features.FeaturesDict):
+            if within := caption_path(inner):
+                return (name, *within)
+        elif np.dtype(inner.np_dtype) == np.dtype(object):  # so TFDS holds texts
+            return (name,)
+    return None
+
+
+def _read_captions(prepared: PreparedSet, path: tuple[str, ...], title: str) -> list[list[str]]:
+    """All captions of every example."""
+    found = []
+    for start in tqdm(range(0, len(prepared.records), 256), desc=f"reading {title}, once", delay=2):
+        indices = range(start, min(start + 256, len(prepared.records)))
+        try:
+            examples = prepared.records.__getitems__(list(indices))
+        except (OSError, RuntimeError) as error:
+            raise unreadable(prepared.folder, error) from error
+        for value in examples:
+            for name in path:
+                value = value[name]
+            found.append([text.decode() if isinstance(text, bytes) else text for text in np.ravel(value)])
+    return found
+
+
+def _as_array(said: list[list[str]]) -> np.ndarray:
+    """As bytes of JSON: an array of texts would be as wide everywhere as the longest."""
+    return np.frombuffer(json.dumps(said).encode(), np.uint8)

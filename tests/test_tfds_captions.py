@@ -1,0 +1,143 @@
+"""Captioned sets prepared by TensorFlow Datasets, read without TensorFlow."""
+
+import io
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion.data import tfds_captions as module
+from diffusion.data.tfds_captions import tfds_captions
+from experiments import image_text
+from experiments.command_line import load
+
+SAID = (["a dog", "two dögs"], [], ["a dog"], ["a cat", "the cat", "cat"])
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with the set "pairs" as TFDS prepares it, a config for each form of captions, and its images."""
+    import tensorflow_datasets as tfds
+
+    image = np.random.RandomState(0).randint(0, 256, (4, 6, 6, 1), np.uint8)
+    one = tfds.features.Text()
+    forms = {
+        "coco": ("captions", tfds.features.Sequence({"id": np.int64, "text": one}), lambda said: records(said)),
+        "many": ("captions", tfds.features.Sequence(one), lambda said: said),
+        "one": ("title", one, lambda said: " and ".join(said)),
+        "none": ("note", one, lambda said: " and ".join(said)),
+        "number": ("caption", tfds.features.Tensor(shape=(), dtype=np.int64), len),
+    }
+
+    def records(said):
+        return [{"id": number, "text": text} for number, text in enumerate(said)]
+
+    def png(pixels) -> bytes:  # TFDS' own encoder is TensorFlow's
+        file = io.BytesIO()
+        Image.fromarray(pixels[..., 0]).save(file, "png")
+        return file.getvalue()
+
+    def config_of(builder: Any) -> str:
+        return builder.builder_config.name
+
+    class Pairs(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=name) for name in forms]
+
+        def _info(self):
+            name, feature, _ = forms[config_of(self)]
+            features = {"image": tfds.features.Image(shape=(None, None, 1)), name: feature}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(), "val": self._generate_examples()}
+
+        def _generate_examples(self):
+            name, _, form = forms[config_of(self)]
+            for i, said in enumerate(SAID):
+                yield i, {"image": png(image[i]), name: form(said)}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    for config in forms:
+        Pairs(data_dir=folder, config=config, file_format="array_record").download_and_prepare()
+    return folder, image
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def pairs_of(captioned):
+    """All (pixels, caption), sorted: TFDS shuffles when it prepares."""
+    read = captioned.source.read(np.arange(captioned.source.num_examples))
+    said = [captioned.captions[row] for row in read["label"]]
+    assert read["label"].dtype == np.int32
+    return sorted((pixels.tobytes(), text) for pixels, text in zip(read["image"], said, strict=True))
+
+
+def wanted(image, said):
+    rgb = np.repeat(image, 3, axis=-1)
+    return sorted((pixels.tobytes(), text) for pixels, texts in zip(rgb, said, strict=True) for text in texts)
+
+
+@pytest.mark.parametrize("form", ["coco", "many"])
+def test_every_caption_is_a_pair(prepared, form):
+    folder, image = prepared
+    captioned = tfds_captions(f"pairs/{form}", "train", folder, 6)
+    assert sorted(captioned.captions) == sorted({text for said in SAID for text in said})
+    assert captioned.source.num_classes == len(captioned.captions) == 5
+    assert captioned.source.image_shape == (6, 6, 3)
+    assert pairs_of(captioned) == wanted(image, SAID)
+    assert tfds_captions(f"pairs/{form}", "train", folder, 3).source.image_shape == (3, 3, 3)
+
+
+def test_one_caption_an_image_and_a_part_of_a_split(prepared):
+    folder, image = prepared
+    whole = tfds_captions("pairs/one", "train", folder, 6)
+    assert pairs_of(whole) == wanted(image, [[" and ".join(said)] for said in SAID])
+    part = tfds_captions("pairs/one", "train[1:3]", folder, 6)
+    assert set(pairs_of(part)) < set(pairs_of(whole)) and part.source.num_examples == 2
+    assert part.source.fingerprint != whole.source.fingerprint
+
+
+def test_captions_are_read_once(prepared, monkeypatch):
+    folder, _ = prepared
+    first = tfds_captions("pairs/coco", "train", folder, 6)
+    monkeypatch.setattr(module, "_read_captions", None)
+    again = tfds_captions("pairs/coco", "train", folder, 6)
+    assert again.captions == first.captions and again.source.fingerprint == first.source.fingerprint
+    assert "tensorflow" not in sys.modules
+
+
+def test_sets_without_captions_are_told(prepared):
+    folder, _ = prepared
+    with pytest.raises(ValueError, match=r"pairs/none/1.0.0 has no captions: none of its features image, note is one"):
+        tfds_captions("pairs/none", "train", folder, 6)
+    with pytest.raises(ValueError, match=r"none of its features caption, image is one of .* and holds texts"):
+        tfds_captions("pairs/number", "train", folder, 6)
+    with pytest.raises(ValueError, match="no prepared data set 'coco_captions'"):
+        tfds_captions("coco_captions", "train", folder, 6)
+    (alone,) = [i for i in range(4) if not any(_said(folder, f"train[{i}:{i + 1}]"))]
+    with pytest.raises(ValueError, match=r"its 1 examples of .* have no caption"):
+        tfds_captions("pairs/coco", f"train[{alone}:{alone + 1}]", folder, 6)
+
+
+def _said(folder, split):
+    prepared = module.open_set("pairs/coco", split, folder)
+    return module._read_captions(prepared, ("captions", "text"), "")
+
+
+def test_an_experiment_names_its_set(prepared):
+    folder, image = prepared
+    config = load(str(Path(__file__).parent.parent / "experiments" / "configs" / "clip_scenes.py"))
+    config.data.update(name="tfds:pairs/coco", dir=str(folder), image_size=6)
+    config.evaluation.split = "val[:2]"
+    assert pairs_of(image_text.make_source(config, "train")) == wanted(image, SAID)
+    assert image_text.make_source(config, "held_out").source.split == "val[:2]"
+    config.data.name = "tfds:"
+    with pytest.raises(ValueError, match="'' does not name a TFDS data set"):
+        image_text.make_source(config, "train")
