@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from diffusion import metrics
-from diffusion.data import digits
+from diffusion.data import digits, text
 from diffusion.data.images import save_png
 from diffusion.data.samples import load_samples, save_samples
 from diffusion.evaluation import (
@@ -26,6 +26,7 @@ from diffusion.evaluation import (
     fit_classifier,
     fixed_subset,
     held_out_score,
+    load_encoder,
     network_extractor,
     over_seeds,
     pixel_features,
@@ -34,6 +35,9 @@ from diffusion.evaluation import (
     write_report,
 )
 from diffusion.evaluation.__main__ import main as command_line
+from diffusion.evaluation.clip_features import OPENAI_MEAN, OPENAI_STD
+from diffusion.networks.clip import CLIP, ImageTower, TextTower
+from diffusion.pretrained.clip import load_clip, save_clip
 
 rng = np.random.RandomState(0)
 
@@ -281,6 +285,52 @@ def test_the_command_scores_any_two_sets(real, tmp_path, capsys, monkeypatch):
         assert report["measurements"][0]["value"] == pytest.approx(0.29806, rel=1e-4)  # as held-out images have
         assert "biased upwards, for 500 samples" in printed[-1]
     assert (tmp_path / "out" / "nearest.png").stat().st_size > 1000
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A published CLIP, tiny, that has learned nothing."""
+    tokenizer = text.train_tokenizer(["a red digit", "a blue digit"], 300)
+    sizes = dict(width=16, num_layers=1, num_heads=2, mlp_width=16, projection=8)
+    end = text.end_of_text(tokenizer)
+    clip = CLIP(
+        ImageTower(image_size=8, patch_size=4, **sizes),
+        TextTower(vocabulary_size=tokenizer.get_vocab_size(), end_of_text=end, length=12, **sizes),
+    )
+    params = clip.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 12), jnp.int32))
+    folder = tmp_path_factory.mktemp("published") / "clip"
+    save_clip(folder, clip, params, text.to_json(tokenizer))
+    return folder
+
+
+def test_clip_judges_samples_by_features_and_by_prompts(clip_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    images = [rng.randint(0, 256, (40, 8, 8, 3), np.uint8) for _ in range(2)]
+    for name, image in zip("ab", images, strict=True):
+        save_samples(tmp_path / f"{name}.npz", image)
+    prompts = ["a red digit", "a blue digit"] * 20
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    samples, reference = str(tmp_path / "a.npz"), str(tmp_path / "b.npz")
+    clip = ["--features=clip", f"--weights={clip_folder}", f"--out={tmp_path}"]
+    command_line([samples, reference, *clip, f"--prompts={tmp_path / 'prompts.txt'}"])
+    report = json.loads((tmp_path / "report.json").read_text())
+    found = {one["name"]: one["value"] for one in report["measurements"]}
+
+    clip_network, params = load_clip(clip_folder)
+    pixels = (images[0] / 255 - np.array(OPENAI_MEAN)) / np.array(OPENAI_STD)
+    ids = text.encode(text.read_tokenizer(clip_folder), prompts, 12)
+    image, caption, *_ = clip_network.apply(params, jnp.asarray(pixels, jnp.float32), jnp.asarray(ids))
+    cosine = np.sum(np.asarray(image) * np.asarray(caption), axis=1)
+    assert found["CLIP score"] == pytest.approx(100 * np.maximum(cosine, 0).mean(), rel=1e-4)
+    own, other = (metrics.statistics(load_encoder(clip_folder).image(x).astype(np.float64)) for x in images)
+    assert found["fid"] == pytest.approx(metrics.frechet_distance(own.mean, own.cov, other.mean, other.cov), rel=1e-6)
+    for arguments, line in (
+        ([samples, reference, "--features=clip"], "needs the folder of a published CLIP"),
+        ([samples, reference, "--features=pixels", "--prompts=x.txt"], "add --features=clip"),
+        ([samples, reference, "--features=clip", f"--weights={tmp_path}"], "config.json"),
+    ):
+        with pytest.raises(SystemExit, match=line):
+            command_line(arguments)
 
 
 def test_bad_input_of_the_command_gets_one_line(real, tmp_path):

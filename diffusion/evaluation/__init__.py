@@ -1,5 +1,7 @@
 """Samples -> features -> metrics -> a report in which no number stands without how it was made."""
 
+from diffusion.evaluation.clip_features import clip_extractor, clip_score, load_encoder
+from diffusion.evaluation.extractors import make_extractor
 from diffusion.evaluation.features import (
     PIXELS,
     Extracted,
@@ -7,7 +9,6 @@ from diffusion.evaluation.features import (
     class_shares,
     fit_classifier,
     inception_extractor,
-    make_extractor,
     network_extractor,
     pixel_features,
 )
@@ -41,6 +42,8 @@ __all__ = [
     "bias_note",
     "check_names",
     "class_shares",
+    "clip_extractor",
+    "clip_score",
     "compare",
     "count_bias",
     "draw_curves",
@@ -51,6 +54,7 @@ __all__ = [
     "fixed_subset",
     "held_out_score",
     "inception_extractor",
+    "load_encoder",
     "make_extractor",
     "network_extractor",
     "over_seeds",

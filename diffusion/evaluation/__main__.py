@@ -1,9 +1,11 @@
 """Scores any samples against any reference, wherever they were made.
 
-    python -m diffusion.evaluation SAMPLES REFERENCE [--features inception] [--metrics fid,kid] [--out FOLDER]
+    python -m diffusion.evaluation SAMPLES REFERENCE [--features inception|pixels|clip] [--metrics fid,kid] [--out DIR]
 
 SAMPLES is an .npz with arr_0, uint8 [N, H, W, C] (the convention of ADM), or a folder of pictures. REFERENCE is the
-same, or published statistics (an .npz with mu and sigma), or tfds:NAME/SPLIT, or digits:SPLIT.
+same, or published statistics (an .npz with mu and sigma), or tfds:NAME/SPLIT, or digits:SPLIT. With --features clip,
+--weights the folder of a published CLIP and --prompts a file with the prompt of each sample in a line, the CLIP score
+is also told.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from diffusion.data.folder import image_folder
 from diffusion.data.samples import load_samples
 from diffusion.data.sources import Source, array_source, digits
 from diffusion.data.tfds import tfds_source
+from diffusion.evaluation.extractors import NAMES
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,8 +30,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("samples", metavar="SAMPLES")
     parser.add_argument("reference", metavar="REFERENCE")
-    parser.add_argument("--features", default="inception", choices=["inception", "pixels"])
-    parser.add_argument("--weights", help="Inception's published file, where it is not to be fetched")
+    parser.add_argument("--features", default="inception", choices=NAMES)
+    parser.add_argument("--weights", help="Inception's published file, where it is not to be fetched; CLIP's folder")
+    parser.add_argument("--prompts", help="clip: text file, the prompt of each sample in a line")
     parser.add_argument("--metrics", help=f"of {', '.join(evaluation.METRICS)}; default: all that can be had")
     parser.add_argument("--out", help="folder for report.json, report.md and nearest.png")
     parser.add_argument("--data-dir", help="where prepared TFDS sets are")
@@ -41,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def score(options: argparse.Namespace) -> None:
     """Prints, and with --out writes, a report."""
+    if options.prompts and options.features != "clip":
+        raise ValueError("--prompts are for the CLIP score: add --features=clip --weights=FOLDER")
     samples = open_images(options.samples, None)
     assert samples is not None
     source = open_images(options.reference, options.data_dir)
@@ -69,6 +75,11 @@ def score(options: argparse.Namespace) -> None:
         )
         for name, found in evaluation.compare(image, extractor, reference, names).items()
     ]
+    if options.prompts:
+        prompts = Path(options.prompts).read_text("utf-8").splitlines()
+        mean = float(evaluation.clip_score(evaluation.load_encoder(options.weights), image, prompts).mean())
+        made["reference"] = None
+        measurements.append(evaluation.Measurement("CLIP score", mean, len(image), note="100 max(0, cosine)", **made))
     about = {"samples": samples.name, "fingerprint of the samples": samples.fingerprint}
     print(evaluation.render_report(f"{samples.name} against {reference.reference.name}", measurements, about), end="")
     if options.out:

@@ -1,5 +1,6 @@
 """CLIP as a judge: its embeddings of pictures and prompts, CLIP score, features for CLIP-FID, zero-shot classes."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,9 @@ from tokenizers import Tokenizer
 
 from diffusion.data import text
 from diffusion.data.images import check_uint8_images
+from diffusion.evaluation.features import Extracted, Extractor, network_extractor
 from diffusion.networks.clip import CLIP
+from diffusion.pretrained.clip import load_clip
 
 # What OpenAI's and OpenCLIP's weights were trained on: (x / 255 - mean) / std, by channel.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -21,12 +24,13 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 class Encoder(NamedTuple):
     """A trained CLIP: `image` is uint8[N, H, W, 3] -> float32[N, E], `text` is N prompts -> float32[N, E].
 
-    Neither is of length 1 yet. `scale` is what cosines are multiplied by before a softmax.
+    Neither is of length 1 yet. `scale` is what cosines are multiplied by before a softmax; `name` says which weights.
     """
 
     image: Callable[[np.ndarray], np.ndarray]
     text: Callable[[Sequence[str]], np.ndarray]
     scale: float
+    name: str = "CLIP"
 
 
 def make_encoder(
@@ -44,20 +48,35 @@ def make_encoder(
       ValueError: if the tokenizer does not belong to the weights.
     """
     text.check_vocabulary(tokenizer, clip.text.vocabulary_size, clip.text.end_of_text)
-    see: Any = jax.jit(lambda params, x: clip.apply(params, x, method="see").embedding)  # type: ignore[union-attr]
-    read: Any = jax.jit(lambda params, x: clip.apply(params, x, method="read").embedding)  # type: ignore[union-attr]
 
-    def image(pixels: np.ndarray) -> np.ndarray:
-        x = fit(pixels, clip.image.image_size)
-        return _in_batches(
-            lambda part: see(params, (part / np.float32(255) - jnp.asarray(mean)) / jnp.asarray(std)), x, batch_size
-        )
+    def see(params: Any, pixels: jax.Array) -> jax.Array:
+        x = (pixels / np.float32(255) - jnp.asarray(mean)) / jnp.asarray(std)
+        features: Any = clip.apply(params, x, method="see")  # pyright: ignore[reportArgumentType]
+        return features.embedding
+
+    read: Any = jax.jit(lambda params, x: clip.apply(params, x, method="read").embedding)  # type: ignore[union-attr]
+    extractor = network_extractor("CLIP's image embedding", see, params, batch_size)
 
     def prompts(texts: Sequence[str]) -> np.ndarray:
         ids = text.encode(tokenizer, texts, clip.text.length, padding)
         return _in_batches(lambda part: read(params, part), ids, batch_size)
 
-    return Encoder(image, prompts, float(np.exp(params["params"]["logit_scale"])))
+    return Encoder(
+        image=lambda pixels: extractor.extract(fit(pixels, clip.image.image_size)).features,
+        text=prompts,
+        scale=float(np.exp(params["params"]["logit_scale"])),
+        name=extractor.name,
+    )
+
+
+def load_encoder(folder: str | os.PathLike) -> Encoder:
+    """The encoder of a published CLIP's folder, with its own tokenizer.
+
+    Raises:
+      ValueError: the folder is not whole, or its parts do not belong together.
+    """
+    clip, params = load_clip(folder)
+    return make_encoder(clip, params, text.read_tokenizer(folder))
 
 
 def fit(image: np.ndarray, size: int) -> np.ndarray:
@@ -77,9 +96,9 @@ def fit(image: np.ndarray, size: int) -> np.ndarray:
     return np.stack(resized)[:, top : top + size, left : left + size]
 
 
-def clip_features(encoder: Encoder) -> Callable[[np.ndarray], np.ndarray]:
+def clip_extractor(encoder: Encoder) -> Extractor:
     """Image embeddings, not normalised: with those of ViT-B/32 the Fréchet distance is CLIP-FID (Kynkäänniemi 2023)."""
-    return lambda image: encoder.image(image).astype(np.float64)
+    return Extractor(encoder.name, lambda image: Extracted(encoder.image(image)), costly=True)
 
 
 def clip_score(encoder: Encoder, image: np.ndarray, prompts: Sequence[str]) -> Float[np.ndarray, "N"]:

@@ -117,20 +117,6 @@ def inception_extractor(path: str | os.PathLike | None = None, batch_size: int =
     return network_extractor("Inception 2015-12-05, pool3", apply, load_inception(path), batch_size, classifies=True)
 
 
-def make_extractor(name: str, weights: str | None = None) -> Extractor:
-    """Returns the extractor that `name` says: "pixels", or "inception" with its weights from a path or the cache.
-
-    Raises:
-      ValueError: another name, or as `inception_extractor`.
-    """
-    match name:
-        case "pixels":
-            return PIXELS
-        case "inception":
-            return inception_extractor(weights or None)
-    raise ValueError(f"features are {name!r}: choose pixels or inception")
-
-
 def fit_classifier(image: np.ndarray, label: Int[np.ndarray, "N"]) -> Callable[[np.ndarray], Int[np.ndarray, "M"]]:
     """Trains a support vector machine on pixels and returns it as a function uint8[M, H, W, C] -> labels [M].
 
