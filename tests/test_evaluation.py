@@ -291,7 +291,7 @@ def test_the_command_scores_any_two_sets(real, tmp_path, capsys, monkeypatch):
 def clip_folder(tmp_path_factory):
     """A published CLIP, tiny, that has learned nothing."""
     tokenizer = text.train_tokenizer(["a red digit", "a blue digit"], 300)
-    sizes = dict(width=16, num_layers=1, num_heads=2, mlp_width=16, projection=8)
+    sizes: Any = dict(width=16, num_layers=1, num_heads=2, mlp_width=16, projection=8)
     end = text.end_of_text(tokenizer)
     clip = CLIP(
         ImageTower(image_size=8, patch_size=4, **sizes),
