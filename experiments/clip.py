@@ -5,10 +5,13 @@
     ./launch.sh clip --mode=score --images=a.png,b.png --prompts="a red three;a blue four"
     ./launch.sh clip --config.data.name=folder --config.data.dir=DIR --config.evaluation.dir=OTHER
     ./launch.sh clip --config.data.name=tfds:coco_captions --config.evaluation.split=val
+    ./launch.sh clip --mode=import --weights=clip-vit-base-patch32 --workdir=runs/published
 
-DIR holds the pictures and captions.jsonl, a line {"image": "name.png", "caption": "..."} for each pair.
+DIR holds the pictures and captions.jsonl, a line {"image": "name.png", "caption": "..."} for each pair. The last makes
+a run of a published CLIP, a folder as transformers reads it; --mode=export writes one.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import jax
@@ -23,7 +26,7 @@ from diffusion.evaluation import clip_features
 from diffusion.evaluation.clip_features import Encoder, normalised
 from diffusion.training import RunError
 from diffusion.training.checkpoints import open_existing
-from experiments import image_text
+from experiments import clip_weights, image_text
 from experiments.command_line import Run, main
 
 # What is said of a class is averaged over all sizes, and over all colours (of digits) or digits (of colours).
@@ -84,7 +87,7 @@ def measure(run: Run, trained: image_text.Trained) -> None:
         rates = [retrieval(trained.encoder, captioned, num_candidates, seed) for seed in seeds]
         means = {name: float(np.mean([rate[name] for rate in rates])) for name in rates[0]}
         name = f"retrieval among {num_candidates}, {split}"
-        note = f"mean of {len(rates)} draws of {num_candidates} pictures, no caption twice"
+        note = f"mean of {len(rates)} draws of {num_candidates} pictures, no picture and no caption twice"
         count = num_candidates * len(rates)
         measurements.append(evaluation.Measurement(name, means, count, seeds=list(seeds), note=note, **made))
         if config.data.name == "scenes":
@@ -98,24 +101,35 @@ def measure(run: Run, trained: image_text.Trained) -> None:
 
 
 def retrieval(encoder: Encoder, captioned: CaptionedSource, count: int, seed: int) -> dict[str, float]:
-    """Returns recall@1 and @5 both ways among `count` pictures drawn by `seed`, no two with one caption.
-
-    Raises:
-      ValueError: there are not so many different captions.
-    """
-    order = np.random.RandomState(seed).permutation(captioned.source.num_examples)
-    label = captioned.source.read(order)["label"]
-    chosen = order[np.sort(np.unique(label, return_index=True)[1])[:count]]
-    if len(chosen) < count:
-        raise ValueError(f"{len(chosen)} different captions, {count} are needed: lower evaluation.num_candidates")
-    batch = captioned.source.read(chosen)
-    image = normalised(encoder.image(batch["image"]))
-    said = normalised(encoder.text([captioned.captions[row] for row in batch["label"]]))
+    """Returns recall@1 and @5 both ways among `count` pairs drawn by `seed`."""
+    pictures, prompts = draw_pairs(captioned, count, seed)
+    image, said = normalised(encoder.image(pictures)), normalised(encoder.text(prompts))
     similarity = image @ said.T
     rates = {}
     for name, matrix in (("image to text", similarity), ("text to image", similarity.T)):
         rates |= {f"{name} R@{k}": clip_features.recall(matrix, k) for k in (1, 5)}
     return rates
+
+
+def draw_pairs(captioned: CaptionedSource, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """Returns `count` pictures and their captions, drawn by `seed`: no picture and no caption twice.
+
+    Raises:
+      ValueError: there are not so many.
+    """
+    order = np.random.RandomState(seed).permutation(captioned.source.num_examples)
+    pictures, prompts, seen = [], [], set()
+    for start in range(0, len(order), 256):  # a large set is read no further than need be
+        batch = captioned.source.read(order[start : start + 256])
+        for picture, row in zip(batch["image"], batch["label"].tolist(), strict=True):
+            pair = {row, hashlib.sha256(picture).digest()}
+            if not seen & pair and len(pictures) < count:
+                seen |= pair
+                pictures.append(picture)
+                prompts.append(captioned.captions[row])
+        if len(pictures) == count:
+            return np.stack(pictures), prompts
+    raise ValueError(f"{len(pictures)} different pairs, {count} are needed: lower evaluation.num_candidates")
 
 
 def zero_shot(encoder: Encoder, split: str, config) -> list[tuple[str, float, int]]:
@@ -144,9 +158,10 @@ def score(run: Run) -> None:
     if not prompts or not run.flags.images:
         raise ValueError('give --images=a.png,b.png and --prompts="one prompt;another"')
     encoder = image_text.load(run.workdir, run.mesh).encoder
-    size = run.config.data.image_size
-    image = np.concatenate([captions.read_picture(path, size)[None] for path in run.flags.images])
-    cosine = normalised(encoder.image(image)) @ normalised(encoder.text(prompts)).T
+    # Of any shape: the encoder crops and resizes them as CLIP's own code does.
+    pictures = [np.asarray(captions.open_picture(path)) for path in run.flags.images]
+    image = np.concatenate([encoder.image(picture[None]) for picture in pictures])
+    cosine = normalised(image) @ normalised(encoder.text(prompts)).T
     odds = np.exp(encoder.scale * (cosine - cosine.max(axis=1, keepdims=True)))
     share = odds / odds.sum(axis=1, keepdims=True)
     width = max(len(path) for path in run.flags.images)
@@ -158,11 +173,19 @@ def score(run: Run) -> None:
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Defines the flags of --mode=score."""
+    """Defines the flags of --mode=score, import and export."""
     flags.DEFINE_list("images", [], "score: pictures", flag_values=values)
     flags.DEFINE_string("prompts", None, "score: prompts, with ; between them", flag_values=values)
+    flags.DEFINE_string("weights", None, "import, export: a folder as transformers reads it", flag_values=values)
 
+
+MODES = {
+    "train": train,
+    "evaluate": evaluate,
+    "score": score,
+    "import": clip_weights.import_weights,
+    "export": clip_weights.export_weights,
+}
 
 if __name__ == "__main__":
-    modes = {"train": train, "evaluate": evaluate, "score": score}
-    main(__file__, __doc__, default_config="clip_scenes.py", modes=modes, extra_flags=define_flags)
+    main(__file__, __doc__, default_config="clip_scenes.py", modes=MODES, extra_flags=define_flags)

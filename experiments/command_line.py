@@ -55,7 +55,7 @@ def main(
       file: the experiment module's `__file__`; its stem is the experiment's name.
       doc: its docstring, shown by --help.
       default_config: a file beside it, used without --config.
-      modes: what --mode can name; "train" is the default; it and "check" need no checkpoint to begin with.
+      modes: what --mode can name; "train" is the default; it, "check" and "import" need no checkpoint to begin with.
       extra_flags: defines the flags that only this experiment has.
     """
 
@@ -128,7 +128,7 @@ def parse(
     rest = values(argv, known_only=True)
     path = values.config or str(default_path)
     folder = Path(values.workdir or f"runs/{file.stem if values.config is None else Path(path.split(':')[0]).stem}")
-    begins = values.mode in ("train", "check")
+    begins = values.mode in ("train", "check", "import")
     config = load(path) if begins or values.config else None
 
     if not begins:
@@ -145,7 +145,7 @@ def parse(
         config.sampling.sampler = values.sampler
     if values.steps is not None:
         config.sampling.num_steps = values.steps
-    if begins:
+    if begins and values.mode != "import":  # which refuses any folder that is there
         workdir.check(folder, file.stem, plain(config))
     use_compilation_cache()
     distributed.join()

@@ -142,6 +142,13 @@ def make_experiment(config: Config, clip: CLIP, source: Any) -> Experiment:
     return experiment
 
 
+def make_dataless(config: Config, clip: CLIP) -> Experiment:
+    """Returns the experiment for what needs no data: its state and the shapes of its batches."""
+    return make_experiment(
+        config, clip, Source("", "", config.data.batch_size, (0, 0, 3), None, lambda indices: {}, "")
+    )
+
+
 def abstract_batch(config: Config) -> dict[str, Any]:
     """Returns the shapes of a global batch."""
     batch, size = config.data.batch_size, config.data.image_size
@@ -172,8 +179,7 @@ def load(workdir: Path, mesh: Mesh | None = None) -> Trained:
         config = from_plain(stored["config"])
         tokenizer = text.from_json(stored["vocabulary"])
         clip = make_clip(config, tokenizer)
-        nothing = Source("", "", config.data.batch_size, (0, 0, 3), None, lambda indices: {}, "")
-        experiment = make_experiment(config, clip, nothing)
+        experiment = make_dataless(config, clip)
         abstract = training.abstract_train_state(experiment, make_settings(config), mesh, abstract_batch(config))
         state = checkpoints.restore(abstract)
     return make_trained(config, clip, tokenizer, state)

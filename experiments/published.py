@@ -8,22 +8,21 @@
 diffusion_pytorch_model.safetensors). An import computes in float32 unless --config.network.dtype says otherwise.
 """
 
-import hashlib
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 from diffusion.data.sources import Source, digits
 from diffusion.pretrained import folder, pipeline, unet
-from diffusion.training import Checkpoints, RunError, init_state, make_mesh, workdir
-from diffusion.training.checkpoints import open_existing, provenance
+from diffusion.training import RunError, make_mesh
+from diffusion.training.checkpoints import open_existing
 from experiments import cifar10, image_diffusion, image_modes
-from experiments.command_line import Config, Run, from_plain, load, override, plain, run_to_end
+from experiments.command_line import Config, Run, from_plain, load, override, run_to_end
+from experiments.imported import write_run
 
 DDPM = Path(__file__).parent / "configs" / "cifar10_ddpm.py"
 
@@ -54,20 +53,8 @@ def import_weights(weights: Path, run_folder: Path, arguments: list[str], values
         "image": jax.ShapeDtypeStruct((config.data.batch_size, *shape), np.uint8),
         "label": jax.ShapeDtypeStruct((config.data.batch_size,), np.int32),
     }
-    # A run that begins with the published weights, where it would have drawn its own.
-    variables = {"params": jax.tree.map(jnp.asarray, params)}
-    begun = experiment._replace(init=lambda key: variables)
-    state = init_state(begun, config.seed, batch, image_diffusion.make_settings(config).ema_profiles)
     file = folder.weights_file(weights / "unet" if (weights / "unet").is_dir() else weights)
-    with file.open("rb") as opened:
-        origin = {"file": file.name, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
-    description = {"experiment": "cifar10", "config": plain(config), "provenance": provenance(), "weights": origin}
-    with folder.new_folder(run_folder) as temporary:
-        workdir.claim(temporary, "cifar10", plain(config))
-        (temporary / "metrics.jsonl").touch()
-        with Checkpoints(temporary / "checkpoints") as checkpoints:
-            checkpoints.save(0, state, description)
-    print(f"{run_folder} is now a run of experiments.cifar10 with the weights of {file} (sha256 {origin['sha256']})")
+    write_run(run_folder, "cifar10", config, experiment, batch, {"params": params}, file)
 
 
 def describe(config: Config, network: Any, chain: pipeline.Chain, image_shape: tuple[int, int, int]) -> None:

@@ -259,7 +259,6 @@ def test_the_experiment_from_the_command_line(tmp_path, capsys, monkeypatch):
     sizes += ["--config.data.num_examples=200", "--config.data.batch_size=32", "--config.training.num_steps=4"]
     sizes += ["--config.evaluation.num_examples=60", "--config.evaluation.num_candidates=10"]
     sizes += ["--config.evaluation.num_single=20", "--config.training.log_every=2"]
-    modes = {"train": experiment.train, "evaluate": experiment.evaluate, "score": experiment.score}
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["clip", f"--workdir={tmp_path / 'run'}", *arguments])
@@ -268,7 +267,7 @@ def test_the_experiment_from_the_command_line(tmp_path, capsys, monkeypatch):
                 experiment.__file__,
                 "",
                 default_config="clip_scenes.py",
-                modes=modes,
+                modes=experiment.MODES,
                 extra_flags=experiment.define_flags,
             )
         return ended.value.code, capsys.readouterr().out

@@ -101,17 +101,24 @@ def read_picture(path: str | os.PathLike, image_size: int | None = None) -> UInt
     """
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(path) as opened:
-            picture: Any = opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
+    picture = open_picture(path)
     if image_size is not None:
         if picture.size != (image_size, image_size):
             picture = ImageOps.fit(picture, (image_size, image_size), Image.Resampling.LANCZOS)
     elif picture.width != picture.height:
         raise ValueError(f"{path} is {picture.width}x{picture.height}, not square: give image_size to crop it")
     return np.asarray(picture)
+
+
+def open_picture(path: str | os.PathLike) -> Any:
+    """A picture file as a PIL image in RGB. Raises ValueError if it is missing or broken."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
 
 
 def _pair(line: str, where: str) -> tuple[str, list[str]]:

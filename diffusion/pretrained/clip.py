@@ -17,6 +17,8 @@ from diffusion.networks.clip import ACTIVATIONS, CLIP, ImageTower, TextTower
 from diffusion.pretrained.folder import new_folder, read_json, read_weights, write_json, write_weights
 from diffusion.pretrained.strict import check_keys
 
+# The mean and the standard deviation, by channel, that pixels in [0, 1] are normalised with.
+Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 # Ours -> transformers'. Paths are joined by dots; the leaf's name is changed apart.
 _NAMES = [
     (r"text\.token_embedding", "text_model.embeddings.token_embedding"),
@@ -125,8 +127,33 @@ def load_text_tower(folder: str | os.PathLike, dtype: Any = jnp.float32) -> tupl
     }
 
 
-def save_clip(folder: str | os.PathLike, clip: CLIP, params: Mapping[str, Any], tokenizer_json: str) -> None:
+def load_normalisation(folder: str | os.PathLike) -> Normalisation | None:
+    """What preprocessor_config.json says of the images; None where there is none, as in folders that need only texts.
+
+    Raises:
+      ValueError: it does not hold image_mean and image_std, three numbers each.
+    """
+    path = Path(folder) / "preprocessor_config.json"
+    if not path.is_file():
+        return None
+    settings = read_json(path)
+    try:
+        (mean, std) = (_three(settings[name]) for name in ("image_mean", "image_std"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold image_mean and image_std, three numbers each: copy it again") from error
+    return mean, std
+
+
+def save_clip(
+    folder: str | os.PathLike,
+    clip: CLIP,
+    params: Mapping[str, Any],
+    tokenizer_json: str,
+    normalisation: Normalisation | None = None,
+) -> None:
     """Writes a folder that transformers and `load_clip` read; `folder` must not be there yet.
+
+    With `normalisation` it also says how images are prepared.
 
     Raises:
       ValueError: it is, or this CLIP has what transformers' has not (a bias of the logits).
@@ -160,6 +187,8 @@ def save_clip(folder: str | os.PathLike, clip: CLIP, params: Mapping[str, Any], 
         write_json(temporary / "config.json", config)
         write_weights(temporary / "model.safetensors", to_transformers(params["params"]))
         (temporary / "tokenizer.json").write_text(tokenizer_json, "utf-8")
+        if normalisation:
+            write_json(temporary / "preprocessor_config.json", _preprocessor(image.image_size, normalisation))
 
 
 def text_tower(config: Mapping[str, Any], dtype: Any = jnp.float32) -> TextTower:
@@ -178,6 +207,29 @@ def text_tower(config: Mapping[str, Any], dtype: Any = jnp.float32) -> TextTower
 def _image_tower(config: Mapping[str, Any], dtype: Any) -> ImageTower:
     config = {**_IMAGE, **config}
     return ImageTower(**_common(config, dtype), image_size=config["image_size"], patch_size=config["patch_size"])
+
+
+def _three(numbers: Any) -> tuple[float, float, float]:
+    red, green, blue = map(float, numbers)
+    return red, green, blue
+
+
+def _preprocessor(size: int, normalisation: Normalisation) -> dict[str, Any]:
+    mean, std = normalisation
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
 
 
 def _common(config: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
