@@ -1,8 +1,11 @@
 """From prompts to what a network is given of them. One interface: learned words, or the text tower of a CLIP."""
 
+import hashlib
+import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from tqdm import tqdm
 
 from diffusion.data import text
+from diffusion.data.captions import CaptionedSource
+from diffusion.data.sources import Source
+from diffusion.files import cache_folder, replacing
 from diffusion.networks.words import PADDING, Words
 from diffusion.training.checkpoints import open_existing
 from experiments import image_text
@@ -53,12 +60,43 @@ def encode(encoder: TextEncoder, params: Any, ids: Any) -> Text:
     return encoder.encode(of_text, jnp.asarray(ids))
 
 
+def with_features(captioned: CaptionedSource, encoder: TextEncoder, of_text: Any, batch_size: int = 256) -> Source:
+    """The same images, read with "context" and "pooled": what a frozen encoder of these weights makes of the captions.
+
+    Computed once and kept in `cache_folder()/text`, under what the captions, the encoder and its weights are.
+    """
+    captions = captioned.captions
+    digest = hashlib.sha256(json.dumps([captions, encoder.description]).encode())
+    for leaf in jax.tree.leaves(of_text):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    paths = [cache_folder() / "text" / f"{digest.hexdigest()[:32]}_{name}.npy" for name in Text._fields]
+    if not all(path.exists() for path in paths):
+        apply = jax.jit(encoder.encode)
+        parts: list[Text] = []
+        for first in tqdm(range(0, len(captions), batch_size), desc="encoding captions", unit="batch", delay=5):
+            # The last batch is full too, and cut afterwards: one program is compiled for all.
+            rows = np.minimum(np.arange(first, first + batch_size), len(captions) - 1)
+            parts.append(jax.device_get(apply(of_text, encoder.tokenize([captions[row] for row in rows]))))
+        for path, arrays in zip(paths, zip(*parts, strict=True), strict=True):
+            with replacing(path) as temporary:
+                np.save(temporary, np.concatenate(arrays)[: len(captions)])
+    # Mapped, not read: features of many captions are larger than memory.
+    context, pooled = (np.load(path, mmap_mode="r") for path in paths)
+    source = captioned.source
+
+    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
+        batch = source.read(indices)
+        return {**batch, "context": context[batch["label"]], "pooled": pooled[batch["label"]]}
+
+    return source._replace(read=read)
+
+
 def make_text_encoder(config: Config, vocabulary: Sequence[str], stored: Mapping[str, Any] | None) -> TextEncoder:
     """Returns the encoder that `config.text.encoder` names.
 
     Args:
       config: of the run.
-      vocabulary: all words that captions can hold, for "words".
+      vocabulary: all words that are to be known, for "words" in a run that starts.
       stored: `description` of the encoder in the run's checkpoint; None where it starts.
 
     Raises:
@@ -66,7 +104,8 @@ def make_text_encoder(config: Config, vocabulary: Sequence[str], stored: Mapping
     """
     match config.text.encoder:
         case "words":
-            return make_words(vocabulary, config.text.width, config.text.length)
+            known = stored["vocabulary"] if stored else vocabulary
+            return make_words(known, config.text.width, config.text.length)
         case "clip":
             return make_clip_text(config, stored)
         case name:
@@ -88,8 +127,19 @@ def make_words(vocabulary: Sequence[str], width: int, length: int) -> TextEncode
         context_width=width,
         pooled_width=width,
         frozen=False,
-        description={},
+        description={"vocabulary": list(vocabulary)},
     )
+
+
+def frequent_words(captions: Iterable[str], size: int) -> list[str]:
+    """Returns the `size` words that stand in most captions, in the order of the alphabet."""
+    counted = Counter(word for caption in captions for word in set(split_words(caption)))
+    return sorted(sorted(counted, key=lambda word: (-counted[word], word))[:size])
+
+
+def split_words(prompt: str) -> list[str]:
+    """Returns the words of a prompt, in small letters."""
+    return re.findall(r"\w+", prompt.lower())
 
 
 def word_ids(prompts: Sequence[str], vocabulary: Sequence[str], length: int) -> Int[np.ndarray, "N L"]:
@@ -101,7 +151,7 @@ def word_ids(prompts: Sequence[str], vocabulary: Sequence[str], length: int) -> 
     distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
     ids = np.full((len(distinct), length), PADDING, np.int32)
     for prompt, row in zip(distinct, ids, strict=True):
-        words = re.findall(r"\w+", prompt.lower())
+        words = split_words(prompt)
         if unknown := [word for word in words if word not in known]:
             logging.warning("unknown to the text encoder in %r: %s", prompt, ", ".join(unknown))
         if len(words) > length:

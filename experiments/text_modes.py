@@ -14,13 +14,14 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from diffusion import editing, training
-from diffusion.data.captions import CaptionedSource
+from diffusion.data.captions import CaptionedSource, with_text
 from diffusion.data.images import image_grid, save_png, to_float
 from diffusion.data.samples import save_samples
 from diffusion.training.checkpoints import open_existing
 from experiments import image_diffusion, image_uses, text_to_image
 from experiments.command_line import Mode, Run
 from experiments.image_modes import Trained
+from experiments.text_encoders import with_features
 from experiments.text_to_image import Parts
 
 MakeParts = Callable[[Run], Parts]
@@ -42,7 +43,7 @@ def make_modes(make_parts: MakeParts, shapes: Captioned, images: Captioned, exam
       make_parts: what the run's config stands for.
       shapes: any captioned images that batches can be made of: only shapes are asked for.
       images: what img2img and inpaint begin with where there are no --images.
-      examples: prompts to draw where none is given.
+      examples: prompts to draw where none is given; without any, one has to be.
     """
 
     def mode(use: Callable[..., None]) -> Mode:
@@ -58,11 +59,14 @@ def make_modes(make_parts: MakeParts, shapes: Captioned, images: Captioned, exam
 
 def train(run: Run, parts: Parts, captioned: CaptionedSource, examples: Sequence[str]) -> Trained:
     """Trains, or goes on training, in the run's folder."""
-    experiment = text_to_image.make_experiment(parts, captioned, examples, run.mesh)
+    source = with_text(captioned, parts.encoder.tokenize)
+    if run.config.text.precomputed:
+        source = with_features(captioned, parts.encoder, frozen_text(run, parts, captioned))
+    experiment = text_to_image.make_experiment(parts, source, examples, run.mesh)
     settings = image_diffusion.make_settings(run.config)
     description = {**run.description, "text": parts.encoder.description}
     state = training.train(experiment, settings, workdir=run.workdir, mesh=run.mesh, description=description)
-    return Trained(state.ema, int(state.step))
+    return Trained(state.ema, int(state.step), settings.ema_decay)
 
 
 def stored_text(run: Run) -> dict[str, Any] | None:
@@ -74,9 +78,23 @@ def stored_text(run: Run) -> dict[str, Any] | None:
         return None
 
 
+def frozen_text(run: Run, parts: Parts, captioned: CaptionedSource) -> Any:
+    """Returns the weights of a frozen text encoder: those of the run's checkpoint, or where it starts its own.
+
+    Raises:
+      ValueError: it is not frozen.
+    """
+    if not parts.encoder.frozen:
+        raise ValueError("text.precomputed=True is for an encoder that stays as it is: add --config.text.encoder=clip")
+    if stored_text(run) is not None:
+        return load(run, parts, captioned).ema["text"]
+    return parts.encoder.init(training.run_key(run.config.seed, "init"))
+
+
 def load(run: Run, parts: Parts, captioned: CaptionedSource) -> Trained:
     """Returns the newest weights in the run's folder; of `captioned` only the shapes of its batches are used."""
-    experiment = text_to_image.make_experiment(parts, captioned, ["", ""], run.mesh)
+    source = with_text(captioned, parts.encoder.tokenize)
+    experiment = text_to_image.make_experiment(parts, source, ["", ""], run.mesh)
     settings = image_diffusion.make_settings(run.config)
     batches = experiment.batches(0)
     batch = next(batches)
@@ -84,7 +102,7 @@ def load(run: Run, parts: Parts, captioned: CaptionedSource) -> Trained:
     abstract = training.abstract_train_state(experiment, settings, run.mesh, batch)
     with open_existing(run.workdir) as checkpoints:
         state = checkpoints.restore(abstract)
-    return Trained(state.ema, int(state.step))
+    return Trained(state.ema, int(state.step), settings.ema_decay)
 
 
 def generate(
@@ -106,7 +124,7 @@ def generate(
 
 def sample(run: Run, parts: Parts, trained: Trained, _: Captioned, examples: Sequence[str]) -> None:
     """Draws --num_samples pictures of every prompt, as .npz (prompt by prompt) and as a labelled .png beside it."""
-    prompts = read_prompts(run) or list(examples)
+    prompts = read_prompts(run, examples)
     count = run.flags.num_samples or 8
     settings = run.config.sampling
     name = f"step{trained.step}_{settings.sampler}{settings.num_steps}_seed{run.flags.seed}_n{count}.npz"
@@ -150,7 +168,7 @@ def inpaint(run: Run, parts: Parts, trained: Trained, images: Captioned, _: Sequ
 def interpolate(run: Run, parts: Parts, trained: Trained, _: Captioned, examples: Sequence[str]) -> None:
     """Goes from the 1st prompt to the 2nd: their features are mixed, each row keeps its noise."""
     out = image_uses.make_path(run, "interpolate")
-    prompts = read_prompts(run) or list(examples[:2])
+    prompts = read_prompts(run, examples[:2])
     if len(prompts) != 2:
         raise ValueError(f"interpolation goes from one prompt to another, and {len(prompts)} were given: give two")
     count, shares = run.flags.num_samples or 4, jnp.linspace(0, 1, 9)
@@ -190,8 +208,12 @@ def apply(
     return np.asarray(multihost_utils.process_allgather(made, tiled=True))[:count]
 
 
-def read_prompts(run: Run) -> list[str]:
-    """Returns --prompt and the lines of --prompts. Warns of an empty one; raises ValueError for a file without any."""
+def read_prompts(run: Run, examples: Sequence[str]) -> list[str]:
+    """Returns --prompt and the lines of --prompts, or else the examples. Warns of an empty one.
+
+    Raises:
+      ValueError: a file without any prompt, or none is given and there are no examples.
+    """
     prompts = list(run.flags.prompt)
     if run.flags.prompts:
         lines = [line.strip() for line in Path(run.flags.prompts).read_text(encoding="utf-8").splitlines()]
@@ -200,7 +222,9 @@ def read_prompts(run: Run) -> list[str]:
         prompts += [line for line in lines if line]
     if any(not prompt.strip() for prompt in prompts):
         logging.warning("an empty prompt is no condition: the picture may show anything")
-    return prompts
+    if not prompts and not examples:
+        raise ValueError("nothing to draw: give --prompt=... (several times for several), or --prompts=FILE")
+    return prompts or list(examples)
 
 
 def read_images(run: Run, images: Captioned) -> tuple[np.ndarray, list[str]]:
@@ -210,12 +234,8 @@ def read_images(run: Run, images: Captioned) -> tuple[np.ndarray, list[str]]:
     """
     source, captions = images(run)
     image, label = image_uses.read_images(run, source, run.flags.num_samples or 8)
-    prompts = read_prompts(run)
-    if prompts:
-        return image, [prompts[i % len(prompts)] for i in range(len(image))]
-    if label is None:
-        raise ValueError("--images have no captions: say with --prompt what to make of them")
-    return image, [captions[i] for i in label]
+    prompts = read_prompts(run, [] if label is None else [captions[i] for i in label])
+    return image, [prompts[i % len(prompts)] for i in range(len(image))]
 
 
 def write(run: Run, out: Path, before: np.ndarray, rows: np.ndarray, prompts: Sequence[str], columns: str) -> None:

@@ -2,7 +2,8 @@
 
 The parameters are {"network": ..., "text": ...}. A frozen text encoder stands there too, under `stop_gradient` and
 without an optimizer's moments: so the loss is a function of its arguments alone, a checkpoint is the whole experiment,
-and a batch carries token ids, which are some hundred times smaller than their features.
+and a batch carries token ids, which are some hundred times smaller than their features. Or it carries the features, of
+a frozen encoder that is too dear to be asked at every step (text.precomputed).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion import losses, predictions, samplers, weightings
 from diffusion.data.batches import batch_indices, make_batches
-from diffusion.data.captions import CaptionedSource, with_text
 from diffusion.data.images import to_float, to_uint8
+from diffusion.data.sources import Source
 from diffusion.networks.mmdit import MMDiT
 from diffusion.networks.unet import UNet
 from diffusion.training import Experiment, Loss, Mean, run_key
@@ -47,7 +48,10 @@ def make_network(config: Config, channels: int, encoder: TextEncoder, diffusion:
 
 
 def make_loss(config: Config, network: MMDiT | UNet, encoder: TextEncoder, diffusion: Diffusion) -> Loss:
-    """Returns loss(params, batch, key) of {"image", "text"}: a share of the prompts is dropped, for guidance."""
+    """Returns loss(params, batch, key): a share of the prompts is dropped, for guidance.
+
+    A batch holds "image", and either "text", token ids int32[B, L], or the features "context" and "pooled".
+    """
     kind = config.loss.prediction
     weight = image_diffusion.make_weight(config, diffusion)
     draw = {"uniform": weightings.uniform, "stratified": weightings.stratified}.get(config.loss.draw)
@@ -66,7 +70,14 @@ def make_loss(config: Config, network: MMDiT | UNet, encoder: TextEncoder, diffu
         signal, noise = diffusion.process(time)
         x_t = predictions.per_example(signal, x_0) * x_0 + predictions.per_example(noise, x_0) * eps
         dropped = jax.random.bernoulli(drop_key, config.loss.caption_dropout, (len(x_0), 1))
-        text = encode(encoder, params, jnp.where(dropped, empty, batch["text"]))
+        if "text" in batch:
+            text = encode(encoder, params, jnp.where(dropped, empty, batch["text"]))
+        else:
+            nothing = encode(encoder, params, empty[None])
+            text = Text(
+                jnp.where(dropped[..., None], nothing.context, batch["context"]),
+                jnp.where(dropped, nothing.pooled, batch["pooled"]),
+            )
         output: Any = network.apply(params["network"], x_t, time, context=text.context, pooled=text.pooled)
         total = losses.weighted_mse(weight(time), predictions.target(kind, x_0, eps, signal, noise), output)
         return total, image_diffusion.mean_by_part("loss", total, u)
@@ -156,15 +167,14 @@ def draw_noise(seed: Any, index: Any, image_shape: tuple[int, ...]) -> tuple[jax
     return keys[:, 1], jax.vmap(lambda key: jax.random.normal(key, image_shape))(keys[:, 0])
 
 
-def make_experiment(parts: Parts, captioned: CaptionedSource, preview_prompts: Sequence[str], mesh: Mesh) -> Experiment:
-    """Returns the experiment on captioned images; each preview shows as many prompts as there are previews.
+def make_experiment(parts: Parts, source: Source, preview_prompts: Sequence[str], mesh: Mesh) -> Experiment:
+    """Returns the experiment on a source that reads what `make_loss` takes; each preview shows the prompts in turn.
 
     Raises:
       ValueError: whatever cannot be built; nothing has been allocated or written by then.
     """
     config, image_shape, encoder, diffusion, network = parts
     optimizer, learning_rate = make_optimizer(config, encoder)
-    source = with_text(captioned, encoder.tokenize)
     batch_size = config.data.batch_size
     num_previews = image_diffusion.round_up(config.training.num_previews, mesh.size)
     prompts = [preview_prompts[i % len(preview_prompts)] for i in range(num_previews)]

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from diffusion.data import scenes
+from diffusion.data.captions import with_text
 from diffusion.networks.unet import UNet
 from diffusion.training import make_mesh
 from experiments import scenes as experiment
@@ -38,7 +39,8 @@ def make_parts(config, **options):
 
 def init(parts, seed=0):
     """Parameters of which none is zero, as after training: a new network answers 0 whatever it is told."""
-    made = text_to_image.make_experiment(parts, scenes.scenes("train", 16, 8), [""], make_mesh(1))
+    source = with_text(scenes.scenes("train", 16, 8), parts.encoder.tokenize)
+    made = text_to_image.make_experiment(parts, source, [""], make_mesh(1))
     shapes = jax.eval_shape(made.init, jax.random.key(0))
     random = np.random.RandomState(seed)
     return jax.tree.map(lambda x: jnp.asarray(random.randn(*x.shape) * 0.2, jnp.float32), shapes)
@@ -77,7 +79,7 @@ def test_words_that_cannot_be_read_are_named(caplog):
 def test_the_network_is_told_the_prompt_and_every_part_learns(config):
     parts = make_parts(config.get_config())
     params = init(parts)
-    source = text_to_image.with_text(scenes.scenes("train", 16, 8), parts.encoder.tokenize)
+    source = with_text(scenes.scenes("train", 16, 8), parts.encoder.tokenize)
     batch = source.read(np.arange(8))
     loss = text_to_image.make_loss(parts.config, parts.network, parts.encoder, parts.diffusion)
     gradient = jax.jit(jax.grad(lambda params, batch: loss(params, batch, jax.random.key(0))[0].mean()))(params, batch)
@@ -89,7 +91,7 @@ def test_the_network_is_told_the_prompt_and_every_part_learns(config):
 
 def test_the_prompts_of_a_share_are_dropped(parts, params):
     config: Any = small(scenes_mmdit.get_config())
-    read = text_to_image.with_text(scenes.scenes("train", 16, 400), parts.encoder.tokenize).read(np.arange(400))
+    read = with_text(scenes.scenes("train", 16, 400), parts.encoder.tokenize).read(np.arange(400))
 
     def losses(share, ids):
         config.loss.caption_dropout = share
@@ -156,7 +158,7 @@ def test_a_frozen_encoder_stays_as_it_is(clip_parts):
     assert text.context.shape == (2, 16, 8) and text.pooled.shape == (2, 6)
     assert np.abs(text.pooled[0] - text.pooled[1]).max() > 1e-3
     loss = text_to_image.make_loss(clip_parts.config, clip_parts.network, clip_parts.encoder, clip_parts.diffusion)
-    source = text_to_image.with_text(scenes.scenes("train", 16, 8), clip_parts.encoder.tokenize)
+    source = with_text(scenes.scenes("train", 16, 8), clip_parts.encoder.tokenize)
     optimizer, _ = text_to_image.make_optimizer(clip_parts.config, clip_parts.encoder)
 
     @jax.jit
@@ -197,10 +199,10 @@ def test_the_network_refuses_another_encoder(parts, clip_parts, params):
 
 
 def test_prompts_are_read_from_flags_and_file(tmp_path, caplog):
-    def read(prompts, prompt=()):
+    def read(prompts, prompt=(), examples=()):
         flags = SimpleNamespace(prompt=list(prompt), prompts=str(prompts) if prompts else None)
         run: Any = SimpleNamespace(flags=flags)
-        return text_modes.read_prompts(run)
+        return text_modes.read_prompts(run, examples)
 
     file = tmp_path / "prompts.txt"
     file.write_text("a red two\n\n a blue four \n")
@@ -210,6 +212,9 @@ def test_prompts_are_read_from_flags_and_file(tmp_path, caplog):
     file.write_text("\n")
     with pytest.raises(ValueError, match="holds no prompt: write one a line"):
         read(file)
+    assert read(None, examples=["a two"]) == ["a two"]
+    with pytest.raises(ValueError, match="nothing to draw: give --prompt"):
+        read(None)
 
 
 def test_labels_stand_under_their_pictures():

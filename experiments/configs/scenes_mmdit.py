@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
             width=96,  # words
             length=12,  # words: of the longest caption
             clip="",  # clip: work folder of a run of experiments.clip
+            precomputed=False,  # clip: features of all captions are made once and kept on disk
         )
     )
     config.network = ConfigDict(
