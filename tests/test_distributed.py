@@ -1,9 +1,13 @@
-"""Several processes: who is missing is named, and two of them train as one does."""
+"""Several processes: who is missing is named, who dies too, and two of them train as one does."""
 
 import os
+import queue
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,8 @@ import pytest
 from test_training import do_train, logged
 
 from diffusion.training import RunError
+from diffusion.training.integrity import flaw
+from diffusion.training.lifeline import GRACE_SECONDS, Lifeline
 from diffusion.training.rollcall import roll_call
 
 HERE = Path(__file__).parent
@@ -24,11 +30,11 @@ def free_address():
 
 
 def calls(*arguments):
-    """Calls the roll in one thread for each (address, rank, count, seconds); returns what each raised."""
+    """Calls the roll in one thread for each (address, rank, count, seconds); returns what each raised, or returned."""
 
     def attempt(call):
         try:
-            roll_call(*call)
+            return roll_call(*call)
         except RunError as error:
             return str(error)
 
@@ -38,7 +44,10 @@ def calls(*arguments):
 
 def test_all_who_are_there_are_let_go():
     address = free_address()
-    assert calls(*[(address, rank, 4, 20.0) for rank in (3, 0, 2, 1)]) == [None] * 4
+    peers: Any = calls(*[(address, rank, 4, 20.0) for rank in range(4)])
+    assert [sorted(each) for each in peers] == [[1, 2, 3], [0], [0], [0]]
+    # JAX's service will listen at this port, beside the connections that stay.
+    socket.create_server(("", int(address.split(":")[1]))).close()
 
 
 def test_missing_processes_are_named_to_all_who_came():
@@ -52,9 +61,11 @@ def test_missing_processes_are_named_to_all_who_came():
 
 def test_a_process_of_another_run_is_sent_away():
     address = free_address()
-    said: Any = calls((address, 0, 2, 2.0), (address, 1, 3, 2.0), (address, 1, 2, 2.0))
-    assert said[0] is None and said[2] is None
-    assert "process 1 of 3" in said[1] and "is not of this run of 2" in said[1]
+    with ThreadPoolExecutor(1) as threads:
+        run = threads.submit(calls, (address, 0, 2, 20.0))
+        (said,) = calls((address, 1, 3, 20.0))
+        assert "process 1 of 3" in str(said) and "is not of this run of 2" in str(said)
+        assert [sorted(each) for each in (calls((address, 1, 2, 20.0))[0], run.result()[0])] == [[0], [1]]
 
 
 def test_noise_at_the_door_is_not_an_answer():
@@ -69,39 +80,114 @@ def test_noise_at_the_door_is_not_an_answer():
                     break
                 except ConnectionRefusedError:
                     pass
-        assert calls((address, 1, 2, 20.0)) == [None] and run.result() == [None]
+        assert list(calls((address, 1, 2, 20.0))[0]) == [0] and list(run.result()[0]) == [1]
+
+
+@pytest.fixture
+def three() -> Any:
+    """The connections of three processes that are all there, as each of them holds them."""
+    address = free_address()
+    return calls(*[(address, rank, 3, 20.0) for rank in range(3)])
+
+
+def lifeline(peers, rank):
+    """Returns the lifeline of a process, and where the line appears with which it would end."""
+    ends = queue.Queue()
+    return Lifeline(rank, len(peers), peers[rank], ends.put), ends
+
+
+def die(peers, rank):
+    """Closes the connections of a process, as the kernel does when it is gone."""
+    for connection, _ in peers[rank].values():
+        connection.close()
+
+
+@pytest.mark.parametrize("victim", [1, 2])
+def test_a_death_is_known_to_all_at_once(three, victim):
+    ends = [lifeline(three, rank)[1] for rank in (0, 3 - victim)]
+    begun = time.monotonic()
+    die(three, victim)
+    dead = f"process {victim} of 3 (pid {os.getpid()} on {socket.gethostname()}) has ended without a word"
+    assert ends[0].get(timeout=5) == dead and time.monotonic() - begun < GRACE_SECONDS
+    assert ends[1].get(timeout=5) == dead
+
+
+def test_the_death_of_process_0_is_known_to_the_others(three):
+    ends = [lifeline(three, rank)[1] for rank in (1, 2)]
+    die(three, 0)
+    for each in ends:
+        assert each.get(timeout=5).startswith(f"process 0 of 3 (pid {os.getpid()} on ")
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_an_orderly_end_is_no_death(three, order):
+    lifelines, ends = zip(*[lifeline(three, rank) for rank in range(3)], strict=True)
+    for rank in order:
+        lifelines[rank].say_bye()
+        lifelines[rank].say_bye()  # nor does it matter who listens still
+        if rank != 0:
+            die(three, rank)
+    time.sleep(0.2)
+    assert all(each.empty() for each in ends)
+
+
+def test_who_leaves_tells_why_in_one_line_and_the_others_have_time_to_know_better(three):
+    going = lifeline(three, 1)[0]
+    ends = [lifeline(three, rank)[1] for rank in (0, 2)]
+    begun = time.monotonic()
+    going.say_why("error: the disk\nis full")
+    die(three, 1)
+    for each in ends:
+        assert re.fullmatch(r"process 1 of 3 \(pid .*\) has left: error: the disk is full", each.get(timeout=5))
+    assert time.monotonic() - begun >= GRACE_SECONDS
+    time.sleep(0.2)
+    assert ends[0].empty()  # one line is enough, whatever follows from the end of the first
+
+
+def test_process_0_leaves_after_the_others(three):
+    first, *others = [lifeline(three, rank) for rank in range(3)]
+    with ThreadPoolExecutor(1) as threads:
+        leaving = threads.submit(first[0].say_why, "error: the disk is full")
+        for rank, (_, ends) in enumerate(others, 1):
+            assert "process 0 of 3" in ends.get(timeout=5) and not leaving.done()
+            die(three, rank)
+        leaving.result(timeout=GRACE_SECONDS)
 
 
 TWO = """
-import sys
+import os, signal, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 from pathlib import Path
 import jax
 from diffusion.training import distributed, make_mesh
+from experiments.command_line import run_to_end
 import test_training
 
 distributed.join()
 assert len(make_mesh().local_devices) == 1
 
 def batches(start_step):
+    victim, last = map(int, sys.argv[2:])
     rows = test_training.BATCH_SIZE // jax.process_count()
     first = rows * jax.process_index()
-    for batch in test_training.batches_from(start_step):
+    for step, batch in enumerate(test_training.batches_from(start_step), start_step):
+        if (jax.process_index(), step) == (victim, last):
+            os.kill(os.getpid(), signal.SIGKILL)
         yield {{"x": batch["x"][first : first + rows]}}
 
 experiment = test_training.make_experiment(batches=batches)
-test_training.do_train(Path(sys.argv[1]), experiment, num_devices=None, num_steps=8)
+run_to_end(lambda: test_training.do_train(Path(sys.argv[1]), experiment, num_devices=None, num_steps=8))
 """
 
 
-def test_two_processes_train_as_one_and_one_goes_on_from_them(tmp_path):
-    whole = do_train(tmp_path / "whole")
+def run_two(workdir, victim=-1, last=-1):
+    """Trains 8 steps as two processes, of which `victim` dies at batch `last`; returns them, and what they said."""
     program = TWO.format(tests=str(HERE), root=str(HERE.parent))
     common = {**os.environ, "DIFFUSION_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": free_address()}
     common["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", program, str(tmp_path / "parts")],
+            [sys.executable, "-c", program, str(workdir), str(victim), str(last)],
             env={**common, "DIFFUSION_PROCESS_ID": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -109,10 +195,15 @@ def test_two_processes_train_as_one_and_one_goes_on_from_them(tmp_path):
         for rank in (0, 1)
     ]
     try:
-        said = [process.communicate(timeout=150)[1] for process in processes]
+        return processes, [process.communicate(timeout=150)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
+
+
+def test_two_processes_train_as_one_and_one_goes_on_from_them(tmp_path):
+    whole = do_train(tmp_path / "whole")
+    processes, said = run_two(tmp_path / "parts")
     assert [process.returncode for process in processes] == [0, 0], said
     for rank in (0, 1):
         assert f"process {rank} of 2 (pid {processes[rank].pid} on" in said[rank]
@@ -124,3 +215,12 @@ def test_two_processes_train_as_one_and_one_goes_on_from_them(tmp_path):
     losses, expected = ({line["step"]: line["loss"] for line in logged(tmp_path / name)} for name in ("parts", "whole"))
     for step in (5, 10, 12):
         assert losses[step] == pytest.approx(expected[step], rel=1e-6)
+
+
+def test_when_one_process_is_killed_the_other_says_so_and_the_same_command_goes_on(tmp_path):
+    processes, said = run_two(tmp_path, victim=1, last=6)
+    assert [process.returncode for process in processes] == [1, -signal.SIGKILL], said
+    line = f"process 0: error: process 1 of 2 (pid {processes[1].pid} on {socket.gethostname()}) has ended without a"
+    assert said[0].splitlines()[-1].startswith(line) and "the same command goes on" in said[0]
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal() and flaw(path)]
+    assert int(do_train(tmp_path).step) == 12

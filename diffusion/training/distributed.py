@@ -1,17 +1,24 @@
 """Joining the other processes of a run before JAX is first used, and leaving them when this one cannot go on."""
 
+import atexit
 import os
 import sys
+import threading
+import time
 from typing import Any
 
 import jax
 
+from diffusion.training.lifeline import GRACE_SECONDS, Lifeline
 from diffusion.training.rollcall import roll_call, who
 
 JOIN_SECONDS = 120  # for all processes to be there
 HEARTBEAT_SECONDS = 30  # of silence, after which a process counts as dead
 MEET_SECONDS = 1800  # for all to have compiled
 SHUTDOWN_SECONDS = 30  # for all to come to the end
+
+_lifeline: Lifeline | None = None  # where the roll was called
+_leaving = threading.Lock()
 
 
 def join() -> None:
@@ -20,6 +27,9 @@ def join() -> None:
     Under Slurm, Open MPI and on TPU pods JAX finds the others itself; `./launch.sh NAME --processes N` tells through
     DIFFUSION_NUM_PROCESSES, DIFFUSION_PROCESS_ID and JAX_COORDINATOR_ADDRESS. DIFFUSION_JOIN_SECONDS is how long to
     wait for the others.
+
+    When one of the processes dies later, the others say who it was and leave (`lifeline`). Where JAX finds them itself
+    there is no roll call and so no lifeline: JAX ends them, after HEARTBEAT_SECONDS and in its own words.
 
     Raises:
       RunError: not all processes were there in that time.
@@ -36,7 +46,10 @@ def join() -> None:
     address = os.environ.get("JAX_COORDINATOR_ADDRESS", "an address that JAX finds")
     say(f"process {told.get('process_id', '?')} of {count if told else '?'} ({who()}): joining at {address}")
     if told and ":" in address:
-        roll_call(address, told["process_id"], count, seconds)
+        global _lifeline
+        rank = told["process_id"]
+        _lifeline = Lifeline(rank, count, roll_call(address, rank, count, seconds), lost)
+        atexit.register(_lifeline.say_bye)  # before JAX's own, in which the processes wait for each other
     jax.distributed.initialize(
         **told,
         initialization_timeout=seconds,
@@ -68,12 +81,22 @@ def leave(code: int, line: str = "") -> None:
 
     An orderly end waits for the others, and they wait for this process in the middle of a step.
     """
-    if jax.distributed.is_initialized():
-        if line:
-            say(f"process {jax.process_index()}: {line}")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    if _lifeline is None and not jax.distributed.is_initialized():
+        return
+    _leaving.acquire()  # and not let go of: whichever thread comes later waits for the end
+    if line:
+        say(f"process {_lifeline.rank if _lifeline else jax.process_index()}: {line}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _lifeline:
+        _lifeline.say_why(line or f"exit code {code}")
+    os._exit(code)
+
+
+def lost(line: str) -> None:
+    """Leaves because another process has; `line` says which and how."""
+    say("")  # the progress bar leaves its line open
+    leave(1, f"error: {line}; the same command goes on from the newest checkpoint")
 
 
 def peer_died(error: Exception) -> bool:
@@ -81,9 +104,12 @@ def peer_died(error: Exception) -> bool:
     if not jax.distributed.is_initialized():
         return False
     words = str(error).lower()
-    return isinstance(error, jax.errors.JaxRuntimeError) and any(
+    died = isinstance(error, jax.errors.JaxRuntimeError) and any(
         word in words for word in ("gloo", "connection", "socket", "heartbeat", "coordination", "nccl", "deadline")
     )
+    if died and _lifeline:
+        time.sleep(3 * GRACE_SECONDS)  # in which the lifeline, which knows which one and why, ends this process
+    return died
 
 
 def say(line: str) -> None:
