@@ -119,6 +119,27 @@ def test_what_a_killed_run_left_half_written_is_removed(copy):
     assert steps_in(copy) == ["12", "13", "8"]
 
 
+def test_a_clock_set_back_and_times_of_files_change_nothing(finished, copy, tmp_path, monkeypatch, capfd):
+    """What is newest is told by its step: not by the age of files, nor by what the clock says meanwhile."""
+    for step, seconds in (("4", 4e9), ("8", 2e9), ("12", 1e9)):
+        checkpoint = copy / "checkpoints" / step
+        for path in (checkpoint, *checkpoint.rglob("*")):
+            os.utime(path, (seconds, seconds))
+    begun = time.time()
+    now = iter(range(10**9))
+    monkeypatch.setattr(time, "time", lambda: begun - 3600.0 * next(now))
+    monkeypatch.setattr(time, "time_ns", lambda: int(1e9 * time.time()))
+    state = do_train(copy, num_steps=16, keep_newest=2)
+    assert next(now) > 1  # the clock was looked at
+    assert "going on from step 12 in" in capfd.readouterr().err
+    assert steps_in(copy) == ["12", "16"]
+    with open_existing(copy) as checkpoints:
+        assert checkpoints.newest == 16
+    monkeypatch.undo()
+    assert_same_bits(state, do_train(tmp_path / "undisturbed", num_steps=16))
+    assert logged(copy)[: len(logged(finished[0]))] == logged(finished[0])
+
+
 @pytest.fixture
 def small_files():
     """No file of this process may grow over 4000 bytes: to it the disk is full."""
