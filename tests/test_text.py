@@ -101,6 +101,8 @@ def test_own_vocabulary_reads_its_captions_by_words_and_anything_by_bytes(own):
     again = train_tokenizer([scene(0, "train", i).caption for i in range(400)])
     assert again.get_vocab() == own.get_vocab()
     assert (encode(from_json(to_json(own)), strange, 60) == encode(own, strange, 60)).all()
+    others = from_json(to_json(own)).encode("a red three")  # who does not call our encode
+    assert others.ids == encode(own, ["a red three"], 5)[0].tolist()
     with pytest.raises(ValueError, match="at least 258"):
         train_tokenizer(["a"], size=100)
 

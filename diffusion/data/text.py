@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
@@ -91,8 +91,15 @@ def train_tokenizer(captions: Iterable[str], size: int = 512) -> Tokenizer:
 
 
 def to_json(tokenizer: Tokenizer) -> str:
-    """The whole tokenizer as text, to be kept beside weights that were trained with it."""
-    return tokenizer.to_str()
+    """The whole tokenizer as text, to be kept beside weights that were trained with it.
+
+    Start and end, which `encode` sets itself, are told in it to other readers.
+    """
+    whole = Tokenizer.from_str(tokenizer.to_str())
+    if whole.post_processor is None:
+        both = [(word, _id_of(whole, word)) for word in (START, END)]
+        whole.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=both)
+    return whole.to_str()
 
 
 def from_json(text: str) -> Tokenizer:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion.data.text import END, START
 from diffusion.networks.clip import ACTIVATIONS, CLIP, ImageTower, TextTower
 from diffusion.pretrained.folder import new_folder, read_json, read_weights, write_json, write_weights
 from diffusion.pretrained.strict import check_keys
@@ -187,6 +188,9 @@ def save_clip(
         write_json(temporary / "config.json", config)
         write_weights(temporary / "model.safetensors", to_transformers(params["params"]))
         (temporary / "tokenizer.json").write_text(tokenizer_json, "utf-8")
+        # Without this, transformers splits words as OpenAI's vocabulary wants it, whatever tokenizer.json says.
+        reader = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": START, "model_max_length": text.length}
+        write_json(temporary / "tokenizer_config.json", reader | dict.fromkeys(("eos_token", "pad_token"), END))
         if normalisation:
             write_json(temporary / "preprocessor_config.json", _preprocessor(image.image_size, normalisation))
 
