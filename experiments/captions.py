@@ -10,6 +10,7 @@ OTHER are kept from training. Words are learned with the network, or the prompt 
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -70,8 +71,8 @@ def measure(run: Run, parts: Parts, trained: Trained) -> None:
     seeds = [run.flags.seed]
     measurements = image_evaluation.score(run, trained, [images], seeds, list(settings.metrics), extractor, reference)
     if judge:
-        made = image_evaluation.made_by(run, trained, seeds, extractor, None) | {"features": judge.name}
-        unmade = made | {"sampler": "real images", "num_steps": None, "seeds": [], "ema": None}
+        made: dict[str, Any] = image_evaluation.made_by(run, trained, seeds, extractor, None) | {"features": judge.name}
+        unmade: dict[str, Any] = made | {"sampler": "real images", "num_steps": None, "seeds": [], "ema": None}
         for name, pictures, how in (("CLIP score", images, made), ("that of the real pictures", real["image"], unmade)):
             value = float(evaluation.clip_score(judge, pictures, prompts).mean())
             measurements.append(evaluation.Measurement(name, value, count, note="100 max(0, cosine)", **how))
