@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion import guidance, losses, predictions, samplers, schedules, weightings
@@ -22,6 +21,7 @@ from diffusion.data.sources import Source
 from diffusion.networks.unet import UNet
 from diffusion.training import Experiment, Loss, Mean, Settings, fully_sharded, replicated, run_key
 from experiments.command_line import Config
+from experiments.optimizers import make_optimizer
 
 
 class Diffusion(NamedTuple):
@@ -170,26 +170,6 @@ def make_network(config: Config, source: Source, diffusion: Diffusion) -> UNet:
         out_channels=2 * channels if config.loss.learned_variance else channels,
         time_scale=diffusion.time_scale,
     )
-
-
-def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Returns Adam with warm-up and clipping, and its learning rate as a function of the step.
-
-    In the last `cooldown_steps` steps the rate falls along a line (Hu et al. 2024, section 4).
-    """
-    settings = config.optimizer
-    warm_up, cool_down = max(settings.warmup_steps, 1), max(settings.cooldown_steps, 1)
-
-    def learning_rate(step: Any) -> Any:
-        # Neither the first update nor the last is lost to a rate of zero.
-        share = jnp.minimum((step + 1) / warm_up, (config.training.num_steps - step) / cool_down)
-        return settings.learning_rate * jnp.minimum(share, 1.0)
-
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm),
-        optax.adam(learning_rate, b1=settings.b1, b2=settings.b2, eps=settings.eps),
-    )
-    return optimizer, learning_rate
 
 
 def make_loss(config: Config, network: UNet, diffusion: Diffusion) -> Loss:

@@ -25,6 +25,7 @@ from diffusion.training import Experiment, Loss, Mean, run_key
 from experiments import image_diffusion
 from experiments.command_line import Config
 from experiments.image_diffusion import Diffusion
+from experiments.optimizers import make_optimizer
 from experiments.text_encoders import Text, TextEncoder, encode, make_text_encoder
 
 
@@ -85,9 +86,9 @@ def make_loss(config: Config, network: MMDiT | UNet, encoder: TextEncoder, diffu
     return loss
 
 
-def make_optimizer(config: Config, encoder: TextEncoder) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Returns the optimizer of the image experiments, which leaves a frozen encoder alone, and its learning rate."""
-    optimizer, learning_rate = image_diffusion.make_optimizer(config)
+def make_text_optimizer(config: Config, encoder: TextEncoder) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Returns the optimizer of `config`, which leaves a frozen encoder alone, and its learning rate."""
+    optimizer, learning_rate = make_optimizer(config)
     if encoder.frozen:
         parts: dict[Any, Any] = {"network": optimizer, "text": optax.set_to_zero()}
         optimizer = optax.multi_transform(parts, {name: name for name in parts})
@@ -174,7 +175,7 @@ def make_experiment(parts: Parts, source: Source, preview_prompts: Sequence[str]
       ValueError: whatever cannot be built; nothing has been allocated or written by then.
     """
     config, image_shape, encoder, diffusion, network = parts
-    optimizer, learning_rate = make_optimizer(config, encoder)
+    optimizer, learning_rate = make_text_optimizer(config, encoder)
     batch_size = config.data.batch_size
     num_previews = image_diffusion.round_up(config.training.num_previews, mesh.size)
     prompts = [preview_prompts[i % len(preview_prompts)] for i in range(num_previews)]

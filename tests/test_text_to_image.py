@@ -159,7 +159,7 @@ def test_a_frozen_encoder_stays_as_it_is(clip_parts):
     assert np.abs(text.pooled[0] - text.pooled[1]).max() > 1e-3
     loss = text_to_image.make_loss(clip_parts.config, clip_parts.network, clip_parts.encoder, clip_parts.diffusion)
     source = with_text(scenes.scenes("train", 16, 8), clip_parts.encoder.tokenize)
-    optimizer, _ = text_to_image.make_optimizer(clip_parts.config, clip_parts.encoder)
+    optimizer, _ = text_to_image.make_text_optimizer(clip_parts.config, clip_parts.encoder)
 
     @jax.jit
     def update(params, batch):

@@ -54,7 +54,9 @@ def get_config() -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         dict(
+            name="adam",  # paper; or muon
             learning_rate=2e-4,  # paper
+            muon_rate=3.0,  # muon: of matrices, in learning rates
             warmup_steps=5000,  # code: warmup
             cooldown_steps=0,  # the paper has none
             clip_norm=1.0,  # code: grad_clip

@@ -37,7 +37,17 @@ def get_config() -> ConfigDict:
         )
     )
     config.optimizer = ConfigDict(
-        dict(learning_rate=2e-3, warmup_steps=100, cooldown_steps=0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8)
+        dict(
+            name="adam",  # or muon
+            learning_rate=2e-3,
+            muon_rate=3.0,  # muon: of matrices, in learning rates
+            warmup_steps=100,
+            cooldown_steps=0,
+            clip_norm=1.0,
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+        )
     )
     config.training = ConfigDict(
         dict(
