@@ -14,7 +14,7 @@ from diffusion.data import text
 from diffusion.data.images import check_uint8_images
 from diffusion.evaluation.features import Extracted, Extractor, network_extractor
 from diffusion.networks.clip import CLIP
-from diffusion.pretrained.clip import load_clip
+from diffusion.pretrained.clip import load_clip, load_normalisation
 
 # What OpenAI's and OpenCLIP's weights were trained on: (x / 255 - mean) / std, by channel.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -70,13 +70,14 @@ def make_encoder(
 
 
 def load_encoder(folder: str | os.PathLike) -> Encoder:
-    """The encoder of a published CLIP's folder, with its own tokenizer.
+    """The encoder of a published CLIP's folder, with its own tokenizer and normalisation.
 
     Raises:
       ValueError: the folder is not whole, or its parts do not belong together.
     """
     clip, params = load_clip(folder)
-    return make_encoder(clip, params, text.read_tokenizer(folder))
+    mean, std = load_normalisation(folder) or (OPENAI_MEAN, OPENAI_STD)
+    return make_encoder(clip, params, text.read_tokenizer(folder), mean, std)
 
 
 def fit(image: np.ndarray, size: int) -> np.ndarray:
