@@ -53,7 +53,7 @@ class Processes:
             with self.logs[rank].open("a") as log:
                 self.popen.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
 
-    def wait(self, seconds: float = 600) -> list[int]:
+    def wait(self, seconds: float = 3600) -> list[int]:
         """Returns the exit codes; whoever has not left by then is killed."""
         deadline = time.monotonic() + seconds
         for process in self.popen:

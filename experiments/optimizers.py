@@ -15,8 +15,8 @@ LAYERS = ("block", "attention")  # in the names of modules between a network's f
 def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Returns the optimizer of `config.optimizer` behind a clip of the gradient's norm, and its learning rate.
 
-    "adam", or "muon" (Jordan et al. 2024) for the matrices of the inner layers and Adam with Nesterov's momentum for all else. Muon's updates
-    have the size of Adam's (Liu et al. 2025, section 2.2), times `muon_rate`, for they bear more.
+    "adam", or "muon" (Jordan et al. 2024) for the matrices of the inner layers and Adam with Nesterov's momentum for
+    all else. Muon's updates have the size of Adam's (Liu et al. 2025, section 2.2), times `muon_rate`.
 
     The rate warms up along a line, and in the last `cooldown_steps` steps falls along one (Hu et al. 2024, section 4).
 
