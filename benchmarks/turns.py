@@ -1,0 +1,155 @@
+"""Ours and a peer in another interpreter, timed in turns, so that a machine whose speed drifts does not favour one."""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from diffusion.files import replacing
+from diffusion.training import Experiment, init_state, make_mesh, make_train_step, place_batch
+
+# timer(what, count) -> the seconds of `count` single runs of "train" or "forward".
+Timer = Callable[[str, int], list[float]]
+
+
+class Ours:
+    """This project's own train step (with averaging) of an experiment, and `forward`, compiled ahead of time.
+
+    `forward` is a function of (params, batch); `batch` holds arrays of the host.
+    """
+
+    def __init__(self, experiment: Experiment, forward: Callable[[Any, Any], Any], batch: dict[str, Any]):
+        self.batch = place_batch(make_mesh(), batch)
+        self.state = jax.jit(lambda: init_state(experiment, 0, self.batch))()
+        step = jax.jit(make_train_step(experiment, seed=0, ema_decay=0.9999), donate_argnums=0)
+        self.compile_seconds = {}
+        self.compiled: dict[str, Any] = {}
+        for name, function, argument in (
+            ("train", step, self.state),
+            ("forward", jax.jit(forward), self.state.params),
+        ):
+            begun = time.perf_counter()
+            self.compiled[name] = function.lower(argument, self.batch).compile()
+            self.compile_seconds[name] = round(time.perf_counter() - begun, 2)
+
+    def __call__(self, what: str, count: int) -> list[float]:
+        """Returns the seconds of `count` single runs."""
+        seconds = []
+        for _ in range(count):
+            begun = time.perf_counter()
+            if what == "train":
+                self.state, report = self.compiled["train"](self.state, self.batch)
+                jax.block_until_ready((self.state, report))
+            else:
+                jax.block_until_ready(self.compiled["forward"](self.state.params, self.batch))
+            seconds.append(time.perf_counter() - begun)
+        return seconds
+
+
+class Peer:
+    """A script beside this file that calls `turns_peer.serve`, in a process of its own."""
+
+    def __init__(self, python: str, script: str, arguments: list[str]):
+        self.process = subprocess.Popen(
+            [python, str(Path(__file__).with_name(script)), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.versions = self._answer()
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline())
+
+    def mode(self, mode: str) -> Timer:
+        """Returns timer(what, count) for "eager" or "compiled"."""
+
+        def run(what: str, count: int) -> list[float]:
+            assert self.process.stdin is not None
+            self.process.stdin.write(json.dumps({"mode": mode, "what": what, "count": count}) + "\n")
+            self.process.stdin.flush()
+            return self._answer()
+
+        return run
+
+
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Returns the flags of every such benchmark."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--count", type=int, default=2, help="runs a round; the round's median counts")
+    parser.add_argument("--peer_python", help="an interpreter with what the peer needs")
+    parser.add_argument("--peer_modes", default="eager,compiled")
+    parser.add_argument("--json", help="where to write the result")
+    return parser
+
+
+def compare(arguments: argparse.Namespace, ours: Ours, script: str, extra: list[str], flop: float) -> None:
+    """Prints, and writes to --json, what `measure` finds of ours and of the peer in `script`, if there is one.
+
+    Args:
+      arguments: of `make_parser`.
+      ours: what is timed.
+      script: the peer's file.
+      extra: what it is given beside --batch and --dtype.
+      flop: of one forward pass of one example.
+    """
+    timers: dict[str, Timer] = {"ours": ours}
+    peer = None
+    if arguments.peer_python:
+        given = ["--batch", str(arguments.batch), "--dtype", arguments.dtype, *extra]
+        peer = Peer(arguments.peer_python, script, given)
+        timers |= {f"torch {mode}": peer.mode(mode) for mode in arguments.peer_modes.split(",")}
+    result = {
+        "device": jax.devices()[0].device_kind,
+        "cpu_count": os.cpu_count(),
+        "batch_size": arguments.batch,
+        "dtype": arguments.dtype,
+        "versions": {"jax": jax.__version__, **(peer.versions if peer else {})},
+        "compile_seconds": ours.compile_seconds,
+        **measure(timers, arguments.rounds, arguments.count, arguments.batch, flop),
+    }
+    if peer is not None:
+        peer.process.kill()
+    text = json.dumps(result, indent=2) + "\n"
+    print(text, end="")
+    if arguments.json:
+        with replacing(arguments.json) as temporary:
+            temporary.write_text(text)
+
+
+def measure(timers: dict[str, Timer], rounds: int, count: int, batch_size: int, flop: float) -> dict:
+    """Returns, for "train" and "forward", everyone's images per second and the ratio of ours to each, in medians."""
+    result = {}
+    for what in ("train", "forward"):
+        for timer in timers.values():
+            timer(what, 2)  # warm-up, and the peer's compilation
+        seconds = {name: [] for name in timers}
+        for _ in range(rounds):
+            for name, timer in timers.items():
+                seconds[name].append(statistics.median(timer(what, count)))
+        rates = {name: batch_size / statistics.median(values) for name, values in seconds.items()}
+        ratios = {
+            name: statistics.median([peer / ours for peer, ours in zip(values, seconds["ours"], strict=True)])
+            for name, values in seconds.items()
+            if name != "ours"
+        }
+        # Training costs three forward passes: the gradients by inputs and by weights.
+        each = 3 * flop if what == "train" else flop
+        result[what] = {
+            "images_per_second": {name: round(rate, 2) for name, rate in rates.items()},
+            "ours_over": {name: round(ratio, 3) for name, ratio in ratios.items()},
+            "gflop_per_second": round(rates["ours"] * each / 1e9, 1),
+            "rounds": {name: [round(value, 4) for value in values] for name, values in seconds.items()},
+        }
+    return result

@@ -1,0 +1,43 @@
+"""The side of `benchmarks.turns` that runs in an interpreter with PyTorch and nothing of this project.
+
+Reads lines of JSON from standard input, {"mode": "eager" | "compiled", "what": "train" | "forward", "count": n}, and
+answers each with the seconds of n single runs. The first line it prints describes it.
+"""
+
+import argparse
+import json
+import sys
+import time
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_parser():
+    """Returns the flags of every peer."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--dtype", required=True)
+    return parser
+
+
+def serve(make, versions):
+    """Answers until the input ends; make(compiled) returns {"train": a step, "forward": a pass}, of no arguments."""
+    synchronize = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
+    torch.set_float32_matmul_precision("high")
+    made = {}
+    versions = {"torch": torch.__version__, **versions, "threads": torch.get_num_threads()}
+    print(json.dumps(versions), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        mode = request["mode"]
+        if mode not in made:
+            made[mode] = make(mode == "compiled")
+        seconds = []
+        for _ in range(request["count"]):
+            begun = time.perf_counter()
+            made[mode][request["what"]]()
+            synchronize()
+            seconds.append(time.perf_counter() - begun)
+        print(json.dumps(seconds), flush=True)
