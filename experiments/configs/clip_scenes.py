@@ -50,12 +50,12 @@ def get_config() -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         dict(
-            learning_rate=1e-3, warmup_steps=100, decay_steps=2500, clip_norm=1.0, b1=0.9, b2=0.98, eps=1e-6, decay=0.1
+            learning_rate=1e-3, warmup_steps=100, decay_steps=2000, clip_norm=1.0, b1=0.9, b2=0.98, eps=1e-6, decay=0.1
         )
     )
     config.training = ConfigDict(
         dict(
-            num_steps=2500,
+            num_steps=2000,
             ema_decay=0.995,
             accumulate=1,
             sharding="replicated",
