@@ -18,7 +18,7 @@ TINY = dict(
 
 
 def make(batch_size, dtype, tiny, compiled):
-    """Returns a step of AdamW on the contrastive loss, and both towers with the similarities of all pairs."""
+    """Returns a step of AdamW on the contrastive loss, with an average of the weights as ours has one, and both towers with the similarities of all pairs."""
     config = transformers.CLIPConfig(**(TINY if tiny else {}))  # without arguments: ViT-B/32
     net = transformers.CLIPModel(config).to(DEVICE)
     size, text = config.vision_config.image_size, config.text_config
@@ -26,6 +26,8 @@ def make(batch_size, dtype, tiny, compiled):
     ids = torch.randint(text.vocab_size - 2, (batch_size, text.max_position_embeddings), device=DEVICE)
     ids[:, -1] = text.vocab_size - 1
     optimizer = torch.optim.AdamW(net.parameters(), 5e-4, (0.9, 0.98), 1e-6, weight_decay=0.2, fused=True)
+    parameters = [parameter.detach() for parameter in net.parameters()]
+    average = [parameter.clone() for parameter in parameters]
     autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16")
     if compiled:
         net.compile()
@@ -37,6 +39,7 @@ def make(batch_size, dtype, tiny, compiled):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        torch._foreach_lerp_(average, parameters, 1e-3)
 
     @torch.no_grad()
     def forward():
