@@ -3,8 +3,8 @@
     python -m benchmarks.clip --batch 8 --peer_python /path/to/python/with/torch/and/transformers --json OUT.json
 
 An image is a pair, one picture of 224 pixels and one text of 77 tokens. A training step is the contrastive loss, its
-gradient, AdamW and an average of the weights. Both take turns, medians are reported, and ratios round
-by round. Without a peer only ours is timed. `--tiny` is a check of the script, not a measurement.
+gradient, AdamW and an average of the weights. Both take turns, medians are reported, and ratios round by round. Without
+a peer only ours is timed. `--tiny` is a check of the script, not a measurement.
 """
 
 from typing import Any

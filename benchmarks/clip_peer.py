@@ -18,7 +18,10 @@ TINY = dict(
 
 
 def make(batch_size, dtype, tiny, compiled):
-    """Returns a step of AdamW on the contrastive loss, with an average of the weights as ours has one, and both towers with the similarities of all pairs."""
+    """Returns a step of AdamW on the contrastive loss, and both towers with the similarities of all pairs.
+
+    A step also averages the weights, as ours does.
+    """
     config = transformers.CLIPConfig(**(TINY if tiny else {}))  # without arguments: ViT-B/32
     net = transformers.CLIPModel(config).to(DEVICE)
     size, text = config.vision_config.image_size, config.text_config
