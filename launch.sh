@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets the project up in .venv (again only when pyproject.toml changed), then runs an experiment or the tests.
+# Sets the project up in .venv (again only when its dependencies changed), then runs an experiment or the tests.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -52,7 +52,8 @@ set_up() {
     fail "$("$python" --version) is too old: Python >= 3.11 is needed; name one with PYTHON=..."
   extras=test
   case "$(jax_extra)" in cpu) ;; *) extras="test,$(jax_extra)" ;; esac
-  wanted="$("$python" -c 'import sys; print(sys.version)') $extras $(cksum <pyproject.toml)"
+  # What stands under [tool.*] is no reason to install again, and to take .venv from under a run that is going on.
+  wanted="$("$python" -c 'import sys; print(sys.version)') $extras $(sed '/^\[tool/,$d' pyproject.toml | cksum)"
   [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ] && return
 
   # Several processes may start in one folder (Slurm, TPU pods): one installs, the others wait.

@@ -1,5 +1,7 @@
 """Optimizers: the course of the rate, and what Muon takes for matrices."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from experiments.text_to_image import make_parts
 
 
 def test_the_rate_warms_up_stays_and_cools_down():
-    config = digits_ddpm.get_config()
+    config: Any = digits_ddpm.get_config()
     config.optimizer.update(dict(learning_rate=0.5, warmup_steps=4, cooldown_steps=5))
     config.training.num_steps = 20
     _, rate = make_optimizer(config)
@@ -29,7 +31,7 @@ def test_the_rate_warms_up_stays_and_cools_down():
 
 def test_every_matrix_of_the_inner_layers_is_one():
     parts = make_parts(scenes_mmdit.get_config(), (16, 16, 3), scenes.VOCABULARY)
-    mmdit = jax.eval_shape(
+    mmdit: Any = jax.eval_shape(
         parts.network.init,
         jax.random.key(0),
         jnp.zeros((1, 16, 16, 3)),
@@ -37,7 +39,7 @@ def test_every_matrix_of_the_inner_layers_is_one():
         context=jnp.zeros((1, 12, 96)),
         pooled=jnp.zeros((1, 96)),
     )
-    unet = jax.eval_shape(UNet().init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros(1))
+    unet: Any = jax.eval_shape(UNet().init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros(1))
     found = {}
     for params in (mmdit, unet):
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -55,7 +57,7 @@ def test_every_matrix_of_the_inner_layers_is_one():
 
 
 def test_muon_moves_a_matrix_in_every_direction_alike_and_by_the_size_of_adams_steps():
-    config = digits_ddpm.get_config()
+    config: Any = digits_ddpm.get_config()
     config.optimizer.update(dict(name="muon", learning_rate=1e-3, muon_rate=3.0, warmup_steps=0, clip_norm=1e9))
     optimizer, _ = make_optimizer(config)
     random = np.random.RandomState(0)
@@ -63,8 +65,9 @@ def test_muon_moves_a_matrix_in_every_direction_alike_and_by_the_size_of_adams_s
     gradient = random.randn(64, 96) + 100 * np.outer(random.randn(64), random.randn(96)) / 64**0.5
     params = {"block_0": {"mlp_1": {"kernel": jnp.zeros((64, 96)), "bias": jnp.zeros(96)}}}
     gradients = jax.tree.map(lambda x: jnp.asarray(gradient if x.ndim == 2 else gradient[0], x.dtype), params)
-    update, _ = optimizer.update(gradients, optimizer.init(params), params)
-    new = apply_updates(params, update)["block_0"]["mlp_1"]
+    update: Any = optimizer.update(gradients, optimizer.init(params), params)[0]
+    whole: Any = apply_updates(params, update)
+    new = whole["block_0"]["mlp_1"]
     moved = np.linalg.svd(np.asarray(new["kernel"]), compute_uv=False)
     # Five of Muon's steps leave singular values between 0.7 and 1.2 (Jordan et al. 2024), but for the smallest ones.
     assert moved[0] / np.median(moved) < 1.8

@@ -58,7 +58,7 @@ def network_extractor(
     params: Any,
     batch_size: int = 64,
     classifies: bool = False,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Extractor:
     """Returns an extractor of `apply(params, uint8[B, H, W, C])` -> features [B, D].
 

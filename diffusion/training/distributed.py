@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from diffusion.training.lifeline import GRACE_SECONDS, Lifeline
+from diffusion.training.lifeline import GRACE_SECONDS, Lifeline, delay_aborts
 from diffusion.training.rollcall import roll_call, who
 
 JOIN_SECONDS = 120  # for all processes to be there
@@ -49,6 +49,7 @@ def join() -> None:
         global _lifeline
         rank = told["process_id"]
         _lifeline = Lifeline(rank, count, roll_call(address, rank, count, seconds), lost)
+        delay_aborts()
         atexit.register(_lifeline.say_bye)  # before JAX's own, in which the processes wait for each other
     jax.distributed.initialize(
         **told,
