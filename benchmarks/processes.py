@@ -71,9 +71,9 @@ class Processes:
             time.sleep(0.02)
 
     def said(self, rank: int) -> str:
-        """Returns the last error line of a process, or else its last line."""
+        """Returns the last line in which a process itself says an error, or else its last line."""
         lines = [line for line in self.logs[rank].read_text(errors="replace").splitlines() if line.strip()]
-        errors = [line for line in lines if "error:" in line or "Terminating process" in line]
+        errors = [line for line in lines if "error: " in line and line.startswith((f"process {rank}: ", "error: "))]
         return (errors or lines or [""])[-1]
 
 

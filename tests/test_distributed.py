@@ -217,10 +217,15 @@ def test_two_processes_train_as_one_and_one_goes_on_from_them(tmp_path):
         assert losses[step] == pytest.approx(expected[step], rel=1e-6)
 
 
-def test_when_one_process_is_killed_the_other_says_so_and_the_same_command_goes_on(tmp_path):
-    processes, said = run_two(tmp_path, victim=1, last=6)
-    assert [process.returncode for process in processes] == [1, -signal.SIGKILL], said
-    line = f"process 0: error: process 1 of 2 (pid {processes[1].pid} on {socket.gethostname()}) has ended without a"
-    assert said[0].splitlines()[-1].startswith(line) and "the same command goes on" in said[0]
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_process_is_killed_the_other_says_so_and_the_same_command_goes_on(tmp_path, victim):
+    processes, said = run_two(tmp_path, victim, last=6)
+    codes = [process.returncode for process in processes]
+    assert (codes[victim], codes[1 - victim]) == (-signal.SIGKILL, 1), said
+    dead = (
+        f"error: process {victim} of 2 (pid {processes[victim].pid} on {socket.gethostname()}) has ended without a word"
+    )
+    line = f"process {1 - victim}: {dead}; the same command goes on from the newest checkpoint"
+    assert line in said[1 - victim].splitlines()
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal() and flaw(path)]
     assert int(do_train(tmp_path).step) == 12

@@ -189,7 +189,7 @@ def test_several_seeds_give_mean_least_and_largest(trained):
     [
         (["--metrics=fid,beauty"], "no metric 'beauty': choose of fid, kid"),
         (["--metrics=inception_score"], "classifier's probabilities"),
-        (["--config.evaluation.features=vgg"], "choose pixels or inception"),
+        (["--config.evaluation.features=vgg"], "features are 'vgg': choose inception, pixels"),
         (["--config.evaluation.features=inception", "--config.evaluation.weights=none.pth"], "none.pth is not a file"),
         (["--num_seeds=2", "--out=a.npz"], "2 seeds"),
     ],
