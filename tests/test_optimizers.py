@@ -43,9 +43,9 @@ def test_every_matrix_of_the_inner_layers_is_one():
     found = {}
     for params in (mmdit, unet):
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            axes = matrix_axes(path, leaf)
+            axes: Any = matrix_axes(path, leaf)
             if axes:
-                shape = [[leaf.shape[i] for i in np.ravel(axis)] for axis in (axes.reduction_axis, axes.output_axis)]
+                shape = [[leaf.shape[i] for i in axis] for axis in (axes.reduction_axis, axes.output_axis)]
                 found["/".join(key.key for key in path[1:-1])] = shape
     assert found["block_0/image_qkv"] == [[96], [3, 3, 32]]
     assert found["block_0/text_out"] == [[3, 32], [96]]
