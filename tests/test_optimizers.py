@@ -19,11 +19,12 @@ def test_the_rate_warms_up_stays_and_cools_down():
     config: Any = digits_ddpm.get_config()
     config.optimizer.update(dict(learning_rate=0.5, warmup_steps=4, cooldown_steps=5))
     config.training.num_steps = 20
-    _, rate = make_optimizer(config)
+    rate: Any = make_optimizer(config)[1]
     expected = [0.125, 0.25, 0.375] + [0.5] * 13 + [0.4, 0.3, 0.2, 0.1]
     np.testing.assert_allclose([rate(step) for step in range(20)], expected, rtol=1e-6)
     config.optimizer.update(dict(warmup_steps=0, cooldown_steps=0))
-    np.testing.assert_allclose([make_optimizer(config)[1](step) for step in (0, 19)], 0.5)
+    rate = make_optimizer(config)[1]
+    np.testing.assert_allclose([rate(step) for step in (0, 19)], 0.5)
     config.optimizer.name = "sgd"
     with pytest.raises(ValueError, match="choose adam or muon"):
         make_optimizer(config)
