@@ -107,6 +107,7 @@ def restored(workdir: Path, read_only: bool = True) -> tuple[int | None, str]:
 
 
 ABSTRACT: Any = None
+PROGRESS = "progress.jsonl"
 
 
 def set_abstract(workdir: Path) -> None:
@@ -130,7 +131,7 @@ def write_digest(workdir: Path, out: Path) -> None:
 
 def digest_in_child(workdir: Path, folder: Path) -> dict[str, str]:
     """Returns the digest of a finished run; JAX must not start in this process."""
-    out = folder / "digest.json"
+    out = folder / f"{workdir.name}.json"
     if code := in_child(lambda: write_digest(workdir, out), folder / "log"):
         raise SystemExit(f"the digest of {workdir} failed ({code}): see {folder / 'log'}")
     return json.loads(out.read_text())
@@ -157,6 +158,27 @@ def kill_one_run(number: int, folder: Path, seconds: float, expected: dict[str, 
     if not differ:
         shutil.rmtree(workdir)
     return {"run": number, "kills": kills, "in_save": in_save, "same": not differ, "differ": differ}
+
+
+def kill_runs(worker: int, workers: int, kills: int, folder: Path, reference: dict[str, Any]) -> None:
+    """Kills runs number worker, worker + workers, ... until there have been `kills` kills by all workers."""
+    while True:
+        done = read_progress(folder)
+        if sum(run["kills"] for run in done) >= kills:
+            return
+        number = max([run["run"] + workers for run in done if run["run"] % workers == worker], default=worker)
+        run = kill_one_run(number, folder, reference["seconds"], reference["digest"])
+        if run["kills"] == 0 and not run["same"]:
+            raise SystemExit(f"run {number} failed without a kill: see {folder / 'log'}")
+        with (folder / PROGRESS).open("a") as file:
+            file.write(json.dumps(run) + "\n")
+        print(f"{sum(one['kills'] for one in [*done, run])} kills; the last run: {run}", flush=True)
+
+
+def read_progress(folder: Path) -> list[dict[str, Any]]:
+    """Returns what became of the runs so far, of earlier calls too."""
+    path = folder / PROGRESS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def damage(path: Path, draw: random.Random) -> str:
@@ -218,8 +240,9 @@ def main() -> None:
     parser.add_argument("--damages", type=int, default=500)
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/soak_cpu.json"))
+    parser.add_argument("--workers", type=int, default=2, help="runs that are killed at a time")
     arguments = parser.parse_args()
-    folder, progress = arguments.folder, arguments.folder / "progress.jsonl"
+    folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
 
     whole = folder / "whole"
@@ -234,12 +257,15 @@ def main() -> None:
             temporary.write_text(json.dumps({"seconds": seconds, "digest": digest_in_child(whole, folder)}))
     reference = json.loads((folder / "expected.json").read_text())
 
-    done = [json.loads(line) for line in progress.read_text().splitlines()] if progress.exists() else []
-    while sum(run["kills"] for run in done) < arguments.kills:
-        done.append(kill_one_run(len(done), folder, reference["seconds"], reference["digest"]))
-        with progress.open("a") as file:
-            file.write(json.dumps(done[-1]) + "\n")
-        print(f"{sum(run['kills'] for run in done)} kills; the last run: {done[-1]}", flush=True)
+    pids = []
+    for worker in range(arguments.workers):
+        if (pid := os.fork()) == 0:
+            kill_runs(worker, arguments.workers, arguments.kills, folder, reference)
+            os._exit(0)
+        pids.append(pid)
+    if any([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]):
+        raise SystemExit("a worker failed; the same command goes on")
+    done = read_progress(folder)
     tried = sum(run["kills"] for run in done)
     survived = sum(run["kills"] for run in done if run["same"])
     kills = {"tried": tried, "survived": survived, "in the middle of a save": sum(run["in_save"] for run in done)}
