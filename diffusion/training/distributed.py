@@ -14,6 +14,8 @@ from diffusion.training.rollcall import roll_call, who
 
 JOIN_SECONDS = 120  # for all processes to be there
 HEARTBEAT_SECONDS = 30  # of silence, after which a process counts as dead
+# The same where the lifeline tells of deaths, at once: on a busy machine a process may just not get its turn.
+PATIENT_HEARTBEAT_SECONDS = 300
 MEET_SECONDS = 1800  # for all to have compiled
 SHUTDOWN_SECONDS = 30  # for all to come to the end
 
@@ -54,7 +56,7 @@ def join() -> None:
     jax.distributed.initialize(
         **told,
         initialization_timeout=seconds,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        heartbeat_timeout_seconds=PATIENT_HEARTBEAT_SECONDS if _lifeline else HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
     devices = jax.local_devices()
