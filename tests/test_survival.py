@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,8 @@ def test_a_folder_that_stops_being_one_stops_the_run(copy):
     with pytest.raises(RunError, match="step 16 could not be saved"):
         do_train(copy, make_experiment(batches=batches), num_steps=20)
     assert all(flaw(copy / "elsewhere" / step) is None for step in ("4", "8", "12"))
+    # The end of the interpreter would wait for them.
+    assert not [thread for thread in threading.enumerate() if type(thread).__module__.startswith("orbax")]
 
 
 def test_metrics_that_cannot_be_written_stop_the_run(copy, small_files, capsys):

@@ -95,6 +95,11 @@ class Checkpoints:
         self.wait()
         temporary = self._folder / f".saving-{step}"
         with failing_at(step, self._folder):
+            if jax.process_index() == 0:
+                # Orbax, where it may not make a folder, raises but leaves threads for which the interpreter's end waits
+                # minutes: whether it may is tried before.
+                (trial := self._folder / f".saving-{step}.trial").mkdir(parents=True)
+                trial.rmdir()
             response = ocp.save_async(str(temporary), state, custom_metadata=description, overwrite=True)
         self._saving = step, self._worker.submit(self._finish, response, temporary, step)
 
