@@ -159,8 +159,10 @@ def test_a_full_disk_stops_the_run_with_its_reason_and_leaves_earlier_checkpoint
     with pytest.raises(RunError, match=r"step 16 could not be saved.*File too large") as stopped:
         do_train(copy, make_experiment(batches=batches), num_steps=24, log_every=100)
     assert "\n" not in str(stopped.value)
-    assert steps_in(copy) == ["12", "4", "8"]
-    assert all(flaw(copy / "checkpoints" / step) is None for step in steps_in(copy))
+    # Beside them may lie what other threads of the save still wrote while it was removed: it goes when the run goes on.
+    saved = [name for name in steps_in(copy) if not name.startswith(".saving-16")]
+    assert saved == ["12", "4", "8"]
+    assert all(flaw(copy / "checkpoints" / step) is None for step in saved)
 
 
 def test_a_folder_that_stops_being_one_stops_the_run(copy):
