@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.data = ConfigDict(dict(canvas=16, num_examples=100_000, batch_size=128))
+    config.data = ConfigDict(dict(canvas=16, num_examples=100_000, batch_size=32))
     config.text = ConfigDict(
         dict(
             encoder="words",  # or clip, frozen
@@ -48,11 +48,11 @@ def get_config() -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         dict(
-            name="muon",  # after 400 steps its loss is Adam's after 760
+            name="muon",  # after 400 steps of 128 its loss is Adam's after 760
             learning_rate=1e-3,
             muon_rate=3.0,  # of matrices, in learning rates
             warmup_steps=100,
-            cooldown_steps=1000,
+            cooldown_steps=4000,
             clip_norm=1.0,
             b1=0.9,
             b2=0.99,
@@ -61,15 +61,15 @@ def get_config() -> ConfigDict:
     )
     config.training = ConfigDict(
         dict(
-            num_steps=5000,
-            ema_decay=0.998,
+            num_steps=20_000,
+            ema_decay=0.999,
             accumulate=1,
             sharding="replicated",
-            log_every=50,
-            checkpoint_every=250,
+            log_every=200,
+            checkpoint_every=1000,
             keep_newest=2,
-            keep_every=1000,
-            preview_every=500,
+            keep_every=2000,
+            preview_every=2000,
             num_previews=24,
         )
     )
