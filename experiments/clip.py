@@ -63,7 +63,7 @@ def make_tokenizer(run: Run, said: Sequence[str]) -> Tokenizer:
 
 def evaluate(run: Run) -> None:
     """Measures retrieval and zero-shot classification; writes report.json, report.md and curves.png."""
-    measure(run, image_text.load(run.workdir, run.mesh))
+    measure(run, image_text.load(run.workdir, run.mesh, run.flags.checkpoint))
 
 
 def measure(run: Run, trained: image_text.Trained) -> None:
@@ -157,7 +157,7 @@ def score(run: Run) -> None:
     prompts = [prompt.strip() for prompt in run.flags.prompts.split(";")] if run.flags.prompts is not None else []
     if not prompts or not run.flags.images:
         raise ValueError('give --images=a.png,b.png and --prompts="one prompt;another"')
-    encoder = image_text.load(run.workdir, run.mesh).encoder
+    encoder = image_text.load(run.workdir, run.mesh, run.flags.checkpoint).encoder
     # Of any shape: the encoder crops and resizes them as CLIP's own code does.
     pictures = [np.asarray(captions.open_picture(path)) for path in run.flags.images]
     image = np.concatenate([encoder.image(picture[None]) for picture in pictures])

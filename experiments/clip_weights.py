@@ -63,7 +63,7 @@ def describe(config: Config, clip: CLIP) -> None:
 def export_weights(run: Run) -> None:
     """Writes the averaged weights, the vocabulary and the normalisation of --workdir as the new folder --weights."""
     folder = _folder(run)
-    trained = image_text.load(run.workdir, run.mesh)
+    trained = image_text.load(run.workdir, run.mesh, run.flags.checkpoint)
     if jax.process_index() != 0:
         return
     normalisation = run.config.data.mean, run.config.data.std

@@ -99,6 +99,7 @@ def define_flags(values: flags.FlagValues, modes: dict[str, Mode]) -> None:
     flags.DEFINE_enum("mode", "train", list(modes), "what to do", flag_values=values)
     flags.DEFINE_integer("num_samples", None, "how many samples", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("seed", 0, "of the samples (the training's is config.seed)", flag_values=values)
+    flags.DEFINE_integer("checkpoint", None, "use the one of this step, not the newest", flag_values=values)
     flags.DEFINE_string("out", None, "samples as .npz (default: in the work folder)", flag_values=values)
     flags.DEFINE_string("sampler", None, "in place of config.sampling.sampler", flag_values=values)
     flags.DEFINE_integer("steps", None, "in place of config.sampling.num_steps", lower_bound=1, flag_values=values)
@@ -130,9 +131,11 @@ def parse(
     folder = Path(values.workdir or f"runs/{file.stem if values.config is None else Path(path.split(':')[0]).stem}")
     begins = values.mode in ("train", "check", "import")
     config = load(path) if begins or values.config else None
+    if begins and values.checkpoint is not None:
+        raise RunError(f"--checkpoint is for the use of a trained model, not for --mode={values.mode}")
 
     if not begins:
-        with open_existing(folder) as checkpoints:
+        with open_existing(folder, values.checkpoint) as checkpoints:
             stored = checkpoints.description()
         if stored["experiment"] != file.stem:
             raise RunError(f"{folder} holds experiment {stored['experiment']}, not {file.stem}")

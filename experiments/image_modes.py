@@ -88,7 +88,7 @@ def train(run: Run, source: Source) -> Trained:
 
 
 def load(run: Run, source: Source, ema_length: float | None = None) -> Trained:
-    """Returns the newest weights in the run's folder, on this machine's devices whatever they were saved from.
+    """Returns the newest weights in the run's folder, or those of --checkpoint, whatever devices they were saved from.
 
     With `ema_length` (or --ema_length) the average of that length is made of the stored ones, at the last stored step.
 
@@ -105,9 +105,11 @@ def load(run: Run, source: Source, ema_length: float | None = None) -> Trained:
     abstract = training.abstract_train_state(experiment, settings, run.mesh, batch)
     asked = run.flags.ema_length if ema_length is None and "ema_length" in run.flags else ema_length
     if asked is None:
-        with open_existing(run.workdir) as checkpoints:
+        with open_existing(run.workdir, run.flags.checkpoint) as checkpoints:
             state = checkpoints.restore(abstract)
         return Trained(state.ema, int(state.step), settings.ema_decay)
+    if run.flags.checkpoint is not None:
+        raise RunError("averages of other lengths are made at the last stored step: leave --checkpoint out")
     average = snapshots.reconstruct(run.workdir, asked, abstract.ema)
     if average.error > FAR:
         raise RunError(

@@ -165,14 +165,14 @@ def make_trained(config: Config, clip: CLIP, tokenizer: Tokenizer, state: traini
     return Trained(clip, state.ema, tokenizer, int(state.step), encoder)
 
 
-def load(workdir: Path, mesh: Mesh | None = None) -> Trained:
-    """Returns the CLIP of a work folder of this experiment: the newest averaged weights and their vocabulary.
+def load(workdir: Path, mesh: Mesh | None = None, step: int | None = None) -> Trained:
+    """Returns the CLIP of a work folder of this experiment: averaged weights, the newest or of `step`, and vocabulary.
 
     Raises:
       RunError: there is no checkpoint, or it is another experiment's.
     """
     mesh = mesh or make_mesh()
-    with open_existing(workdir) as checkpoints:
+    with open_existing(workdir, step) as checkpoints:
         stored = checkpoints.description()
         if stored["experiment"] != "clip":
             raise RunError(f"{workdir} holds experiment {stored['experiment']}, not clip")

@@ -82,7 +82,7 @@ def describe(config: Config, network: Any, chain: pipeline.Chain, image_shape: t
 
 def export_weights(weights: Path, run_folder: Path, arguments: list[str], values: flags.FlagValues) -> None:
     """Writes the averaged weights of a work folder, and its chain, as a pipeline's folder."""
-    with open_existing(run_folder) as checkpoints:
+    with open_existing(run_folder, values.checkpoint) as checkpoints:
         stored = checkpoints.description()
     config = override(from_plain(stored["config"]), arguments, values)
     if config.process.name != "ddpm":
@@ -114,6 +114,7 @@ def main() -> NoReturn:
     flags.DEFINE_enum("mode", None, list(modes), "what to do", flag_values=values)
     flags.DEFINE_string("weights", None, "folder as diffusers publishes it", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_integer("checkpoint", None, "export the one of this step, not the newest", flag_values=values)
     flags.DEFINE_bool("traceback", False, "show where an error comes from", flag_values=values)
 
     def work() -> None:

@@ -92,7 +92,10 @@ def frozen_text(run: Run, parts: Parts, captioned: CaptionedSource) -> Any:
 
 
 def load(run: Run, parts: Parts, captioned: CaptionedSource) -> Trained:
-    """Returns the newest weights in the run's folder; of `captioned` only the shapes of its batches are used."""
+    """Returns the newest weights in the run's folder, or those of --checkpoint.
+
+    Of `captioned` only the shapes of its batches are used.
+    """
     source = with_text(captioned, parts.encoder.tokenize)
     experiment = text_to_image.make_experiment(parts, source, ["", ""], run.mesh)
     settings = image_diffusion.make_settings(run.config)
@@ -100,7 +103,7 @@ def load(run: Run, parts: Parts, captioned: CaptionedSource) -> Trained:
     batch = next(batches)
     batches.close()
     abstract = training.abstract_train_state(experiment, settings, run.mesh, batch)
-    with open_existing(run.workdir) as checkpoints:
+    with open_existing(run.workdir, run.flags.checkpoint) as checkpoints:
         state = checkpoints.restore(abstract)
     return Trained(state.ema, int(state.step), settings.ema_decay)
 

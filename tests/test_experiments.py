@@ -202,6 +202,21 @@ def test_an_evaluation_that_cannot_be_is_refused_before_it_samples(trained, monk
         image_evaluation.evaluate(run, digits("train"), digits("test"), last)
 
 
+def test_earlier_checkpoints_can_be_used(trained, tmp_path):
+    folder, last = trained
+    run = parse(folder, "--mode=sample", "--checkpoint=4")
+    earlier = image_modes.load(run, digits("train"))
+    assert earlier.step == 4
+    differ = [np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (earlier.ema, last.ema)), strict=True)]
+    assert np.mean(differ) > 0.9
+    with pytest.raises(RunError, match="no checkpoint of step 5"):
+        parse(folder, "--mode=sample", "--checkpoint=5")
+    with pytest.raises(RunError, match="not for --mode=train"):
+        parse(tmp_path / "run", "--checkpoint=4")
+    with pytest.raises(RunError, match="leave --checkpoint out"):
+        image_modes.load(run, digits("train"), ema_length=0.05)
+
+
 def test_sampling_that_was_killed_goes_on(trained, tmp_path, monkeypatch):
     folder, last = trained
     run = parse(folder, "--mode=sample", "--config.sampling.batch_size=8")

@@ -103,6 +103,17 @@ def test_readers_touch_nothing_and_use_the_newest_sound_checkpoint(copy):
     assert steps_in(copy) == [".saving-16", "12", "4", "8"]
 
 
+def test_a_reader_may_ask_for_another_step_than_the_newest(finished, copy):
+    abstract = jax.eval_shape(lambda: finished[1])
+    with open_existing(copy, 8) as checkpoints:
+        assert checkpoints.newest == 8 and int(checkpoints.restore(abstract).step) == 8
+    with pytest.raises(RunError, match=r"no checkpoint of step 5 in .*: there are 4, 8, 12"):
+        open_existing(copy, 5)
+    flip_a_bit(largest_file(copy / "checkpoints" / "8"))
+    with pytest.raises(RunError, match=r"no checkpoint in .* is sound \(8: "):
+        open_existing(copy, 8)
+
+
 def test_a_run_without_a_sound_checkpoint_is_not_begun_anew(copy):
     for step in (4, 8, 12):
         (copy / "checkpoints" / str(step) / MANIFEST).unlink()

@@ -53,8 +53,8 @@ def git_revision() -> str | None:
 class Checkpoints:
     """The checkpoints of one run, in `folder`: saved in the background, each with the whole experiment in it.
 
-    Opening them finds the newest sound one. A newer one that is damaged is named in a line and, unless `read_only`,
-    moved to STEP.bad, so that the run can save that step again; it is never deleted.
+    Opening them finds the newest sound one, or the one of step `only`. A newer one that is damaged is named in a line
+    and, unless `read_only`, moved to STEP.bad, so that the run can save that step again; it is never deleted.
 
     Keeps the newest `keep_newest` and every multiple of `keep_every` steps. A context manager: leaving it waits for the
     save under way, whose error, if any, is raised there or at the next save.
@@ -63,12 +63,20 @@ class Checkpoints:
       RunError: there are checkpoints, and none is sound.
     """
 
-    def __init__(self, folder: Path, *, keep_newest: int = 3, keep_every: int = 0, read_only: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_newest: int = 3,
+        keep_every: int = 0,
+        read_only: bool = False,
+        only: int | None = None,
+    ):
         self._folder = folder.absolute()
         self._keep = keep_newest, keep_every
         self._worker = ThreadPoolExecutor(max_workers=1)
         self._saving: tuple[int, Future] | None = None
-        self._newest = agreed(lambda: find_newest(self._folder, read_only=read_only))
+        self._newest = agreed(lambda: find_newest(self._folder, read_only=read_only, only=only))
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -81,7 +89,7 @@ class Checkpoints:
 
     @property
     def newest(self) -> int | None:
-        """The step of the newest sound checkpoint, that of a save under way included; None when there is none."""
+        """The step of the newest sound checkpoint (or of `only`), that of a save under way included; None without."""
         return self._newest
 
     def save(self, step: int, state: TrainState, description: dict[str, Any]) -> None:
@@ -115,15 +123,15 @@ class Checkpoints:
                 done.result()
             self._newest = step
 
-    def restore(self, abstract_state: TrainState, step: int | None = None) -> TrainState:
-        """Returns the newest state (or that of `step`), laid out as `abstract_state`'s shardings say.
+    def restore(self, abstract_state: TrainState) -> TrainState:
+        """Returns the newest state, laid out as `abstract_state`'s shardings say.
 
         The saved devices do not matter: any number of devices reads what any other number wrote.
 
         Raises:
           RunError: it does not fit `abstract_state`.
         """
-        path = self._folder / str(self._newest if step is None else step)
+        path = self._folder / str(self._newest)
         try:
             return ocp.load(str(path), abstract_state=abstract_state)
         except (ValueError, KeyError, TypeError) as error:
@@ -161,8 +169,10 @@ def steps_in(folder: Path) -> list[int]:
     return [int(path.name) for path in (folder.iterdir() if folder.is_dir() else []) if path.name.isdecimal()]
 
 
-def find_newest(folder: Path, *, read_only: bool) -> int | None:
+def find_newest(folder: Path, *, read_only: bool, only: int | None = None) -> int | None:
     """Returns the step of the newest sound checkpoint, None when there is none at all; damaged ones are named.
+
+    With `only`, no other step than this one is looked at.
 
     Unless `read_only`, moves damaged ones aside and removes what a killed run left half-written.
 
@@ -173,7 +183,7 @@ def find_newest(folder: Path, *, read_only: bool) -> int | None:
         for path in [path for pattern in UNFINISHED for path in folder.glob(pattern)]:
             shutil.rmtree(path, ignore_errors=True)
     damaged = {}
-    for step in sorted(steps_in(folder), reverse=True):
+    for step in sorted(steps_in(folder), reverse=True) if only is None else [only]:
         flaw = integrity.flaw(folder / str(step))
         if flaw is None:
             break
@@ -220,16 +230,19 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
 DESCRIPTION = {"experiment": str, "config": dict}
 
 
-def open_existing(workdir: Path) -> Checkpoints:
-    """Opens the checkpoints of a work folder to read them.
+def open_existing(workdir: Path, step: int | None = None) -> Checkpoints:
+    """Opens the checkpoints of a work folder to read the newest, or that of `step`.
 
     Raises:
       RunError: there is none, or none is sound.
     """
     folder = workdir / "checkpoints"
-    if not steps_in(folder):
+    there = sorted(steps_in(folder))
+    if not there:
         raise RunError(f"no checkpoint in {workdir}: train first (--mode=train), or name another --workdir")
-    return Checkpoints(folder, read_only=True)
+    if step is not None and step not in there:
+        raise RunError(f"no checkpoint of step {step} in {workdir}: there are {', '.join(map(str, there))}")
+    return Checkpoints(folder, read_only=True, only=step)
 
 
 def agreed(find: Any) -> int | None:
