@@ -10,10 +10,9 @@ from absl import flags
 
 from diffusion.data.sources import array_source
 from diffusion.pretrained.unet import load_unet
-from diffusion.training import make_mesh
 from diffusion.training.checkpoints import open_existing
 from experiments import cifar10, image_modes, published
-from experiments.command_line import Run, from_plain
+from experiments.command_line import from_plain, parse
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "published_tiny.npz"
 
@@ -56,7 +55,9 @@ def test_a_published_folder_becomes_a_run_and_the_run_that_folder(call, folder, 
     assert config.network.multipliers == (1, 2) and config.network.dtype == "float32" and config.data.dir == "/data"
     assert (config.sampling.variance, config.sampling.num_steps, config.sampling.threshold) == ("large", 1000, "clip")
 
-    run = Run("cifar10", config, run_folder, make_mesh(), flags.FlagValues())
+    argv = ["cifar10", "--mode=sample", f"--workdir={run_folder}"]
+    modes = {"sample": lambda run: None}
+    run, _ = parse(argv, pathlib.Path(cifar10.__file__), None, "cifar10_ddpm.py", modes, flags.FlagValues())
     trained = image_modes.load(run, call.source)
     params = load_unet(folder)[1]
     assert trained.step == 0
