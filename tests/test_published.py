@@ -56,7 +56,7 @@ def test_a_published_folder_becomes_a_run_and_the_run_that_folder(call, folder, 
     assert (config.sampling.variance, config.sampling.num_steps, config.sampling.threshold) == ("large", 1000, "clip")
 
     argv = ["cifar10", "--mode=sample", f"--workdir={run_folder}"]
-    modes = {"sample": lambda run: None}
+    modes = dict.fromkeys(["train", "sample"], lambda run: None)
     run, _ = parse(argv, pathlib.Path(cifar10.__file__), None, "cifar10_ddpm.py", modes, flags.FlagValues())
     trained = image_modes.load(run, call.source)
     params = load_unet(folder)[1]
