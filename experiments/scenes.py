@@ -12,7 +12,7 @@ import numpy as np
 from diffusion import evaluation
 from diffusion.data import scenes
 from diffusion.data.captions import CaptionedSource
-from diffusion.data.images import save_png
+from diffusion.data.images import labelled_grid, save_png
 from diffusion.evaluation import composition
 from experiments import text_modes, text_to_image
 from experiments.command_line import Run, from_plain, main, plain
@@ -102,7 +102,7 @@ def measure(run: Run, parts: Parts, trained: Trained) -> None:
             rows = [i for i in range(len(wanted)) if i < NUM_SHOWN]
             table = images[rows].reshape(len(rows), 1, *images.shape[1:])
             marks = [f"{'right' if right[i] else 'WRONG'}: {wanted[i].caption}" for i in rows]
-            save_png(run.workdir / f"composition_{split}.png", text_modes.labelled(table, marks), smallest_side=1)
+            save_png(run.workdir / f"composition_{split}.png", labelled_grid(table, marks), smallest_side=1)
     wanted = [scenes.scene(SEED, "held_out", i, canvas) for i in range(config.evaluation.num_swept)]
     swept = {scale: composition.wholly(wanted, draw(wanted, scale), read) for scale in config.evaluation.guidance}
     values = {f"guidance {scale:g}": float(right.mean()) for scale, right in swept.items()}

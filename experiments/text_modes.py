@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from diffusion import editing, training
 from diffusion.data.captions import CaptionedSource, with_text
-from diffusion.data.images import image_grid, save_png, to_float
+from diffusion.data.images import labelled_grid, save_png, to_float
 from diffusion.data.samples import save_samples
 from diffusion.training.checkpoints import open_existing
 from experiments import image_diffusion, image_uses, text_to_image
@@ -136,7 +136,9 @@ def sample(run: Run, parts: Parts, trained: Trained, _: Captioned, examples: Seq
     images = generate(run, parts, trained, np.repeat(prompts, count).tolist(), index, run.flags.negative_prompt)
     if jax.process_index() == 0:
         save_samples(out, images)
-        save_png(out.with_suffix(".png"), labelled(images.reshape(len(prompts), count, *parts.image_shape), prompts), 1)
+        save_png(
+            out.with_suffix(".png"), labelled_grid(images.reshape(len(prompts), count, *parts.image_shape), prompts), 1
+        )
         print(f"{len(images)} samples: {out}\na picture of them: {out.with_suffix('.png')}")
 
 
@@ -245,29 +247,7 @@ def write(run: Run, out: Path, before: np.ndarray, rows: np.ndarray, prompts: Se
     """Writes `rows` [B, K, H, W, C] as .npz and a labelled picture of them, after what stood `before`."""
     if jax.process_index() == 0:
         save_samples(out, rows.reshape(-1, *rows.shape[2:]))
-        save_png(out.with_suffix(".png"), labelled(np.concatenate([before, rows], axis=1), prompts), smallest_side=1)
+        save_png(
+            out.with_suffix(".png"), labelled_grid(np.concatenate([before, rows], axis=1), prompts), smallest_side=1
+        )
         print(f"columns: {columns}\npicture: {out.with_suffix('.png')}\nimages:  {out}")
-
-
-def labelled(image: np.ndarray, prompts: Sequence[str], smallest_side: int = 48) -> np.ndarray:
-    """Lays uint8[N, K, H, W, C] out in N rows, under each of which stands its prompt; small pictures are enlarged."""
-    from PIL import Image, ImageDraw
-
-    factor = -(-smallest_side // min(image.shape[2:4]))
-    image = image.repeat(factor, axis=2).repeat(factor, axis=3)
-    if image.shape[-1] == 1:
-        image = image.repeat(3, axis=-1)
-    rows = []
-    for pictures, prompt in zip(image, prompts, strict=True):
-        row = image_grid(pictures, columns=len(pictures), separator=2)
-        width = max(row.shape[1], round(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(prompt)) + 4)
-        strip = Image.new("RGB", (width, 18), "white")
-        ImageDraw.Draw(strip).text((2, 2), prompt, fill="black")
-        rows.append(np.concatenate([widened(row, width), np.asarray(strip)]))
-    width = max(row.shape[1] for row in rows)
-    return np.concatenate([widened(row, width) for row in rows])
-
-
-def widened(image: np.ndarray, width: int) -> np.ndarray:
-    """uint8[H, W, 3] with white to its right, up to `width`."""
-    return np.pad(image, ((0, 0), (0, width - image.shape[1]), (0, 0)), constant_values=255)

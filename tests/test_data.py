@@ -11,7 +11,7 @@ from PIL import Image
 from diffusion.data import array_source, batch_indices, digits, make_batches
 from diffusion.data.batches import batch_flips
 from diffusion.data.folder import image_folder
-from diffusion.data.images import image_grid, save_png, to_float, to_uint8
+from diffusion.data.images import image_grid, labelled_grid, save_png, to_float, to_uint8
 from diffusion.files import replacing
 
 
@@ -223,6 +223,27 @@ def test_grid_puts_every_image_in_its_place():
         image_grid(image, columns=0)
     with pytest.raises(ValueError, match="not uint8"):
         image_grid(image / 255)
+
+
+def test_labelled_grid_keeps_the_pictures_and_writes_every_label_within_its_row():
+    image = np.random.RandomState(0).randint(0, 200, (3, 2, 4, 4, 3), np.uint8)
+    labels = ["a red three", "a large green eight to the left of a small yellow two, which is " + 40 * "w", ""]
+    grid = labelled_grid(image, labels, smallest_side=8, width=260)
+    assert grid.shape[1] == 2 * 128 and grid.shape[0] % 2 == 0
+    height = grid.shape[0] // 2
+    for i in range(3):
+        block = grid[height * (i // 2) :, 128 * (i % 2) :][:height, :128]
+        for k in range(2):
+            assert (block[4:12, 4 + 10 * k : 12 + 10 * k] == image[i, k].repeat(2, 0).repeat(2, 1)).all()
+        ink = block[12:].min(axis=2) < 128
+        assert ink.any() == bool(labels[i]) and not ink[:, -4:].any()
+    assert (grid[height:, 128:] == 255).all()  # no fourth row
+    narrow = labelled_grid(image[..., :1], labels, width=140)
+    assert narrow.shape == (3 * labelled_grid(image[:1], labels[1:2]).shape[0], 2 * 64 + 2 + 8, 3)
+    narrower = labelled_grid(image, labels, width=100)  # the pictures of a row stand beneath each other
+    assert (narrower[4 + 66 : 4 + 66 + 64, 4 : 4 + 64] == image[0, 1].repeat(16, 0).repeat(16, 1)).all()
+    with pytest.raises(ValueError, match="shorter"):
+        labelled_grid(image, labels[:2])
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -2,6 +2,8 @@
 
 import math
 import os
+import textwrap
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +58,48 @@ def image_grid(image: np.ndarray, columns: int | None = None, separator: int = 1
     grid = grid.reshape(rows, columns, height + separator, width + separator, channels).swapaxes(1, 2)
     grid = grid.reshape(rows * (height + separator), columns * (width + separator), channels)
     return grid[: grid.shape[0] - separator, : grid.shape[1] - separator]
+
+
+def labelled_grid(
+    image: np.ndarray, labels: Sequence[str], smallest_side: int = 64, width: int = 1000
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Lays uint8[N, K, H, W, C] out as N rows of K pictures with the label of each beneath, for people to look at.
+
+    Small pictures are enlarged to `smallest_side`; as many rows stand beside each other as fit in `width` pixels.
+
+    Raises:
+      ValueError: images are not uint8, or there is not one label for each row.
+    """
+    from PIL import Image, ImageDraw
+
+    check_uint8_images(image.reshape(-1, *image.shape[2:]))
+    factor = math.ceil(smallest_side / min(image.shape[2:4]))
+    lines = math.ceil(image.shape[1] * (image.shape[3] * factor + 2) / width)  # of equal length
+    columns = math.ceil(image.shape[1] / lines)
+    rows = [image_grid(row.repeat(factor, axis=1).repeat(factor, axis=2), columns, separator=2) for row in image]
+    rows = [np.repeat(row, 3, axis=2) if row.shape[2] == 1 else row[..., :3] for row in rows]
+    across = max(rows[0].shape[1], 120)
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+
+    def extent(text: str) -> Sequence[float]:
+        return pen.multiline_textbbox((0, 0), text, font_size=12)[2:]
+
+    def wrap(label: str) -> str:
+        """Breaks a label where it would be wider than its row."""
+        wrapped = ("\n".join(textwrap.wrap(label, n)) for n in range(len(label), 0, -1))
+        return next((text for text in wrapped if extent(text)[0] <= across), "")
+
+    wrapped = [wrap(label) for label in labels]
+    below = math.ceil(max(extent(text)[1] for text in wrapped)) + 4
+    blocks = []
+    for row, text in zip(rows, wrapped, strict=True):
+        strip = Image.new("RGB", (across, below), "white")
+        ImageDraw.Draw(strip).multiline_text((0, 0), text, fill="black", font_size=12)
+        row = np.pad(row, ((0, 0), (0, across - row.shape[1]), (0, 0)), constant_values=255)
+        blocks.append(np.pad(np.concatenate([row, np.asarray(strip)]), ((4, 4), (4, 4), (0, 0)), constant_values=255))
+    columns = max(1, width // blocks[0].shape[1])
+    blocks += [np.full_like(blocks[0], 255)] * (-len(blocks) % columns if len(blocks) > columns else 0)
+    return image_grid(np.stack(blocks), columns, separator=0)
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray, smallest_side: int = 256) -> None:
