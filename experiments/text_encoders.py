@@ -25,6 +25,8 @@ from diffusion.training.checkpoints import open_existing
 from experiments import image_text
 from experiments.command_line import Config, from_plain
 
+MAX_WARNINGS = 5  # of one call: whole data sets are read
+
 
 class Text(NamedTuple):
     """What a network is given of prompts: features of their tokens, and of the whole."""
@@ -145,20 +147,24 @@ def split_words(prompt: str) -> list[str]:
 def word_ids(prompts: Sequence[str], vocabulary: Sequence[str], length: int) -> Int[np.ndarray, "N L"]:
     """The words' places in the vocabulary plus 2, whatever their case; 1 is an unknown word, 0 fills up to `length`.
 
-    Warns of unknown words, and of prompts that are longer, which are cut.
+    Warns of unknown words, and of prompts that are longer, which are cut; of a data set's, only of the first few.
     """
     known = {word: index for index, word in enumerate(vocabulary, 2)}
     distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
     ids = np.full((len(distinct), length), PADDING, np.int32)
+    not_read = []
     for prompt, row in zip(distinct, ids, strict=True):
         words = split_words(prompt)
         if unknown := [word for word in words if word not in known]:
-            logging.warning("unknown to the text encoder in %r: %s", prompt, ", ".join(unknown))
+            not_read.append(f"unknown to the text encoder in {prompt!r}: {', '.join(unknown)}")
         if len(words) > length:
-            last = words[length - 1]
-            logging.warning("%r is longer than %d words: what follows %r is left out", prompt, length, last)
+            not_read.append(f"{prompt!r} is longer than {length} words: what follows {words[length - 1]!r} is left out")
         found = [known.get(word, 1) for word in words[:length]]
         row[: len(found)] = found
+    for line in not_read[:MAX_WARNINGS]:
+        logging.warning(line)
+    if more := not_read[MAX_WARNINGS:]:
+        logging.warning("and %d more like these, in %d different prompts", len(more), len(distinct))
     return ids[[distinct[prompt] for prompt in prompts]]
 
 

@@ -81,9 +81,12 @@ def test_start_end_and_padding(published):
 def test_long_texts_are_cut_and_said_to_be(own):
     with pytest.warns(UserWarning, match=r"text of 7 tokens is cut to the 4 .* not read: ' a blue two'") as caught:
         ids = encode(own, ["a red one", "a red one above a blue two"], 6)
-    assert len(caught) == 1
+    assert len(caught) == 1 and "more" not in str(caught[0].message)
     assert ids[1, -1] == end_of_text(own)
     assert ids[1, :-1].tolist() == encode(own, ["a red one above"], 6)[0, :-1].tolist()
+    with pytest.warns(UserWarning, match=r"not read: ' a blue two' \(and 8 more of 10 texts\)") as caught:
+        encode(own, ["a red one", *["a red one above a blue two"] * 9], 6)
+    assert len(caught) == 1  # whole data sets come here
 
 
 def test_own_vocabulary_reads_its_captions_by_words_and_anything_by_bytes(own):

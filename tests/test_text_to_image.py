@@ -73,6 +73,10 @@ def test_words_that_cannot_be_read_are_named(caplog):
     ]
     assert ids[0, 2] == 1 and ids[0, 1] == ids[2, 1] > 1 and not ids[1].any() and ids[2].all()
     np.testing.assert_array_equal(ids[0], ids[3])
+    caplog.clear()
+    word_ids([f"a dog{i}" for i in range(99)], experiment.VOCABULARY, 12)
+    assert len(caplog.records) == 6
+    assert caplog.records[-1].getMessage() == "and 94 more like these, in 99 different prompts"
 
 
 @pytest.mark.parametrize("config", [scenes_mmdit, scenes_unet])

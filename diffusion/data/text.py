@@ -128,8 +128,8 @@ def encode(
 ) -> Int32[np.ndarray, "N length"]:
     """Token ids, each text between start and end, then `padding`: by default the end, as OpenAI's in transformers.
 
-    OpenCLIP's towers are padded with 0. A text that is too long loses its last tokens, not its end, and a warning says
-    from where on.
+    OpenCLIP's towers are padded with 0. A text that is too long loses its last tokens, not its end, and one warning
+    says of the first such text from where on, and how many there are.
 
     Raises:
       ValueError: if `length` has no room for a start and an end.
@@ -139,20 +139,20 @@ def encode(
     end = end_of_text(tokenizer)
     ids = np.full((len(texts), length), end if padding is None else padding, np.int32)
     ids[:, 0] = _id_of(tokenizer, START)
-    for row, text, encoding in zip(
-        ids, texts, tokenizer.encode_batch(list(texts), add_special_tokens=False), strict=True
-    ):
-        room = length - 2
-        if len(encoding.ids) > room:
-            cut = encoding.offsets[room][0]
-            warnings.warn(
-                f"a text of {len(encoding.ids)} tokens is cut to the {room} there is room for; not read: "
-                f"{text[cut : cut + 80]!r}",
-                stacklevel=2,
-            )
+    room = length - 2
+    encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    for row, encoding in zip(ids, encodings, strict=True):
         kept = encoding.ids[:room]
         row[1 : len(kept) + 1] = kept
         row[len(kept) + 1] = end
+    if cut := [i for i, encoding in enumerate(encodings) if len(encoding.ids) > room]:
+        text, encoding = texts[cut[0]], encodings[cut[0]]
+        start = encoding.offsets[room][0]
+        warnings.warn(
+            f"a text of {len(encoding.ids)} tokens is cut to the {room} there is room for; not read: "
+            f"{text[start : start + 80]!r}" + (f" (and {len(cut) - 1} more of {len(texts)} texts)" if cut[1:] else ""),
+            stacklevel=2,
+        )
     return ids
 
 

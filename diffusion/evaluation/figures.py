@@ -39,7 +39,8 @@ def draw_curves(metrics: str | os.PathLike, path: str | os.PathLike) -> None:
         axes.set_yscale("log")
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        if axes.get_lines():  # an imported run has no metrics
+            axes.legend(frameon=False)
     _save(figure, path)
 
 
