@@ -61,13 +61,15 @@ def measure(run: Run, parts: Parts, trained: Trained) -> None:
     """Measures how many pictures show what their prompts say; writes report.json, report.md, curves.png and samples.
 
     Prompts of the split "test" are combinations that training may show, those of "held_out" never. Beside the pictures'
-    score stand the reader's on real ones, that of pictures read against another prompt, and other scales of guidance.
+    score stand the reader's on real ones, that of pictures read against another prompt, other scales of guidance, and
+    what the same noise becomes under another prompt.
     """
     config, canvas = run.config, run.config.data.canvas
     read = composition.fit_reader(canvas)
     settings = config.sampling
     count = run.flags.num_samples or config.evaluation.num_samples
-    shares: list[tuple[str, dict[str, float], int, bool, str]] = []
+    drawn, real_images = f"{settings.sampler}, guidance {settings.guidance:g}", "real images"
+    shares: list[tuple[str, dict[str, float], int, str, str]] = []
 
     def draw(wanted: list[scenes.Scene], scale: float) -> np.ndarray:
         guided = from_plain(plain(config))
@@ -82,31 +84,39 @@ def measure(run: Run, parts: Parts, trained: Trained) -> None:
         real = np.stack([scenes.draw(one, split, canvas) for one in wanted])
         others = wanted[1:] + wanted[:1]
         shares += [
-            (f"prompts wholly satisfied, {SAID[split]}", composition.by_kind(wanted, right), count, True, ""),
+            (f"prompts wholly satisfied, {SAID[split]}", composition.by_kind(wanted, right), count, drawn, ""),
             (
                 f"the same of real pictures, {SAID[split]}",
                 composition.by_kind(wanted, composition.wholly(wanted, real, read)),
                 count,
-                False,
+                real_images,
                 "the reader's ceiling",
             ),
             (
                 f"the same against another prompt, {SAID[split]}",
                 {"all": float(composition.wholly(others, images, read).mean())},
                 count,
-                True,
+                drawn,
                 "each picture read against the next one's prompt",
             ),
         ]
         if jax.process_index() == 0:
-            rows = [i for i in range(len(wanted)) if i < NUM_SHOWN]
-            table = images[rows].reshape(len(rows), 1, *images.shape[1:])
-            marks = [f"{'right' if right[i] else 'WRONG'}: {wanted[i].caption}" for i in rows]
-            save_png(run.workdir / f"composition_{split}.png", labelled_grid(table, marks), smallest_side=1)
+            marks = [f"{'right' if ok else 'WRONG'}: {one.caption}" for ok, one in zip(right, wanted, strict=True)]
+            table = labelled_grid(images[:NUM_SHOWN, None], marks[:NUM_SHOWN])
+            save_png(run.workdir / f"composition_{split}.png", table, smallest_side=1)
     wanted = [scenes.scene(SEED, "held_out", i, canvas) for i in range(config.evaluation.num_swept)]
     swept = {scale: composition.wholly(wanted, draw(wanted, scale), read) for scale in config.evaluation.guidance}
     values = {f"guidance {scale:g}": float(right.mean()) for scale, right in swept.items()}
-    shares.append((f"prompts wholly satisfied, {SAID['held_out']}", values, len(wanted), True, "by scale of guidance"))
+    name = f"prompts wholly satisfied, {SAID['held_out']}"
+    shares.append((name, values, len(wanted), settings.sampler, "by scale of guidance"))
+    # From the same noise: what the picture shows is the prompt's doing.
+    others = wanted[1:] + wanted[:1]
+    replaced = draw(others, settings.guidance)
+    agree = {
+        "with the new prompt": float(composition.wholly(others, replaced, read).mean()),
+        "with the old one": float(composition.wholly(wanted, replaced, read).mean()),
+    }
+    shares.append((f"prompt replaced, noise kept, {SAID['held_out']}", agree, len(wanted), drawn, ""))
     if jax.process_index() != 0:
         return
     measurements = [
@@ -116,13 +126,13 @@ def measure(run: Run, parts: Parts, trained: Trained) -> None:
             number,
             "digit, colour, size, place and number of what is in the picture, by support vector machines and hue",
             None,
-            sampler=f"{settings.sampler}, guidance {settings.guidance:g}" if drawn else "real images",
-            num_steps=settings.num_steps if drawn else None,
-            seeds=[run.flags.seed] if drawn else [],
-            ema=config.training.ema_decay if drawn else None,
+            sampler=made_by,
+            num_steps=settings.num_steps if made_by != real_images else None,
+            seeds=[run.flags.seed] if made_by != real_images else [],
+            ema=config.training.ema_decay if made_by != real_images else None,
             note=note,
         )
-        for name, share, number, drawn, note in shares
+        for name, share, number, made_by, note in shares
     ]
     about = {"experiment": run.experiment, "steps trained": trained.step, "device": jax.devices()[0].device_kind}
     evaluation.write_report(run.workdir, f"{run.experiment} after {trained.step} steps", measurements, about)
