@@ -59,7 +59,8 @@ def in_child(work: Callable[[], Any], log: Path, kill_after: float | None = None
         code = 1
         try:
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(out, 1), os.dup2(out, 2)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
             work()
             code = 0
         except SystemExit as leaving:

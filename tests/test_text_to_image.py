@@ -221,15 +221,6 @@ def test_prompts_are_read_from_flags_and_file(tmp_path, caplog):
         read(None)
 
 
-def test_labels_stand_under_their_pictures():
-    image = np.stack([np.full((2, 16, 16, 3), level, np.uint8) for level in (10, 200)])
-    picture = text_modes.labelled(image, ["a", "a prompt that is a good deal wider than its pictures"])
-    assert (picture[5, 5], picture[5 + 48 + 18, 5])[0].tolist() == [10] * 3 and picture[5 + 48 + 18, 5].tolist() == [
-        200
-    ] * 3
-    assert (picture[48:66] < 128).any() and picture.shape[1] > 2 * 48
-
-
 def test_a_network_built_without_text_is_as_before():
     network = UNet(channels=8, num_groups=4, multipliers=(1,), num_blocks=1, attention_resolutions=(8,))
     x_t, time = jnp.zeros((1, 8, 8, 3)), jnp.zeros(1)

@@ -114,7 +114,8 @@ def from_json(text: str) -> Tokenizer:
         raise ValueError(f"not a tokenizer's JSON ({error})") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    _id_of(tokenizer, START), _id_of(tokenizer, END)
+    _id_of(tokenizer, START)
+    _id_of(tokenizer, END)
     return tokenizer
 
 
@@ -189,7 +190,8 @@ def _clip(vocabulary: Mapping[str, int], merges: list[tuple[str, ...]]) -> Token
     )
     # Written in a text they are not words but the tokens themselves, as in transformers.
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in (START, END)])
-    _id_of(tokenizer, START), _id_of(tokenizer, END)
+    _id_of(tokenizer, START)
+    _id_of(tokenizer, END)
     return tokenizer
 
 
