@@ -15,4 +15,5 @@ def get_config() -> ConfigDict:
     config = scenes_mmdit.get_config()
     config.text.encoder = "clip"
     config.text.clip = "runs/clip"
+    config.text.precomputed = True  # 15 seconds once
     return config
