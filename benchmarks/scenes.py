@@ -83,7 +83,8 @@ def draw(results: dict[str, Any], count: int, path: Path) -> None:
     """Draws the losses and the shares of every run over the minutes."""
     figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, run in results.items():
+    for folder, run in results.items():
+        name = f"{folder} ({run['network']['name']})"
         left.plot([p["minutes"] for p in run["loss"]], [p["loss"] for p in run["loss"]], label=name)
         right.plot(
             [p["minutes"] for p in run["satisfied"]], [p["all"] for p in run["satisfied"]], marker="o", label=name
