@@ -25,9 +25,8 @@ TINY = UNet(
     num_groups=4,
     dropout=0.5,
 )
-ONE_LEVEL = TINY.clone(multipliers=(1,), attention_resolutions=(8,))  # has each kind of block, and compiles sooner
-    multipliers=(1,), attention_resolutions=(8,)
-)  # each kind of block stands there, and compiles soon
+# Has each kind of block, and compiles sooner.
+ONE_LEVEL = TINY.clone(multipliers=(1,), attention_resolutions=(8,))
 
 
 @pytest.fixture(scope="module")
