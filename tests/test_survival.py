@@ -1,5 +1,6 @@
 """Runs that are cut short, damaged or refused: what they say, and that what goes on from them has the same bits."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -152,22 +153,28 @@ def test_a_clock_set_back_and_times_of_files_change_nothing(finished, copy, tmp_
     assert logged(copy)[: len(logged(finished[0]))] == logged(finished[0])
 
 
-@pytest.fixture
-def small_files():
-    """No file of this process may grow over 4000 bytes: to it the disk is full."""
+@contextlib.contextmanager
+def full_disk():
+    """fill(bytes): from now to the end of the block no file of this process may grow over so many bytes.
+
+    The block ends before the test does: pytest's own report may go to a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda limit=4000: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield lambda limit=4000: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_stops_the_run_with_its_reason_and_leaves_earlier_checkpoints(finished, copy, small_files):
+def test_a_full_disk_stops_the_run_with_its_reason_and_leaves_earlier_checkpoints(finished, copy):
     def batches(start_step):
         for step, batch in enumerate(batches_from(start_step), start_step):
             if step == 13:
-                small_files()
+                fill()
             yield batch
 
-    with pytest.raises(RunError, match=r"step 16 could not be saved.*File too large") as stopped:
+    expected = pytest.raises(RunError, match=r"step 16 could not be saved.*File too large")
+    with full_disk() as fill, expected as stopped:
         do_train(copy, make_experiment(batches=batches), num_steps=24, log_every=100)
     assert "\n" not in str(stopped.value)
     # Beside them may lie what other threads of the save still wrote while it was removed: it goes when the run goes on.
@@ -193,16 +200,16 @@ def test_a_folder_that_stops_being_one_stops_the_run(copy):
     assert not [thread for thread in threading.enumerate() if type(thread).__module__.startswith("orbax")]
 
 
-def test_metrics_that_cannot_be_written_stop_the_run(copy, small_files, capsys):
+def test_metrics_that_cannot_be_written_stop_the_run(copy, capsys):
     del capsys  # keeps what is printed in memory: the limit is for files
 
     def batches(start_step):
         for step, batch in enumerate(batches_from(start_step), start_step):
             if step == 13:
-                small_files(10)
+                fill(10)
             yield batch
 
-    with pytest.raises(RunError, match="File too large"):
+    with full_disk() as fill, pytest.raises(RunError, match="File too large"):
         do_train(copy, make_experiment(batches=batches), num_steps=20, checkpoint_every=100)
 
 
