@@ -12,27 +12,20 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_training import (
-    BATCH_SIZE,
     assert_same_bits,
     batches_from,
     do_train,
     logged,
     make_experiment,
-    noisy_loss,
-    run_steps,
-    settings,
 )
 
-from diffusion.training import Checkpoints, Mean, RunError, make_mesh
+from diffusion.training import Checkpoints, RunError
 from diffusion.training.checkpoints import open_existing, read_description
-from diffusion.training.dry_run import dry_run
 from diffusion.training.integrity import MANIFEST, flaw, seal
 from diffusion.training.lock import NAME, sole_run
 
@@ -240,61 +233,6 @@ def test_a_second_run_is_refused_with_the_pid_of_the_first_whose_death_frees_the
             pass
 
 
-def bad_batches(steps, value=np.nan):
-    def batches(start_step):
-        for step, batch in enumerate(batches_from(start_step), start_step):
-            if step in steps:
-                batch["x"][3, 2] = value
-            yield batch
-
-    return batches
-
-
-def loss_by_parity(params, batch, key):
-    """Example 3, the one of `bad_batches`, is in one part of the loss and not in the other."""
-    losses, _ = noisy_loss(params, batch, key)
-    odd = np.arange(len(losses)) % 2
-    parts = {"odd": odd, "even": 1 - odd}
-    return losses, {f"loss_of_{name}": Mean(jnp.where(p, losses, 0), p.astype(np.float32)) for name, p in parts.items()}
-
-
-def test_bad_numbers_are_told_with_step_parameters_and_part(tmp_path):
-    def loss(params, batch, key):
-        losses, metrics = noisy_loss(params, batch, key)
-        # The gradient of sqrt at 0 is endless, and only b goes through it.
-        return losses + np.float32(0) * jnp.sqrt(params["b"] - params["b"]), metrics
-
-    with pytest.raises(RunError, match=r"^step 1: loss .*, gradient norm nan; not finite in 1 of 2 .* groups: b;"):
-        do_train(tmp_path / "gradient", make_experiment(loss))
-    with pytest.raises(RunError, match=r"^step 7: loss nan.*in 1 of 2 parameter groups: w; worst in: loss_of_odd nan"):
-        do_train(tmp_path / "loss", make_experiment(loss_by_parity, batches=bad_batches([6])))
-
-
-def test_a_spike_stops_the_run_in_its_step(tmp_path):
-    experiment = make_experiment(batches=bad_batches([6], 1e6), loss=lambda p, batch, key: (
-        np.float32(1) + batch["x"][:, 2] ** 2 * p["b"] ** 2, {}))  # fmt: skip
-    with pytest.raises(RunError, match=r"^step 7: loss 5.*e\+10, .*; the loss of the steps before is 2\..*of b "):
-        do_train(tmp_path, experiment, spike_factor=5.0)
-    assert steps_in(tmp_path) == ["4"]
-
-
-def test_skipped_steps_change_nothing_are_counted_and_resume_to_the_same_bits(tmp_path):
-    experiment = make_experiment(batches=bad_batches([2, 6]))
-    whole: Any = do_train(tmp_path / "whole", experiment, skip_bad_steps=True)
-    assert [line["skipped_steps"] for line in logged(tmp_path / "whole")] == [1, 1, 0]
-    assert int(whole.step) == 12 and int(whole.opt_state[0].count) == 10
-    do_train(tmp_path / "parts", experiment, num_steps=3, skip_bad_steps=True)
-    before, _ = run_steps(make_experiment(), 2, make_mesh(2))
-    with open_existing(tmp_path / "parts") as checkpoints:
-        np.testing.assert_array_equal(checkpoints.restore(whole).params["w"], before.params["w"])
-    assert_same_bits(do_train(tmp_path / "parts", experiment, skip_bad_steps=True), whole)
-
-
-def test_skipping_ends_where_it_is_not_the_data(tmp_path):
-    with pytest.raises(RunError, match=r"step 11: .* 11 steps in a row"):
-        do_train(tmp_path, make_experiment(batches=bad_batches(range(99))), num_steps=99, skip_bad_steps=True)
-
-
 @pytest.mark.parametrize("number", [1, 2, 4, 8])
 def test_a_checkpoint_of_two_devices_goes_on_on_any_number(finished, copy, number):
     """Six steps on two devices, six on others: the losses of twelve on two."""
@@ -378,31 +316,3 @@ def test_killed_in_the_middle_of_a_save_it_goes_on_to_the_same_bits(finished, tm
     assert_same_bits(do_train(tmp_path), finished[1])
     assert steps_in(tmp_path) == ["12", "4", "8"]
     assert logged(tmp_path) == logged(finished[0])
-
-
-def test_a_dry_run_tells_what_a_run_needs_and_leaves_nothing(tmp_path):
-    found = dry_run(make_experiment(), settings(), mesh=make_mesh(2), num_examples=100, folder=tmp_path / "check")
-    text = "\n".join(found.lines)
-    assert "parameters   513 in 2 groups" in text and "the same bits" in text and found.warnings == []
-    # w, its average and Adam's two moments: 4 x 513 float32, whole on each device.
-    table = [line.split() for line in found.lines if " arrays whole " in line]
-    assert {row[0]: row[1] for row in table}["opt_state"] == "5"
-    assert int(found.state.step) == 1 and list(tmp_path.iterdir()) == []
-
-
-def test_a_dry_run_warns_of_equal_noise_little_data_and_a_long_average(tmp_path):
-    def loss(params, batch, key):
-        eps = jax.random.normal(key, (BATCH_SIZE // 2,))  # the trap: one draw for every device
-        return jnp.tile(eps, 2) * params["b"] + jnp.sum(batch["x"] @ params["w"], axis=1), {}
-
-    found = dry_run(
-        make_experiment(loss), settings(ema_decay=0.99), mesh=make_mesh(2), num_examples=9, folder=tmp_path / "check"
-    )
-    expected = [
-        "fewer than a batch of 16",
-        "average is 100 steps long, the run 12",
-        "devices 0 and 1 draw the same noise",
-    ]
-    assert len(found.warnings) == 3
-    for warning, words in zip(found.warnings, expected, strict=True):
-        assert words in warning

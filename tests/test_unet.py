@@ -156,7 +156,7 @@ def test_remat_changes_neither_outputs_gradients_nor_names(inputs):
     (_, output), gradient = loss(ONE_LEVEL)
     (_, remat_output), remat_gradient = loss(ONE_LEVEL.clone(remat=True))
     assert jnp.abs(output).max() > 0.1
-    chex.assert_trees_all_close(remat_output, output, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(remat_output, output, atol=1e-6)
     # Sums of 4 * 96 products, compiled in another order.
     scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradient))
     chex.assert_trees_all_close(remat_gradient, gradient, atol=1e-5 * scale)

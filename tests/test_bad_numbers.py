@@ -1,0 +1,67 @@
+"""Losses and gradients that are not finite, or leap: told in their step, or skipped and counted."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_survival import steps_in
+from test_training import assert_same_bits, batches_from, do_train, logged, make_experiment, noisy_loss, run_steps
+
+from diffusion.training import Mean, RunError, make_mesh
+from diffusion.training.checkpoints import open_existing
+
+
+def bad_batches(steps, value=np.nan):
+    def batches(start_step):
+        for step, batch in enumerate(batches_from(start_step), start_step):
+            if step in steps:
+                batch["x"][3, 2] = value
+            yield batch
+
+    return batches
+
+
+def loss_by_parity(params, batch, key):
+    """Example 3, the one of `bad_batches`, is in one part of the loss and not in the other."""
+    losses, _ = noisy_loss(params, batch, key)
+    odd = np.arange(len(losses)) % 2
+    parts = {"odd": odd, "even": 1 - odd}
+    return losses, {f"loss_of_{name}": Mean(jnp.where(p, losses, 0), p.astype(np.float32)) for name, p in parts.items()}
+
+
+def test_bad_numbers_are_told_with_step_parameters_and_part(tmp_path):
+    def loss(params, batch, key):
+        losses, metrics = noisy_loss(params, batch, key)
+        # The gradient of sqrt at 0 is endless, and only b goes through it.
+        return losses + np.float32(0) * jnp.sqrt(params["b"] - params["b"]), metrics
+
+    with pytest.raises(RunError, match=r"^step 1: loss .*, gradient norm nan; not finite in 1 of 2 .* groups: b;"):
+        do_train(tmp_path / "gradient", make_experiment(loss))
+    with pytest.raises(RunError, match=r"^step 7: loss nan.*in 1 of 2 parameter groups: w; worst in: loss_of_odd nan"):
+        do_train(tmp_path / "loss", make_experiment(loss_by_parity, batches=bad_batches([6])))
+
+
+def test_a_spike_stops_the_run_in_its_step(tmp_path):
+    experiment = make_experiment(batches=bad_batches([6], 1e6), loss=lambda p, batch, key: (
+        np.float32(1) + batch["x"][:, 2] ** 2 * p["b"] ** 2, {}))  # fmt: skip
+    with pytest.raises(RunError, match=r"^step 7: loss 5.*e\+10, .*; the loss of the steps before is 2\..*of b "):
+        do_train(tmp_path, experiment, spike_factor=5.0)
+    assert steps_in(tmp_path) == ["4"]
+
+
+def test_skipped_steps_change_nothing_are_counted_and_resume_to_the_same_bits(tmp_path):
+    experiment = make_experiment(batches=bad_batches([2, 6]))
+    whole: Any = do_train(tmp_path / "whole", experiment, skip_bad_steps=True)
+    assert [line["skipped_steps"] for line in logged(tmp_path / "whole")] == [1, 1, 0]
+    assert int(whole.step) == 12 and int(whole.opt_state[0].count) == 10
+    do_train(tmp_path / "parts", experiment, num_steps=3, skip_bad_steps=True)
+    before, _ = run_steps(make_experiment(), 2, make_mesh(2))
+    with open_existing(tmp_path / "parts") as checkpoints:
+        np.testing.assert_array_equal(checkpoints.restore(whole).params["w"], before.params["w"])
+    assert_same_bits(do_train(tmp_path / "parts", experiment, skip_bad_steps=True), whole)
+
+
+def test_skipping_ends_where_it_is_not_the_data(tmp_path):
+    with pytest.raises(RunError, match=r"step 11: .* 11 steps in a row"):
+        do_train(tmp_path, make_experiment(batches=bad_batches(range(99))), num_steps=99, skip_bad_steps=True)
