@@ -17,7 +17,7 @@ import numpy as np
 
 from diffusion import evaluation
 from diffusion.data.captions import CaptionedSource
-from diffusion.data.images import labelled_grid, save_png
+from diffusion.data.images import save_labelled_png
 from diffusion.data.sources import array_source
 from diffusion.evaluation.clip_features import Encoder
 from experiments import image_evaluation, image_text, text_modes, text_to_image
@@ -80,7 +80,7 @@ def measure(run: Run, parts: Parts, trained: Trained) -> None:
     evaluation.write_report(run.workdir, f"{run.experiment} after {trained.step} steps", measurements, about)
     evaluation.draw_curves(run.workdir / "metrics.jsonl", run.workdir / "curves.png")
     pairs = np.stack([images, real["image"]], axis=1)[:NUM_SHOWN]  # each beside the picture that has the caption
-    save_png(run.workdir / "captions.png", labelled_grid(pairs, prompts[:NUM_SHOWN]), smallest_side=1)
+    save_labelled_png(run.workdir / "captions.png", pairs, prompts[:NUM_SHOWN])
     print((run.workdir / "report.md").read_text(), end="")
 
 

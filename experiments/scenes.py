@@ -6,13 +6,15 @@
 Pictures and numbers are then in runs/scenes: report.md, curves.png, samples/ and previews/.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 
 from diffusion import evaluation
 from diffusion.data import scenes
 from diffusion.data.captions import CaptionedSource
-from diffusion.data.images import labelled_grid, save_png
+from diffusion.data.images import save_labelled_png
 from diffusion.evaluation import composition
 from experiments import text_modes, text_to_image
 from experiments.command_line import Run, from_plain, main, plain
@@ -68,8 +70,15 @@ def measure(run: Run, parts: Parts, trained: Trained) -> None:
     read = composition.fit_reader(canvas)
     settings = config.sampling
     count = run.flags.num_samples or config.evaluation.num_samples
-    drawn, real_images = f"{settings.sampler}, guidance {settings.guidance:g}", "real images"
-    shares: list[tuple[str, dict[str, float], int, str, str]] = []
+    swept_by: dict[str, Any] = {
+        "sampler": settings.sampler,
+        "num_steps": settings.num_steps,
+        "seeds": [run.flags.seed],
+        "ema": trained.average,
+    }
+    drawn = swept_by | {"sampler": f"{settings.sampler}, guidance {settings.guidance:g}"}
+    real_images: dict[str, Any] = {"sampler": "real images", "num_steps": None, "seeds": [], "ema": None}
+    shares: list[tuple[str, dict[str, float], int, dict[str, Any], str]] = []
 
     def draw(wanted: list[scenes.Scene], scale: float) -> np.ndarray:
         guided = from_plain(plain(config))
@@ -102,13 +111,13 @@ def measure(run: Run, parts: Parts, trained: Trained) -> None:
         ]
         if jax.process_index() == 0:
             marks = [f"{'right' if ok else 'WRONG'}: {one.caption}" for ok, one in zip(right, wanted, strict=True)]
-            table = labelled_grid(images[:NUM_SHOWN, None], marks[:NUM_SHOWN])
-            save_png(run.workdir / f"composition_{split}.png", table, smallest_side=1)
+            path = run.workdir / f"composition_{split}.png"
+            save_labelled_png(path, images[:NUM_SHOWN, None], marks[:NUM_SHOWN])
     wanted = [scenes.scene(SEED, "held_out", i, canvas) for i in range(config.evaluation.num_swept)]
     swept = {scale: composition.wholly(wanted, draw(wanted, scale), read) for scale in config.evaluation.guidance}
     values = {f"guidance {scale:g}": float(right.mean()) for scale, right in swept.items()}
     name = f"prompts wholly satisfied, {SAID['held_out']}"
-    shares.append((name, values, len(wanted), settings.sampler, "by scale of guidance"))
+    shares.append((name, values, len(wanted), swept_by, "by scale of guidance"))
     # From the same noise: what the picture shows is the prompt's doing.
     others = wanted[1:] + wanted[:1]
     replaced = draw(others, settings.guidance)
@@ -126,11 +135,8 @@ def measure(run: Run, parts: Parts, trained: Trained) -> None:
             number,
             "digit, colour, size, place and number of what is in the picture, by support vector machines and hue",
             None,
-            sampler=made_by,
-            num_steps=settings.num_steps if made_by != real_images else None,
-            seeds=[run.flags.seed] if made_by != real_images else [],
-            ema=config.training.ema_decay if made_by != real_images else None,
             note=note,
+            **made_by,
         )
         for name, share, number, made_by, note in shares
     ]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from diffusion import editing, training
 from diffusion.data.captions import CaptionedSource, with_text
-from diffusion.data.images import labelled_grid, save_png, to_float
+from diffusion.data.images import save_labelled_png, to_float
 from diffusion.data.samples import save_samples
 from diffusion.training.checkpoints import open_existing
 from experiments import image_diffusion, image_uses, text_to_image
@@ -136,9 +136,8 @@ def sample(run: Run, parts: Parts, trained: Trained, _: Captioned, examples: Seq
     images = generate(run, parts, trained, np.repeat(prompts, count).tolist(), index, run.flags.negative_prompt)
     if jax.process_index() == 0:
         save_samples(out, images)
-        save_png(
-            out.with_suffix(".png"), labelled_grid(images.reshape(len(prompts), count, *parts.image_shape), prompts), 1
-        )
+        rows = images.reshape(len(prompts), count, *parts.image_shape)
+        save_labelled_png(out.with_suffix(".png"), rows, prompts)
         print(f"{len(images)} samples: {out}\na picture of them: {out.with_suffix('.png')}")
 
 
@@ -247,7 +246,5 @@ def write(run: Run, out: Path, before: np.ndarray, rows: np.ndarray, prompts: Se
     """Writes `rows` [B, K, H, W, C] as .npz and a labelled picture of them, after what stood `before`."""
     if jax.process_index() == 0:
         save_samples(out, rows.reshape(-1, *rows.shape[2:]))
-        save_png(
-            out.with_suffix(".png"), labelled_grid(np.concatenate([before, rows], axis=1), prompts), smallest_side=1
-        )
+        save_labelled_png(out.with_suffix(".png"), np.concatenate([before, rows], axis=1), prompts)
         print(f"columns: {columns}\npicture: {out.with_suffix('.png')}\nimages:  {out}")

@@ -75,8 +75,8 @@ def labelled_grid(
     check_uint8_images(image.reshape(-1, *image.shape[2:]))
     factor = math.ceil(smallest_side / min(image.shape[2:4]))
     lines = math.ceil(image.shape[1] * (image.shape[3] * factor + 2) / width)  # of equal length
-    columns = math.ceil(image.shape[1] / lines)
-    rows = [image_grid(row.repeat(factor, axis=1).repeat(factor, axis=2), columns, separator=2) for row in image]
+    in_line = math.ceil(image.shape[1] / lines)
+    rows = [image_grid(row.repeat(factor, axis=1).repeat(factor, axis=2), in_line, separator=2) for row in image]
     rows = [np.repeat(row, 3, axis=2) if row.shape[2] == 1 else row[..., :3] for row in rows]
     across = max(rows[0].shape[1], 120)
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -114,3 +114,8 @@ def save_png(path: str | os.PathLike, image: np.ndarray, smallest_side: int = 25
     image = image.repeat(factor, axis=0).repeat(factor, axis=1)
     with replacing(path) as temporary:
         Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(temporary, "png")
+
+
+def save_labelled_png(path: str | os.PathLike, image: np.ndarray, labels: Sequence[str]) -> None:
+    """Writes the `labelled_grid` of uint8[N, K, H, W, C] as a PNG."""
+    save_png(path, labelled_grid(image, labels), smallest_side=1)
