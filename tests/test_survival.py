@@ -16,6 +16,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax import monitoring
+from jax.sharding import NamedSharding, PartitionSpec
 from test_training import (
     assert_same_bits,
     batches_from,
@@ -24,7 +26,7 @@ from test_training import (
     make_experiment,
 )
 
-from diffusion.training import Checkpoints, RunError
+from diffusion.training import Checkpoints, RunError, make_mesh
 from diffusion.training.checkpoints import open_existing, read_description
 from diffusion.training.integrity import MANIFEST, flaw, seal
 from diffusion.training.lock import NAME, sole_run
@@ -316,3 +318,23 @@ def test_killed_in_the_middle_of_a_save_it_goes_on_to_the_same_bits(finished, tm
     assert_same_bits(do_train(tmp_path), finished[1])
     assert steps_in(tmp_path) == ["12", "4", "8"]
     assert logged(tmp_path) == logged(finished[0])
+
+
+def test_saving_many_shapes_from_several_devices_compiles_nothing(finished, tmp_path):
+    """Where each device saved a part of every small array, the first save compiled a program for each shape."""
+    whole = NamedSharding(make_mesh(4), PartitionSpec())
+    shapes = {f"{n}": np.full((8 * n, 3), n, np.float32) for n in range(1, 7)}
+    state = jax.device_put(finished[1]._replace(params=shapes), whole)
+    compiled = []
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if "compile" in event:
+            compiled.append(event)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with Checkpoints(tmp_path, keep_newest=1) as checkpoints:
+            checkpoints.save(1, state, {"experiment": "x", "config": {}})
+    finally:
+        monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
