@@ -3,7 +3,7 @@
     ./launch.sh clip
     ./launch.sh scenes --config=experiments/configs/scenes_clip.py
 
-All else is scenes_mmdit.py.
+All else is scenes_mmdit.py. Half of its steps satisfy 72% of never-seen prompts, sizes and relations least (45, 43%).
 """
 
 from ml_collections import ConfigDict
