@@ -238,6 +238,8 @@ def test_labelled_grid_keeps_the_pictures_and_writes_every_label_within_its_row(
         ink = block[12:].min(axis=2) < 128
         assert ink.any() == bool(labels[i]) and not ink[:, -4:].any()
     assert (grid[height:, 128:] == 255).all()  # no fourth row
+    one_line, several = (labelled_grid(image[:1], [label]).shape[0] for label in labels[:2])
+    assert several > one_line + 3 * 12  # broken, not cut off where the row ends
     narrow = labelled_grid(image[..., :1], labels, width=140)
     assert narrow.shape == (3 * labelled_grid(image[:1], labels[1:2]).shape[0], 2 * 64 + 2 + 8, 3)
     narrower = labelled_grid(image, labels, width=100)  # the pictures of a row stand beneath each other
