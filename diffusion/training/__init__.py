@@ -6,6 +6,7 @@ from diffusion.training.experiment import Experiment, Loss, Mean, TrainState, in
 from diffusion.training.loop import Settings, abstract_train_state, train
 from diffusion.training.sharding import fully_sharded, make_mesh, place_batch, replicated, state_shardings
 from diffusion.training.step import make_train_step
+from diffusion.training.weights import digest
 
 __all__ = [
     "Checkpoints",
@@ -16,6 +17,7 @@ __all__ = [
     "Settings",
     "TrainState",
     "abstract_train_state",
+    "digest",
     "fully_sharded",
     "init_state",
     "make_mesh",
