@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,8 +19,9 @@ from test_training import do_train, logged
 
 from diffusion.training import RunError
 from diffusion.training.integrity import flaw
-from diffusion.training.lifeline import GRACE_SECONDS, Lifeline
-from diffusion.training.rollcall import roll_call
+from diffusion.training.processes.launchers import Launch, find_launch
+from diffusion.training.processes.lifeline import GRACE_SECONDS, Lifeline
+from diffusion.training.processes.rollcall import roll_call
 
 HERE = Path(__file__).parent
 
@@ -54,7 +56,7 @@ def test_missing_processes_are_named_to_all_who_came():
     address = free_address()
     said: Any = calls((address, 0, 5, 1.0), (address, 2, 5, 1.0), (address, 4, 5, 1.0))
     assert said[0] == said[1] == said[2]
-    assert f"process 1, 3 of 5 did not come within 1 s (there are 0: pid {os.getpid()} on" in said[0]
+    assert f"process 1, 3 of 5 did not connect within 1 s (connected: 0: pid {os.getpid()} on" in said[0]
     assert "\n" not in said[0]
     assert "process 0 was not at" in str(calls((address, 1, 5, 0.3))[0])
 
@@ -107,7 +109,7 @@ def test_a_death_is_known_to_all_at_once(three, victim):
     ends = [lifeline(three, rank)[1] for rank in (0, 3 - victim)]
     begun = time.monotonic()
     die(three, victim)
-    dead = f"process {victim} of 3 (pid {os.getpid()} on {socket.gethostname()}) has ended without a word"
+    dead = f"process {victim} of 3 (pid {os.getpid()} on {socket.gethostname()}) has ended unexpectedly"
     assert ends[0].get(timeout=5) == dead and time.monotonic() - begun < GRACE_SECONDS
     assert ends[1].get(timeout=5) == dead
 
@@ -123,19 +125,31 @@ def test_the_death_of_process_0_is_known_to_the_others(three):
 def test_an_orderly_end_is_no_death(three, order):
     lifelines, ends = zip(*[lifeline(three, rank) for rank in range(3)], strict=True)
     for rank in order:
-        lifelines[rank].say_bye()
-        lifelines[rank].say_bye()  # nor does it matter who listens still
+        lifelines[rank].announce_end()
+        lifelines[rank].announce_end()  # nor does it matter who listens still
         if rank != 0:
             die(three, rank)
     time.sleep(0.2)
     assert all(each.empty() for each in ends)
 
 
+def test_a_connection_that_closes_before_the_thread_runs_raises_nothing(three, monkeypatch):
+    threads, raised = [], []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    with monkeypatch.context() as held:
+        held.setattr(threading.Thread, "start", lambda self: threads.append(self))
+        lifeline(three, 1)
+    die(three, 1)
+    threads[0].start()
+    threads[0].join(0.3)
+    assert [thread.name for thread in threads] == ["lifeline"] and not raised
+
+
 def test_who_leaves_tells_why_in_one_line_and_the_others_have_time_to_know_better(three):
     going = lifeline(three, 1)[0]
     ends = [lifeline(three, rank)[1] for rank in (0, 2)]
     begun = time.monotonic()
-    going.say_why("error: the disk\nis full")
+    going.announce_reason("error: the disk\nis full")
     die(three, 1)
     for each in ends:
         assert re.fullmatch(r"process 1 of 3 \(pid .*\) has left: error: the disk is full", each.get(timeout=5))
@@ -147,11 +161,61 @@ def test_who_leaves_tells_why_in_one_line_and_the_others_have_time_to_know_bette
 def test_process_0_leaves_after_the_others(three):
     first, *others = [lifeline(three, rank) for rank in range(3)]
     with ThreadPoolExecutor(1) as threads:
-        leaving = threads.submit(first[0].say_why, "error: the disk is full")
+        leaving = threads.submit(first[0].announce_reason, "error: the disk is full")
         for rank, (_, ends) in enumerate(others, 1):
             assert "process 0 of 3" in ends.get(timeout=5) and not leaving.done()
             die(three, rank)
         leaving.result(timeout=GRACE_SECONDS)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets variables, after those that a launcher may have set are gone."""
+    for name in list(os.environ):
+        if name.startswith(("DIFFUSION_", "SLURM_", "OMPI_", "TPU_", "JAX_COORDINATOR")):
+            monkeypatch.delenv(name)
+
+    def put(variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("variables", "launch"),
+    [
+        ({}, None),
+        ({"DIFFUSION_NUM_PROCESSES": "1"}, None),
+        (
+            {"DIFFUSION_NUM_PROCESSES": "4", "DIFFUSION_PROCESS_ID": "3", "JAX_COORDINATOR_ADDRESS": "a:1"},
+            Launch(3, 4, "a:1"),
+        ),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}, Launch()),
+        ({"SLURM_NTASKS": "2"}, None),  # an allocation, but no srun
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, Launch()),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, Launch()),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, None),
+    ],
+)
+def test_launchers_are_recognized(environment, variables, launch):
+    environment(variables)
+    assert find_launch() == launch
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"DIFFUSION_NUM_PROCESSES": "two"}, "DIFFUSION_NUM_PROCESSES is 'two'"),
+        ({"DIFFUSION_NUM_PROCESSES": "2"}, "DIFFUSION_PROCESS_ID is None: set it"),
+        ({"DIFFUSION_NUM_PROCESSES": "2", "DIFFUSION_PROCESS_ID": "2"}, "it must be 0 to 1"),
+    ],
+)
+def test_a_wrong_environment_is_refused_in_one_line(environment, variables, message):
+    environment(variables)
+    with pytest.raises(RunError, match=message) as refused:
+        find_launch()
+    assert "\n" not in str(refused.value)
 
 
 TWO = """
@@ -159,11 +223,11 @@ import os, signal, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 from pathlib import Path
 import jax
-from diffusion.training import distributed, make_mesh
+from diffusion.training import make_mesh, processes
 from experiments.command_line import run_to_end
 import test_training
 
-distributed.join()
+processes.join()
 assert len(make_mesh().local_devices) == 1
 
 def batches(start_step):
@@ -223,9 +287,9 @@ def test_when_one_process_is_killed_the_other_says_so_and_the_same_command_goes_
     codes = [process.returncode for process in processes]
     assert (codes[victim], codes[1 - victim]) == (-signal.SIGKILL, 1), said
     dead = (
-        f"error: process {victim} of 2 (pid {processes[victim].pid} on {socket.gethostname()}) has ended without a word"
+        f"error: process {victim} of 2 (pid {processes[victim].pid} on {socket.gethostname()}) has ended unexpectedly"
     )
-    line = f"process {1 - victim}: {dead}; the same command goes on from the newest checkpoint"
+    line = f"process {1 - victim}: {dead}; the same command resumes from the newest checkpoint"
     assert line in said[1 - victim].splitlines()
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal() and flaw(path)]
     assert int(do_train(tmp_path).step) == 12

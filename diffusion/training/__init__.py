@@ -1,5 +1,6 @@
 """The trainer: it knows an `Experiment` (init, loss, optimizer, batches), and nothing of diffusion."""
 
+from diffusion.training import processes
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.errors import RunError
 from diffusion.training.experiment import Experiment, Loss, Mean, TrainState, init_state, run_key
@@ -7,6 +8,8 @@ from diffusion.training.loop import Settings, abstract_train_state, train
 from diffusion.training.sharding import fully_sharded, make_mesh, place_batch, replicated, state_shardings
 from diffusion.training.step import make_train_step
 from diffusion.training.weights import digest
+
+distributed = processes  # its name before; for experiments/command_line.py
 
 __all__ = [
     "Checkpoints",
@@ -18,11 +21,13 @@ __all__ = [
     "TrainState",
     "abstract_train_state",
     "digest",
+    "distributed",
     "fully_sharded",
     "init_state",
     "make_mesh",
     "make_train_step",
     "place_batch",
+    "processes",
     "replicated",
     "run_key",
     "state_shardings",

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from diffusion.averages import power_exponent
 from diffusion.data.images import image_grid, save_png
-from diffusion.training import distributed, snapshots
+from diffusion.training import snapshots
 from diffusion.training.checkpoints import Checkpoints, provenance
 from diffusion.training.errors import RunError
 from diffusion.training.experiment import Batch, Experiment, TrainState, init_state
@@ -23,6 +23,7 @@ from diffusion.training.health import Watch
 from diffusion.training.interrupt import StopSignal
 from diffusion.training.lock import sole_run
 from diffusion.training.loggers import Loggers
+from diffusion.training.processes import meet
 from diffusion.training.sharding import Rule, place_batch, replicated, state_shardings
 from diffusion.training.step import Report, make_train_step
 from diffusion.training.workdir import check, claim
@@ -122,7 +123,7 @@ def train(
         train_step = ballot.with_votes(make_step(experiment, settings), (shardings, None))
         train_step = train_step.lower(state, batch, ballot.vote(False)).compile()
         compile_seconds = time.perf_counter() - compiling
-        distributed.meet("to train")
+        meet("to train")
         description = {**description, "provenance": provenance()}
 
         logs = cleanup.enter_context(Loggers(workdir, start_step=step, num_steps=settings.num_steps, active=first))
