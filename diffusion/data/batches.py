@@ -60,6 +60,15 @@ def batch_flips(seed: int, step: int, batch_size: int, num_examples: int) -> Boo
     return _rows(_coins, seed, step, batch_size, num_examples)
 
 
+def full_batches(count: int, batch_size: int) -> Generator[Int64[np.ndarray, "B"], None, None]:
+    """Yields rows 0..count-1 in batches that are all full, so that one compiled program serves them all.
+
+    Rows past the end start again from 0; the caller drops what was made of them.
+    """
+    for first in range(0, count, batch_size):
+        yield np.arange(first, first + batch_size) % count
+
+
 def make_batches(
     source: Source,
     seed: int,

@@ -25,6 +25,7 @@ class Source(NamedTuple):
     num_classes: int | None
     read: Callable[[np.ndarray], dict[str, np.ndarray]]
     fingerprint: str
+    captions: tuple[str, ...] = ()  # of a captioned set, whose label is the row of the image's caption here
 
 
 def array_source(image: np.ndarray, label: np.ndarray | None, name: str, split: str, num_classes: int | None) -> Source:
