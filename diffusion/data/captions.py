@@ -5,11 +5,12 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 
+from diffusion.data.pictures import decode
 from diffusion.data.sources import Source, array_source
 
 
@@ -94,31 +95,20 @@ def caption_folder(
 
 
 def read_picture(path: str | os.PathLike, image_size: int | None = None) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture file as RGB: with `image_size` its central square, resized (Lanczos); without, it has to be square.
+    """Returns a picture file as RGB: with `image_size` its central square, resized (Lanczos); without, it is square.
 
     Raises:
       ValueError: if it is missing or broken, or not square.
     """
-    from PIL import Image, ImageOps
-
-    picture = open_picture(path)
-    if image_size is not None:
-        if picture.size != (image_size, image_size):
-            picture = ImageOps.fit(picture, (image_size, image_size), Image.Resampling.LANCZOS)
-    elif picture.width != picture.height:
-        raise ValueError(f"{path} is {picture.width}x{picture.height}, not square: give image_size to crop it")
-    return np.asarray(picture)
+    image = decode(path, channels=3, size=image_size)
+    if image.shape[0] != image.shape[1]:
+        raise ValueError(f"{path} is {_size(image)}, not square: give image_size to crop it")
+    return image
 
 
-def open_picture(path: str | os.PathLike) -> Any:
-    """A picture file as a PIL image in RGB. Raises ValueError if it is missing or broken."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
+def open_picture(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns a picture file as RGB. Raises ValueError if it is missing or broken."""
+    return decode(path, channels=3)
 
 
 def _pair(line: str, where: str) -> tuple[str, list[str]]:

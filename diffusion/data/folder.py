@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from diffusion.data.pictures import SUFFIXES, decode, picture_files
 from diffusion.data.sources import Source, array_source
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def image_folder(folder: str | os.PathLike, split: str = "all") -> Source:
@@ -20,11 +19,11 @@ def image_folder(folder: str | os.PathLike, split: str = "all") -> Source:
       ValueError: there are none, one cannot be read, or sizes differ: the file is named.
     """
     folder = Path(folder)
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files = picture_files(folder)
     if not files:
         raise ValueError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = list(pool.map(_read, files))
+        images = list(pool.map(decode, files))
     if any(image.shape[-1] == 3 for image in images):
         images = [image.repeat(3, axis=-1) if image.shape[-1] == 1 else image for image in images]
     for path, image in zip(files, images, strict=True):
@@ -34,13 +33,3 @@ def image_folder(folder: str | os.PathLike, split: str = "all") -> Source:
                 f"{images[0].shape[1]}x{images[0].shape[0]}: pictures of one size are needed"
             )
     return array_source(np.stack(images), None, folder.resolve().name, split, None)
-
-
-def _read(path: Path) -> np.ndarray:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return np.atleast_3d(np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as a picture ({' '.join(str(error).split())})") from error

@@ -6,7 +6,6 @@ for the set by name: it would search the network for minutes where there is none
 
 import contextlib
 import hashlib
-import io
 import math
 import os
 import re
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from diffusion.data.pictures import VERSION, Size, decode
 from diffusion.data.sources import Source, array_source
 from diffusion.files import cache_folder, replacing
 
@@ -30,7 +30,7 @@ def tfds_source(
     split: str,
     data_dir: str | os.PathLike | None = None,
     in_memory: bool | None = None,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     channels: int | None = None,
 ) -> Source:
     """A split of a prepared TFDS image set, for example ("cifar10", "train") or ("name/config:1.0.0", "train[:90%]").
@@ -49,7 +49,7 @@ def tfds_source(
 
     height, width, depth = features["image"].shape
     if image_size is not None:
-        height, width = image_size, image_size
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if height is None or width is None:
         raise ValueError(
             f"the images of {name} differ in size: give image_size (--config.data.image_size=N) to resize them"
@@ -60,8 +60,8 @@ def tfds_source(
     def read(indices: np.ndarray) -> dict[str, np.ndarray]:
         try:
             examples = records.__getitems__(indices.tolist())
-            image = np.stack([_decode(example["image"], shape, image_size) for example in examples])
-        except (OSError, RuntimeError) as error:
+            image = np.stack([decode(example["image"], channels=shape[2], size=image_size) for example in examples])
+        except (OSError, RuntimeError, ValueError) as error:
             raise unreadable(folder, error) from error
         label = [example["label"] if num_classes else 0 for example in examples]
         return {"image": image, "label": np.array(label, np.int32)}
@@ -147,21 +147,9 @@ def _find(name: str, data_dir: Path) -> Path:
     return max(folders, key=lambda folder: [int(number) for number in folder.name.split(".")])
 
 
-def _decode(encoded: bytes, shape: tuple[int, int, int], image_size: int | None) -> np.ndarray:
-    from PIL import Image, ImageOps
-
-    image: Any = Image.open(io.BytesIO(encoded))
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}[shape[2]]
-    if image.mode != mode:
-        image = image.convert(mode)
-    if image_size is not None and image.size != (image_size, image_size):
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
-    return np.asarray(image).reshape(shape)
-
-
 def _decoded_once(source: Source, folder: Path) -> Source:
     """The same images held in memory."""
-    arrays = made_once(source.name, source.fingerprint, folder, lambda: _read_all(source))
+    arrays = made_once(source.name, f"{source.fingerprint} {VERSION}", folder, lambda: _read_all(source))
     label = arrays["label"] if source.num_classes else None
     return array_source(arrays["image"], label, source.name, source.split, source.num_classes)
 
