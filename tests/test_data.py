@@ -10,7 +10,6 @@ from PIL import Image
 
 from diffusion.data import array_source, batch_indices, digits, make_batches
 from diffusion.data.batches import batch_flips
-from diffusion.data.folder import image_folder
 from diffusion.data.images import image_grid, labelled_grid, save_png, to_float, to_uint8
 from diffusion.files import replacing
 
@@ -271,25 +270,3 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
             temporary.write_text("new")
         assert reader.read() == "old"  # who has begun to read the old file reads it to the end
     assert path.read_text() == "new"
-
-
-# --- folders of pictures
-
-
-def test_a_folder_of_pictures_is_a_source(tmp_path):
-    grey = np.random.RandomState(0).randint(0, 256, (3, 4, 6, 1), np.uint8)
-    for number, image in enumerate(grey):
-        save_png(tmp_path / "set" / f"{number}.png", image, smallest_side=1)
-    source = image_folder(tmp_path / "set")
-    assert (source.num_examples, source.image_shape, source.num_classes) == (3, (4, 6, 1), None)
-    np.testing.assert_array_equal(source.read(np.arange(3))["image"], grey)
-
-    colour = np.random.RandomState(1).randint(0, 256, (4, 6, 3), np.uint8)
-    save_png(tmp_path / "set" / "deeper" / "b.png", colour, smallest_side=1)
-    both = image_folder(tmp_path / "set")  # in the order of the paths: 0, 1, 2, deeper/b
-    np.testing.assert_array_equal(both.read(np.arange(4))["image"], np.concatenate([grey.repeat(3, -1), colour[None]]))
-    assert both.fingerprint != source.fingerprint
-
-    save_png(tmp_path / "set" / "large.png", np.zeros((8, 8, 3), np.uint8), smallest_side=1)
-    with pytest.raises(ValueError, match=r"large\.png is 8x8 but .*0\.png is 6x4"):
-        image_folder(tmp_path / "set")

@@ -8,6 +8,8 @@ import numpy as np
 
 from diffusion.data.images import check_uint8_images
 
+LARGEST_IN_MEMORY = 2 * 2**30  # bytes of decoded images
+
 
 class Source(NamedTuple):
     """Labelled images that can be read in any order.
@@ -26,14 +28,30 @@ class Source(NamedTuple):
     read: Callable[[np.ndarray], dict[str, np.ndarray]]
     fingerprint: str
     captions: tuple[str, ...] = ()  # of a captioned set, whose label is the row of the image's caption here
+    class_names: tuple[str, ...] = ()  # of the labels, where they have names
 
 
-def array_source(image: np.ndarray, label: np.ndarray | None, name: str, split: str, num_classes: int | None) -> Source:
-    """A source over arrays in memory: uint8 [N, H, W, C] with C = 1, 3 or 4, and whole numbers [N] or None.
+def array_source(
+    image: np.ndarray,
+    label: np.ndarray | None,
+    name: str,
+    split: str,
+    num_classes: int | None,
+    fingerprint: str | None = None,
+) -> Source:
+    """Returns a source over arrays in memory.
+
+    Args:
+      image: uint8[N, H, W, C] with C = 1, 3 or 4.
+      label: integers [N], or None.
+      name: of the source.
+      split: of the source.
+      num_classes: of the labels, or None.
+      fingerprint: where it is known. None computes it, which reads all pixels.
 
     Raises:
-      ValueError: naming the first bad example, if the images are not uint8 (NaN is told apart) or of another shape,
-        or if the labels do not fit the images or `num_classes`.
+      ValueError: naming the first bad example, if the images are not uint8 (NaN is reported as such) or of another
+        shape, or if the labels do not fit the images or `num_classes`.
     """
     what = f"{name} ({split}): images"
     check_uint8_images(image, what)
@@ -47,20 +65,18 @@ def array_source(image: np.ndarray, label: np.ndarray | None, name: str, split: 
     if outside.any():
         first = int(outside.argmax())
         raise ValueError(f"{name} ({split}): label {label[first]} of example {first} is not in 0..{num_classes} - 1")
-    return _in_memory(np.ascontiguousarray(image), label.astype(np.int32), name, split, num_classes)
-
-
-def _in_memory(image: np.ndarray, label: np.ndarray, name: str, split: str, num_classes: int | None) -> Source:
-    digest = hashlib.sha256(repr((image.shape, num_classes)).encode())
-    digest.update(image.data)
-    digest.update(label.astype("<i4").tobytes())
+    image, label = np.ascontiguousarray(image), label.astype(np.int32)
+    if fingerprint is None:
+        digest = hashlib.sha256(repr((image.shape, num_classes)).encode())
+        digest.update(image.data)
+        digest.update(label.astype("<i4").tobytes())
+        fingerprint = f"sha256:{digest.hexdigest()}"
 
     def read(indices: np.ndarray) -> dict[str, np.ndarray]:
         return {"image": image[indices], "label": label[indices]}
 
-    _, height, width, channels = image.shape
-    shape = (height, width, channels)
-    return Source(name, split, len(image), shape, num_classes, read, f"sha256:{digest.hexdigest()}")
+    height, width, channels = image.shape[1:]
+    return Source(name, split, len(image), (height, width, channels), num_classes, read, fingerprint)
 
 
 def digits(split: str) -> Source:

@@ -19,10 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from diffusion.data.pictures import VERSION, Size, decode
-from diffusion.data.sources import Source, array_source
+from diffusion.data.sources import LARGEST_IN_MEMORY, Source, array_source
 from diffusion.files import cache_folder, replacing
-
-LARGEST_IN_MEMORY = 2 * 2**30  # bytes, decoded
 
 
 def tfds_source(
