@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and the folder for what can be made again."""
+"""Files that are written completely or not at all, and the cache folder."""
 
 import contextlib
 import os
@@ -9,10 +9,15 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a temporary path beside `path` to write to; it takes the place of `path` when the block ends well.
+    """Yields a temporary path to write to, which replaces `path` when the block ends without an error.
 
-    A reader sees the old file or the new one, never half of one, and a failed write leaves nothing behind. Parent
-    folders are made. The temporary name keeps the suffix, by which some writers choose their format.
+    - A reader sees the old file or the new one, never a part of one; a failed write leaves nothing behind.
+    - Parent folders are made.
+    - The temporary name keeps the suffix, by which some writers choose their format.
+
+    Example:
+      with replacing("report.json") as temporary:
+          temporary.write_text(text)
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,5 +30,5 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def cache_folder() -> Path:
-    """The folder for what can be made again at any time: $XDG_CACHE_HOME/diffusion, else ~/.cache/diffusion."""
+    """Returns the folder for what can be recomputed: $XDG_CACHE_HOME/diffusion, or else ~/.cache/diffusion."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion"

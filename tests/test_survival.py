@@ -75,7 +75,7 @@ def test_a_damaged_checkpoint_is_named_kept_aside_and_the_one_before_is_used(fin
     assert_same_bits(do_train(copy), finished[1])
     assert steps_in(copy) == ["12", "12.bad", "4", "8"]
     said = [line for line in capfd.readouterr().err.splitlines() if " is damaged: " in line]
-    assert len(said) == 1 and "kept as 12.bad. Using that of step 8" in said[0]
+    assert len(said) == 1 and "kept as 12.bad. Using step 8" in said[0]
     assert logged(copy) == logged(finished[0])
 
 
@@ -103,17 +103,17 @@ def test_a_reader_may_ask_for_another_step_than_the_newest(finished, copy):
     abstract = jax.eval_shape(lambda: finished[1])
     with open_existing(copy, 8) as checkpoints:
         assert checkpoints.newest == 8 and int(checkpoints.restore(abstract).step) == 8
-    with pytest.raises(RunError, match=r"no checkpoint of step 5 in .*: there are 4, 8, 12"):
+    with pytest.raises(RunError, match=r"no checkpoint of step 5 in .*: choose from 4, 8, 12"):
         open_existing(copy, 5)
     flip_a_bit(largest_file(copy / "checkpoints" / "8"))
-    with pytest.raises(RunError, match=r"no checkpoint in .* is sound \(8: "):
+    with pytest.raises(RunError, match=r"no checkpoint in .* is intact \(8: "):
         open_existing(copy, 8)
 
 
 def test_a_run_without_a_sound_checkpoint_is_not_begun_anew(copy):
     for step in (4, 8, 12):
         (copy / "checkpoints" / str(step) / MANIFEST).unlink()
-    with pytest.raises(RunError, match=f"no checkpoint in .* is sound .*4: {MANIFEST} is missing") as refused:
+    with pytest.raises(RunError, match=f"no checkpoint in .* is intact .*4: {MANIFEST} is missing") as refused:
         do_train(copy)
     assert "\n" not in str(refused.value) and steps_in(copy) == ["12", "4", "8"]
     seal(copy / "checkpoints" / "8")  # what is done by hand for checkpoints from before there were checksums
@@ -139,7 +139,7 @@ def test_a_clock_set_back_and_times_of_files_change_nothing(finished, copy, tmp_
     monkeypatch.setattr(time, "time_ns", lambda: int(1e9 * time.time()))
     state = do_train(copy, num_steps=16, keep_newest=2)
     assert next(now) > 1  # the clock was looked at
-    assert "going on from step 12 in" in capfd.readouterr().err
+    assert "resuming from step 12 in" in capfd.readouterr().err
     assert steps_in(copy) == ["12", "16"]
     with open_existing(copy) as checkpoints:
         assert checkpoints.newest == 16
@@ -222,7 +222,7 @@ def test_a_second_run_is_refused_with_the_pid_of_the_first_whose_death_frees_the
     first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE)
     try:
         assert first.stdout is not None and first.stdout.readline() == b"held\n"
-        with pytest.raises(RunError, match=f"another run is in .*: pid {first.pid} on {os.uname().nodename}"):
+        with pytest.raises(RunError, match=f"another run is active in .*: pid {first.pid} on {os.uname().nodename}"):
             do_train(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [NAME]
     finally:

@@ -3,11 +3,12 @@
 from diffusion.training import processes
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.errors import RunError
-from diffusion.training.experiment import Experiment, Loss, Mean, TrainState, init_state, run_key
-from diffusion.training.loop import Settings, abstract_train_state, train
+from diffusion.training.experiment import Experiment, Loss, Mean, TrainState, check_seed, init_state, run_key
+from diffusion.training.loop import abstract_train_state, train
+from diffusion.training.settings import Settings
 from diffusion.training.sharding import fully_sharded, make_mesh, place_batch, replicated, state_shardings
 from diffusion.training.step import make_train_step
-from diffusion.training.weights import digest
+from diffusion.training.weights import check_finite, digest
 
 distributed = processes  # its name before; for experiments/command_line.py
 
@@ -20,6 +21,8 @@ __all__ = [
     "Settings",
     "TrainState",
     "abstract_train_state",
+    "check_finite",
+    "check_seed",
     "digest",
     "distributed",
     "fully_sharded",

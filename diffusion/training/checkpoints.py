@@ -1,7 +1,7 @@
-"""Checkpoints of whole experiments, through orbax. Only this file knows orbax: its v1 interface still moves.
+"""Checkpoints of whole experiments, through orbax. Only this file knows orbax: its v1 interface still changes.
 
-A checkpoint is written to `.saving-STEP`, sealed with checksums (`integrity`), and only then gets its name, STEP. So
-whatever has a number for a name was whole once, and whether it still is can be told.
+A checkpoint is written to `.saving-STEP`, sealed with checksums (`integrity`) and only then renamed to STEP. So a
+folder named by a number was complete once, and whether it still is can be checked.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from diffusion.training import integrity
+from diffusion.training.description import FORMAT, Description, check_description
 from diffusion.training.errors import RunError, one_line
 from diffusion.training.experiment import TrainState
 
@@ -31,7 +33,7 @@ UNFINISHED = (".saving-*", ".deleting-*", "*.orbax-checkpoint-tmp*")
 
 
 def provenance() -> dict[str, Any]:
-    """Returns what made this checkpoint: versions, devices and, in a git checkout, the revision ("+" when dirty)."""
+    """Returns what makes a checkpoint now: package versions, devices and, in a git checkout, the revision."""
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
     devices = jax.devices()
     device = {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()}
@@ -39,7 +41,7 @@ def provenance() -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """Returns the checkout's commit, with "+" when files differ from it; None outside git."""
+    """Returns the checkout's commit, followed by "+" where files differ from it; None outside git."""
 
     def git(*args: str) -> str:
         here = Path(__file__).parent
@@ -52,16 +54,21 @@ def git_revision() -> str | None:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`: saved in the background, each with the whole experiment in it.
+    """The checkpoints of one run, saved in the background, each with the whole experiment in it.
 
-    Opening them finds the newest sound one, or the one of step `only`. A newer one that is damaged is named in a line
-    and, unless `read_only`, moved to STEP.bad, so that the run can save that step again; it is never deleted.
+    Opening them finds the newest intact one. Newer ones that are damaged are reported, one line each, and moved to
+    STEP.bad so that the run can save that step again; none is deleted. A context manager: leaving it waits for the
+    save in progress and raises its error, if any.
 
-    Keeps the newest `keep_newest` and every multiple of `keep_every` steps. A context manager: leaving it waits for the
-    save under way, whose error, if any, is raised there or at the next save.
+    Args:
+      folder: of the checkpoints.
+      keep_newest: how many of the newest are kept, at least 1.
+      keep_every: every multiple of so many steps is kept as well; 0: none.
+      read_only: nothing is moved or removed.
+      only: open the checkpoint of this step, not the newest.
 
     Raises:
-      RunError: there are checkpoints, and none is sound.
+      RunError: there are checkpoints, and none is intact.
     """
 
     def __init__(
@@ -90,34 +97,38 @@ class Checkpoints:
 
     @property
     def newest(self) -> int | None:
-        """The step of the newest sound checkpoint (or of `only`), that of a save under way included; None without."""
+        """The step of the newest intact checkpoint (or `only`), or of the save in progress; None without any."""
         return self._newest
 
-    def save(self, step: int, state: TrainState, description: dict[str, Any]) -> None:
-        """Starts saving `state` after `step` updates; `description` is JSON (name, config, provenance).
+    def save(self, step: int, state: TrainState, description: Description) -> None:
+        """Starts saving the state after `step` updates. The arrays are copied first: they may be donated afterwards.
 
-        The arrays are copied before this returns: they may be donated to the next step.
+        Args:
+          step: names the checkpoint.
+          state: of the run.
+          description: plain JSON with at least "experiment" (its name) and "config"; "format" is added.
 
         Raises:
-          RunError: this save cannot start, or the one before failed. Earlier checkpoints are as they were.
+          RunError: this save cannot start, or the one before failed. Earlier checkpoints are unchanged.
         """
         self.wait()
         temporary = self._folder / f".saving-{step}"
         with failing_at(step, self._folder):
             if jax.process_index() == 0:
-                # Orbax, where it may not make a folder, raises but leaves threads for which the interpreter's end waits
-                # minutes: whether it may is tried before.
+                # Where orbax cannot make its folder it raises, but leaves threads for which the interpreter waits
+                # minutes at its exit: making one is tried first.
                 (trial := self._folder / f".saving-{step}.trial").mkdir(parents=True)
                 trial.rmdir()
+            described = {**description, "format": FORMAT}
             with _context():
-                response = ocp.save_async(str(temporary), state, custom_metadata=description, overwrite=True)
+                response = ocp.save_async(str(temporary), state, custom_metadata=described, overwrite=True)
         self._saving = step, self._worker.submit(self._finish, response, temporary, step)
 
     def wait(self) -> None:
-        """Waits for the save under way, if any.
+        """Waits for the save in progress, if any.
 
         Raises:
-          RunError: it failed; the line says why.
+          RunError: it failed; the line has the reason.
         """
         if self._saving is not None:
             (step, done), self._saving = self._saving, None
@@ -126,9 +137,9 @@ class Checkpoints:
             self._newest = step
 
     def restore(self, abstract_state: TrainState) -> TrainState:
-        """Returns the newest state, laid out as `abstract_state`'s shardings say.
+        """Returns the newest state with the shapes, dtypes and shardings of `abstract_state`.
 
-        The saved devices do not matter: any number of devices reads what any other number wrote.
+        Any number of devices reads what any other number wrote.
 
         Raises:
           RunError: it does not fit `abstract_state`.
@@ -137,10 +148,10 @@ class Checkpoints:
         try:
             return ocp.load(str(path), abstract_state=abstract_state)
         except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path} is not of this experiment's state: {one_line(error)}") from error
+            raise RunError(f"{path} does not hold the state of this experiment: {one_line(error)}") from error
 
-    def description(self) -> dict[str, Any]:
-        """Returns what was given to `save` beside the newest state."""
+    def description(self) -> Description:
+        """Returns what was stored beside the newest state, see `read_description`."""
         return read_description(self._folder / str(self._newest))
 
     def _finish(self, response: Any, temporary: Path, step: int) -> None:
@@ -151,7 +162,7 @@ class Checkpoints:
                 os.rename(temporary, self._folder / str(step))
                 self._delete_old()
         except BaseException:
-            # The room is given back; what cannot be removed now is when the run goes on.
+            # Frees the disk; what cannot be removed now is removed when the run resumes.
             for path in self._folder.glob(f".saving-{step}*"):
                 shutil.rmtree(path, ignore_errors=True)
             raise
@@ -160,26 +171,27 @@ class Checkpoints:
         newest, every = self._keep
         for step in sorted(steps_in(self._folder))[:-newest]:
             if not (every and step % every == 0):
-                # A deletion cut short must not look like a damaged checkpoint.
+                # A deletion that is interrupted must not look like a damaged checkpoint.
                 doomed = self._folder / f".deleting-{step}"
                 os.rename(self._folder / str(step), doomed)
                 shutil.rmtree(doomed)
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Returns the steps of the checkpoints in `folder`, sound or not."""
+    """Returns the steps of the checkpoints in `folder`, intact or not."""
     return [int(path.name) for path in (folder.iterdir() if folder.is_dir() else []) if path.name.isdecimal()]
 
 
 def find_newest(folder: Path, *, read_only: bool, only: int | None = None) -> int | None:
-    """Returns the step of the newest sound checkpoint, None when there is none at all; damaged ones are named.
+    """Returns the step of the newest intact checkpoint; None when there is no checkpoint. Reports damaged ones.
 
-    With `only`, no other step than this one is looked at.
-
-    Unless `read_only`, moves damaged ones aside and removes what a killed run left half-written.
+    Args:
+      folder: of the checkpoints.
+      read_only: otherwise moves damaged ones aside and removes what a killed run left unfinished.
+      only: the one step to look at.
 
     Raises:
-      RunError: there are checkpoints, and none is sound.
+      RunError: there are checkpoints, and none is intact.
     """
     if not read_only:
         for path in [path for pattern in UNFINISHED for path in folder.glob(pattern)]:
@@ -195,12 +207,12 @@ def find_newest(folder: Path, *, read_only: bool, only: int | None = None) -> in
             return None
         reasons = "; ".join(f"{step}: {flaw}" for step, flaw in damaged.items())
         raise RunError(
-            f"no checkpoint in {folder} is sound ({reasons}). They are left as they are: put a good copy there, "
-            "or name another --workdir to start anew"
+            f"no checkpoint in {folder} is intact ({reasons}). They are left as they are: restore a copy of one, "
+            "or name another --workdir to start from step 0"
         )
     for bad, flaw in damaged.items():
         kept = "" if read_only else f"; kept as {move_aside(folder / str(bad)).name}"
-        print(f"checkpoint {folder / str(bad)} is damaged: {flaw}{kept}. Using that of step {step}", file=sys.stderr)
+        print(f"checkpoint {folder / str(bad)} is damaged: {flaw}{kept}. Using step {step}", file=sys.stderr)
     return step
 
 
@@ -211,45 +223,40 @@ def move_aside(path: Path) -> Path:
         if not aside.exists():
             path.rename(aside)
             return aside
-    raise RunError(f"{path} is damaged, and there are 999 such already: remove some of {path}.bad*")
+    raise RunError(f"{path} is damaged, and 999 like it are kept already: remove some of {path}.bad*")
 
 
-def read_description(checkpoint: Path) -> dict[str, Any]:
-    """Returns the JSON that was saved with a checkpoint.
+def read_description(checkpoint: Path) -> Description:
+    """Returns the JSON that was stored with a checkpoint, as it was stored: "format" is absent before format 2.
 
     Raises:
-      RunError: the checkpoint was not written by this project.
+      RunError: it cannot be read, or was not written by this project, or by a newer version of it.
     """
     try:
-        saved = json.loads((checkpoint / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+        stored = json.loads((checkpoint / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise RunError(f"{checkpoint} cannot be read as a checkpoint: {one_line(error)}") from error
-    if not isinstance(saved, dict) or not all(isinstance(saved.get(k), t) for k, t in DESCRIPTION.items()):
-        raise RunError(f"{checkpoint}: the checkpoint was not written by this project")
-    return saved
-
-
-DESCRIPTION = {"experiment": str, "config": dict}
+    return check_description(stored, checkpoint)
 
 
 def open_existing(workdir: Path, step: int | None = None) -> Checkpoints:
     """Opens the checkpoints of a work folder to read the newest, or that of `step`.
 
     Raises:
-      RunError: there is none, or none is sound.
+      RunError: there is none, or none is intact.
     """
     folder = workdir / "checkpoints"
     there = sorted(steps_in(folder))
     if not there:
         raise RunError(f"no checkpoint in {workdir}: train first (--mode=train), or name another --workdir")
     if step is not None and step not in there:
-        raise RunError(f"no checkpoint of step {step} in {workdir}: there are {', '.join(map(str, there))}")
+        raise RunError(f"no checkpoint of step {step} in {workdir}: choose from {', '.join(map(str, there))}")
     return Checkpoints(folder, read_only=True, only=step)
 
 
-def agreed(find: Any) -> int | None:
-    """Returns process 0's `find()` (a step, or None) in every process of a run."""
-    # Before jax.distributed is up, asking JAX who is who would start it alone.
+def agreed(find: Callable[[], int | None]) -> int | None:
+    """Returns process 0's `find()` (a step, or None) in every process of a run; its error is raised in all."""
+    # Before jax.distributed is started, `jax.process_count` would start JAX as a single process.
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return find()
     none, failed = -1, -2
@@ -262,26 +269,26 @@ def agreed(find: Any) -> int | None:
             found, error = failed, caught
     found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
     if found == failed:
-        raise error or RunError("process 0 found no sound checkpoint; its message says more")
+        raise error or RunError("process 0 found no intact checkpoint; its message has the reason")
     return None if found == none else found
 
 
 @contextlib.contextmanager
-def failing_at(step: int, folder: Path) -> Any:
-    """Turns whatever a save raises into one line."""
+def failing_at(step: int, folder: Path) -> Iterator[None]:
+    """Turns what a save raises into a RunError of one line."""
     try:
         yield
     except Exception as error:
         raise RunError(
             f"the checkpoint of step {step} could not be saved in {folder}: {one_line(error)}. Stopped; "
-            "the earlier ones are untouched, and the same command goes on from the newest"
+            "earlier ones are unchanged, and the same command resumes from the newest"
         ) from error
 
 
 def _context() -> ocp.Context:
-    """Orbax's options. Devices that hold the same array share the work of saving it, where that is worth it.
+    """Returns orbax's options: devices that hold the same array share the work of saving it only if it is large.
 
-    To cut an array for that compiles a program for each shape: with small ones the first save would take 20 s of a run.
+    Slicing an array for that compiles a program for each shape: with small ones the first save would take 20 s.
     """
     context = ocp.Context()
     context.array.saving.min_slice_bytes_for_replica_parallel = MIN_SLICE_BYTES

@@ -1,4 +1,4 @@
-"""A dry run: what a training would need and whether its parts work, told before hours are spent on it."""
+"""A dry run: what a training run needs and whether its parts work, reported before hours are spent on it."""
 
 import shutil
 import time
@@ -14,16 +14,23 @@ from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.errors import RunError
 from diffusion.training.experiment import Experiment, TrainState, init_state, run_key
 from diffusion.training.health import describe
-from diffusion.training.loop import Settings, abstract_train_state, check_settings, make_step
+from diffusion.training.loop import abstract_train_state, make_step
+from diffusion.training.settings import Settings, check_settings
 from diffusion.training.sharding import place_batch
 from diffusion.training.step import parameter_groups
 
-# A driver's mark on the machine, and the extra that lets JAX use what it drives.
+# A file by which the driver of an accelerator shows, and the extra with which JAX uses it.
 DRIVERS = {"/proc/driver/nvidia/version": "cuda13 (or cuda12)", "/dev/accel0": "tpu"}
 
 
 class Findings(NamedTuple):
-    """What a dry run found: lines to read, warnings among them apart, and the state after one step."""
+    """What a dry run found.
+
+    Attributes:
+      lines: the report.
+      warnings: what is likely to be wrong, one line each.
+      state: after one step.
+    """
 
     lines: list[str]
     warnings: list[str]
@@ -31,10 +38,17 @@ class Findings(NamedTuple):
 
 
 def dry_run(experiment: Experiment, settings: Settings, *, mesh: Mesh, num_examples: int, folder: Path) -> Findings:
-    """Makes the state, compiles and runs a step, saves and restores it in `folder`, which is removed afterwards.
+    """Makes the state, compiles and runs one step, saves the state and restores it.
+
+    Args:
+      experiment: what is to be learned.
+      settings: how.
+      mesh: the devices.
+      num_examples: of the data.
+      folder: for the checkpoint; removed afterwards.
 
     Raises:
-      RunError: settings that cannot run, a checkpoint that cannot be saved, or that comes back as another.
+      RunError: settings that cannot run, or a checkpoint that cannot be saved or is restored with other bits.
     """
     check_settings(settings, experiment, mesh)
     devices = mesh.devices.ravel()
@@ -57,7 +71,7 @@ def dry_run(experiment: Experiment, settings: Settings, *, mesh: Mesh, num_examp
     compiled = time.perf_counter()
     memory = step.memory_analysis()
     needed = memory_per_device(memory)
-    lines.append(f"memory       {megabytes(needed)} a device in a step (the compiler's estimate)")
+    lines.append(f"memory       {megabytes(needed)} per device in a step (the compiler's estimate)")
     state, report = jax.block_until_ready(step(state, batch))
     lines.append(
         f"one step     {time.perf_counter() - compiled:.2f} s after {compiled - begun:.1f} s of compiling: "
@@ -73,7 +87,7 @@ def dry_run(experiment: Experiment, settings: Settings, *, mesh: Mesh, num_examp
 
 
 def parameter_lines(state: TrainState) -> list[str]:
-    """Returns the number of parameters, whole and by group."""
+    """Returns a line with the number of parameters, in all and by group."""
     sizes = {name: sum(x.size for x in leaves) for name, leaves in parameter_groups(state.params).items()}
     largest = sorted(sizes, key=lambda name: -sizes[name])[:4]
     parts = ", ".join(f"{name} {sizes[name]:,}" for name in largest)
@@ -81,22 +95,22 @@ def parameter_lines(state: TrainState) -> list[str]:
 
 
 def sharding_lines(state: TrainState) -> list[str]:
-    """Returns a table: how the arrays of each part of the state lie on the devices, and their bytes on each."""
+    """Returns a table: how the arrays of each part of the state are sharded, and their bytes per device."""
     lines = []
     for name, part in state._asdict().items():
         rows: dict[str, list[int]] = {}
         for leaf in jax.tree.leaves(part):
-            cut = [f"axis {axis}" for axis, along in enumerate(leaf.sharding.spec) if along is not None]
-            row = rows.setdefault(f"cut along {', '.join(cut)}" if cut else "whole", [0, 0])
+            split = [f"axis {axis}" for axis, along in enumerate(leaf.sharding.spec) if along is not None]
+            row = rows.setdefault(f"split along {', '.join(split)}" if split else "whole", [0, 0])
             row[0] += 1
             row[1] += int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
         for how, (count, size) in rows.items():
-            lines.append(f"  {name:<10} {count:>5} arrays {how:<18} {megabytes(size):>10} a device")
+            lines.append(f"  {name:<10} {count:>5} arrays {how:<18} {megabytes(size):>10} per device")
     return ["state", *lines]
 
 
 def same_noise(experiment: Experiment, state: TrainState, rows: dict[str, np.ndarray], mesh: Mesh) -> str | None:
-    """Returns a warning when equal examples on two devices have equal losses: then their noise is equal too."""
+    """Returns a warning where equal examples have equal losses on two devices: their noise is equal too."""
     rows = {name: np.broadcast_to(value[:1], value.shape).copy() for name, value in rows.items()}
     key = run_key(0, "check")
     losses = jax.jit(lambda params, batch: experiment.loss(params, batch, key)[0])(
@@ -106,18 +120,22 @@ def same_noise(experiment: Experiment, state: TrainState, rows: dict[str, np.nda
     first: dict[bytes, int] = {}
     for number, values in on_device.items():
         if first.setdefault(values, number) != number:
-            return f"devices {first[values]} and {number} draw the same noise: a key is not folded by its example"
+            return f"devices {first[values]} and {number} draw the same noise: give every example a key of its own"
     return None
 
 
 def memory_per_device(memory: Any) -> int:
-    """Returns a compiled step's bytes on each device: what it is given and makes, each donated buffer once."""
+    """Returns the bytes per device of a compiled step: arguments, outputs and temporaries, donated buffers once."""
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
 
 
 def round_trip(state: TrainState, abstract: TrainState, folder: Path) -> str:
-    """Saves and restores `state`; says how large it is and how long that took. RunError if it comes back changed."""
+    """Returns, after saving and restoring `state`, its size and how long that took.
+
+    Raises:
+      RunError: the restored bits differ.
+    """
     begun = time.perf_counter()
     try:
         with Checkpoints(folder) as checkpoints:
@@ -136,20 +154,20 @@ def round_trip(state: TrainState, abstract: TrainState, folder: Path) -> str:
         for a, b in zip(x.addressable_shards, y.addressable_shards, strict=True)
     )
     if not equal:
-        raise RunError("a checkpoint came back with other bits than were saved: do not train on this machine")
-    return f"{megabytes(size)}, saved in {saved - begun:.1f} s, the same bits read in {read - saved:.1f} s"
+        raise RunError("a checkpoint was restored with other bits than were saved: do not train on this machine")
+    return f"{megabytes(size)}, saved in {saved - begun:.1f} s, restored with the same bits in {read - saved:.1f} s"
 
 
 def worries(experiment: Experiment, settings: Settings, mesh: Mesh, num_examples: int, needed: int) -> Iterator[str]:
-    """Yields what goes wrong in practice and can be told beforehand."""
+    """Yields warnings of what goes wrong in practice and can be known before training."""
     device = mesh.devices.ravel()[0]
     if device.platform == "cpu":
         for driver, extra in DRIVERS.items():
             if Path(driver).exists():
-                yield f"{driver} is there, but JAX found no accelerator: install JAX with the extra {extra}"
+                yield f"{driver} exists, but JAX found no accelerator: install JAX with the extra {extra}"
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit and needed > limit:
-        yield f"a step needs {megabytes(needed)} a device, which has {megabytes(limit)}: raise training.accumulate"
+        yield f"a step needs {megabytes(needed)} per device, which has {megabytes(limit)}: raise training.accumulate"
     if num_examples < experiment.batch_size:
         yield f"the data has {num_examples} examples, fewer than a batch of {experiment.batch_size}"
     if settings.num_steps < 1 / (1 - settings.ema_decay):
@@ -158,5 +176,5 @@ def worries(experiment: Experiment, settings: Settings, mesh: Mesh, num_examples
 
 
 def megabytes(count: float) -> str:
-    """Returns bytes as people read them."""
+    """Returns a number of bytes in megabytes, for people."""
     return f"{count / 1e6:,.1f} MB"

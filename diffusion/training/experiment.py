@@ -9,12 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from diffusion.training.errors import RunError
+
 Params = Any  # a pytree of arrays
 Batch = dict[str, Any]  # named arrays, [B, ...]
 
 
 class Mean(NamedTuple):
-    """A weighted mean in the making: `total / count`. Per example inside a loss ([B] each), summed in the state."""
+    """A weighted mean as `total / count`, each summed apart.
+
+    A loss returns both per example, [B]; the state holds their sums over examples and steps.
+    """
 
     total: Any
     count: Any
@@ -24,13 +29,12 @@ Loss = Callable[[Params, Batch, jax.Array], tuple[jax.Array, dict[str, Mean]]]
 
 
 class Experiment(NamedTuple):
-    """Everything the trainer needs to know.
-
-    A new idea is a new function in one of these places; the trainer is not edited for it.
+    """All that the trainer is given. A new method is a new function here; the trainer is not edited for it.
 
     Attributes:
       init: key -> params.
-      loss: (params, batch, key) -> (float32[B], named `Mean`s with [B] entries). The trainer takes the only mean.
+      loss: (params, batch, key) -> (losses, metrics): float32[B], and named `Mean`s with [B] entries. The only mean
+        over the batch is the trainer's.
       optimizer: an optax transformation; `learning_rate` (step -> rate) is only logged.
       batches: first step -> generator of this process's rows of the batches from that step on, NumPy arrays; the
         trainer closes it.
@@ -48,30 +52,66 @@ class Experiment(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """The whole state of a run: with (config, state) the future is determined, bit for bit.
+    """The whole state of a run: config and state determine every later step, bit for bit.
 
-    The metrics since the last log line are part of it, so that a resumed run also logs the same numbers.
+    Attributes:
+      step: int32[], the number of updates made.
+      params: the parameters.
+      ema: their exponential moving average.
+      profiles: their power-function averages by sigma_rel, see `diffusion.averages`.
+      opt_state: of the optimizer.
+      metrics: sums since the last log line, so that a resumed run logs the same numbers.
     """
 
-    step: jax.Array  # int32[], the number of updates made
+    step: jax.Array
     params: Params
     ema: Params
-    profiles: dict[str, Params]  # power-function averages by their sigma_rel, see `diffusion.averages`
+    profiles: dict[str, Params]
     opt_state: optax.OptState
     metrics: dict[str, Mean]
 
 
-def run_key(seed: int | jax.Array, purpose: str, index: int | jax.Array = 0) -> jax.Array:
-    """Returns the key for `purpose` ("init", "train", "sample", ...) at `index` (a step, an image number).
+def check_seed(seed: int) -> int:
+    """Returns `seed` if it is one: an integer that `jax.random.key` takes as it is, 0 to 2**32 - 1.
 
-    Every random draw of a run starts here, so it is a pure function of (seed, purpose, index).
+    A greater one, or a negative one, would silently be another seed modulo 2**32.
+
+    Raises:
+      RunError: it is out of that range.
     """
+    if not 0 <= seed < 2**32:
+        raise RunError(f"seed is {seed}: it must be 0 to {2**32 - 1}")
+    return seed
+
+
+def run_key(seed: int | jax.Array, purpose: str, index: int | jax.Array = 0) -> jax.Array:
+    """Returns the key of one random draw; every draw of a run starts here.
+
+    So each is a pure function of (seed, purpose, index): independent of devices, and of whether a run was resumed.
+
+    Args:
+      seed: of the run.
+      purpose: "init", "train", "sample", ...
+      index: of the draw for that purpose: a step, the number of an image.
+
+    Raises:
+      RunError: a seed, given as an integer, that is out of range, see `check_seed`.
+    """
+    if isinstance(seed, int | np.integer):
+        check_seed(int(seed))
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
     return jax.random.fold_in(key, index)
 
 
 def init_state(experiment: Experiment, seed: int, batch: Batch, ema_profiles: Sequence[float] = ()) -> TrainState:
-    """Returns the state before the first step; `batch` only gives shapes (and may be abstract)."""
+    """Returns the state before the first step.
+
+    Args:
+      experiment: gives the parameters, the optimizer and the names of the loss's metrics.
+      seed: of the run.
+      batch: only its shapes are used; it may be abstract.
+      ema_profiles: relative lengths of the power-function averages to carry along.
+    """
     params = experiment.init(run_key(seed, "init"))
     names = jax.eval_shape(experiment.loss, params, batch, run_key(seed, "train"))[1]
     # One buffer cannot be donated under two names: the averages start as copies.

@@ -1,10 +1,12 @@
-"""Checksums of a folder of files: what was written is what is read, or it is not used.
+"""Checksums of a folder of files: it is read only if every byte is as it was written.
 
-Orbax tells a save that was cut short, but not a flipped bit, a truncated file or a shard that went missing later.
-A sealed folder holds `checksums.json`: the size and CRC-32 of every other file in it. CRC-32 misses one accident in
-2^32, none that touches 32 neighbouring bits or fewer, and reads faster than disks do; it is no proof against intent.
+Orbax recognizes an interrupted save, but not a flipped bit, a truncated file or a shard that is lost later. A sealed
+folder holds `checksums.json`: the size and CRC-32 of every other file in it.
 
-    python -m diffusion.training.integrity FOLDER ...    seals folders that were written before there were checksums
+- CRC-32 misses one accidental change in 2^32, and none within 32 neighbouring bits; it is faster than disks.
+- It does not protect against intent.
+
+    python -m diffusion.training.integrity FOLDER ...    seals folders that were written without checksums
 """
 
 import json
@@ -20,7 +22,7 @@ CHUNK = 2**22  # bytes
 
 
 def seal(folder: Path) -> None:
-    """Writes the checksums of every file under `folder`, once all of them are on the disk itself."""
+    """Writes the checksums of every file under `folder`, after each has been flushed to the disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     sums = {path.relative_to(folder).as_posix(): checksum(path, flush=True) for path in files}
     with replacing(folder / MANIFEST) as temporary:
@@ -29,7 +31,7 @@ def seal(folder: Path) -> None:
 
 
 def flaw(folder: Path) -> str | None:
-    """Returns in a few words what is wrong with a sealed folder, None where every byte is as it was sealed."""
+    """Returns what is wrong with a sealed folder, in a few words; None where every byte is as it was sealed."""
     try:
         sums = json.loads((folder / MANIFEST).read_text())
         if not isinstance(sums, dict) or not sums:
@@ -37,14 +39,14 @@ def flaw(folder: Path) -> str | None:
         for name, expected in sums.items():
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts:
-                return f"{MANIFEST} names {name!r}, which is outside"
+                return f"{MANIFEST} lists {name!r}, which is outside the folder"
             if not (folder / path).is_file():
                 return f"{name} is missing"
             size = (folder / path).stat().st_size
             if size != expected[0]:
                 return f"{name} has {size} bytes, not {expected[0]}"
             if checksum(folder / path) != expected:
-                return f"{name} has another checksum than when it was written"
+                return f"{name} does not have the checksum that it was written with"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except OSError as error:
@@ -55,7 +57,7 @@ def flaw(folder: Path) -> str | None:
 
 
 def checksum(path: Path, flush: bool = False) -> list[int]:
-    """Returns [bytes, CRC-32] of a file; with `flush` it is also made to survive a power cut."""
+    """Returns [size in bytes, CRC-32] of a file; `flush` also makes it survive a power failure."""
     size = crc = 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(CHUNK):

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run between two steps: the step in hand is finished and saved."""
+"""Ctrl-C and SIGTERM end a run between two steps: the current step is finished and saved."""
 
 import os
 import signal
@@ -6,9 +6,9 @@ from types import FrameType
 
 
 class StopSignal:
-    """A context in which the first SIGINT or SIGTERM is only noted, in `received`; the second one ends the process.
+    """A context in which the first SIGINT or SIGTERM is only noted, in `received`; the second ends the process.
 
-    It ends it as SIGKILL would, waiting for nothing: a save under way then leaves no checkpoint.
+    It ends as with SIGKILL, at once: a save in progress then leaves no checkpoint.
     """
 
     def __init__(self) -> None:
@@ -26,10 +26,10 @@ class StopSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        # Not print: a signal may come in the middle of another print, which cannot be entered twice.
+        # Not print: a signal may arrive in the middle of another print, which is not reentrant.
         if self.received is not None:
-            os.write(2, b"\nleaving at once\n")
+            os.write(2, b"\nexiting at once\n")
             os._exit(128 + number)
         self.received = signal.Signals(number)
-        line = f"\n{self.received.name}: finishing this step and saving; once more to leave at once\n"
+        line = f"\n{self.received.name}: finishing this step and saving; repeat to exit at once\n"
         os.write(2, line.encode())

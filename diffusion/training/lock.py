@@ -1,7 +1,7 @@
-"""One run a folder: an advisory lock of the operating system, which a dead run cannot hold.
+"""One run per folder: an advisory lock of the operating system, which a dead run cannot hold.
 
-The kernel (on network file systems, the server) lets go of the lock when its process ends, however it ends; no clock
-and no age is looked at. What stands in the file only says who to look for.
+The kernel (on network file systems, the server) releases the lock when its process ends, however it ends; clocks and
+file ages play no part. The file's content only names the holder, for messages.
 """
 
 import contextlib
@@ -22,17 +22,18 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextlib.contextmanager
 def sole_run(workdir: Path) -> Iterator[None]:
-    """Makes this process the only run in `workdir` (which is made) until the block ends or the process does.
+    """Makes this process the only run in `workdir` until the block or the process ends.
 
-    Of several processes of one run only the first may take it.
+    Args:
+      workdir: made where it is missing. Of the processes of one run only the first may call this.
 
     Raises:
-      RunError: another run is in it (with its host and pid), or the folder cannot be written to.
+      RunError: another run is active in it (the line has host and pid), or the folder is not writable.
     """
     path = workdir / NAME
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        # Not inherited by programs that are started meanwhile: the lock ends with this process.
+        # Not inherited by child processes: the lock ends with this one.
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise RunError(f"cannot write to --workdir={workdir}: {error}") from error
@@ -41,24 +42,24 @@ def sole_run(workdir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
-                f"another run is in {workdir}: {holder(file)}. End it first, or name another --workdir"
+                f"another run is active in {workdir}: {holder(file)}. End it first, or name another --workdir"
             ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            print(f"{workdir} is on a file system without locks: see that no second run writes to it", file=sys.stderr)
+            print(f"{workdir} is on a file system without locks: start no second run in it", file=sys.stderr)
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
         yield
     finally:
-        # The file stays: to remove it would let two runs hold the lock of two files of one name.
+        # The file stays: if it were removed, two runs could lock two files of the same name.
         os.close(file)
 
 
 def holder(file: int) -> str:
     """Returns who wrote to the lock file, as "pid 12 on HOST"."""
     try:
-        said = json.loads(os.pread(file, 1000, 0))
-        return f"pid {said['pid']} on {said['host']}"
+        written = json.loads(os.pread(file, 1000, 0))
+        return f"pid {written['pid']} on {written['host']}"
     except (ValueError, LookupError, TypeError):
-        return "a process that has not said yet who it is"
+        return "a process that has not written its pid yet"

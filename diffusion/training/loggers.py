@@ -1,4 +1,4 @@
-"""What a run says while it goes: a progress bar, metrics.jsonl and TensorBoard scalars."""
+"""What a run reports while it trains: a progress bar, metrics.jsonl and TensorBoard scalars."""
 
 import json
 import os
@@ -16,14 +16,20 @@ from diffusion.training.errors import RunError
 
 
 class Loggers:
-    """Writes from process 0 alone. A context manager.
+    """The progress bar and the files of a run. A context manager.
 
-    A run that goes on from step s drops what it had logged after s: that will be logged again, with the same numbers.
+    A run that resumes from step s drops what it had logged after s: it will log that again, with the same numbers.
+
+    Args:
+      workdir: of the run.
+      start_step: the step that it begins or resumes from.
+      num_steps: the last step.
+      active: whether anything is written; only in process 0.
     """
 
     def __init__(self, workdir: Path, *, start_step: int, num_steps: int, active: bool = True):
         self._active = active
-        # One line a refresh is too much for a log file.
+        # In a log file each refresh is a line.
         interval = 0.2 if sys.stderr.isatty() else 15.0
         self._bar = tqdm(
             total=num_steps,
@@ -73,16 +79,16 @@ class Loggers:
             raise RunError(f"step {step}: its metrics cannot be written to {self._path.parent}: {error}") from error
         self._bar.set_postfix({"loss": f"{values['loss']:.4f}"} if "loss" in values else {}, refresh=False)
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Prints a line above the progress bar."""
         if self._active:
             tqdm.write(line, file=sys.stderr)
 
 
 def _open_board(folder: Path, start_step: int) -> EventsWriter:
-    """Opens a TensorBoard file that hides what earlier ones say of the steps after `start_step`.
+    """Opens a TensorBoard file that supersedes what earlier ones hold of the steps after `start_step`.
 
-    Not `SummaryWriter`: it writes in a thread, and where that cannot, the run would wait for it forever.
+    Not `SummaryWriter`: it writes in a thread, and if that fails the run would wait for it forever.
     """
     folder.mkdir(parents=True, exist_ok=True)
     board = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
@@ -97,7 +103,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_text().splitlines(keepends=True):
-        # A line cut short by a kill is not JSON: it and what follows was logged after the last checkpoint.
+        # A line truncated by a kill is not JSON: it was logged after the last checkpoint.
         try:
             if json.loads(line)["step"] > step:
                 break

@@ -1,11 +1,12 @@
-"""The training loop: batches in, checkpoints, metrics and pictures out."""
+"""The training loop: batches in; checkpoints, metrics and pictures out."""
 
 import contextlib
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from diffusion.averages import power_exponent
 from diffusion.data.images import image_grid, save_png
 from diffusion.training import snapshots
 from diffusion.training.checkpoints import Checkpoints, provenance
+from diffusion.training.description import Description, Migrate, unchanged
 from diffusion.training.errors import RunError
 from diffusion.training.experiment import Batch, Experiment, TrainState, init_state
 from diffusion.training.health import Watch
@@ -24,86 +25,79 @@ from diffusion.training.interrupt import StopSignal
 from diffusion.training.lock import sole_run
 from diffusion.training.loggers import Loggers
 from diffusion.training.processes import meet
-from diffusion.training.sharding import Rule, place_batch, replicated, state_shardings
-from diffusion.training.step import Report, make_train_step
-from diffusion.training.workdir import check, claim
-
-
-class Settings(NamedTuple):
-    """How a run is done; what is learned stands in `Experiment`."""
-
-    seed: int
-    num_steps: int
-    ema_decay: float
-    ema_profiles: tuple[float, ...] = ()
-    accumulate: int = 1
-    log_every: int = 100
-    checkpoint_every: int = 1000
-    preview_every: int = 1000
-    snapshot_every: int = 0
-    keep_newest: int = 3
-    keep_every: int = 0
-    skip_bad_steps: bool = False
-    spike_factor: float = 0.0
-    rule: Rule = replicated
-
-
-def check_settings(settings: Settings, experiment: Experiment, mesh: Mesh) -> None:
-    """Refuses what cannot run.
-
-    Raises:
-      RunError: num_steps < 1, an average's length that cannot be, or a batch that the devices, times the micro-batches,
-        do not divide.
-    """
-    if settings.num_steps < 1:
-        raise RunError(f"training.num_steps is {settings.num_steps}: it must be at least 1")
-    for sigma_rel in settings.ema_profiles:
-        try:
-            power_exponent(sigma_rel)
-        except ValueError as error:
-            raise RunError(f"training.ema_profiles: {error}") from error
-    parts = mesh.size * settings.accumulate
-    if settings.accumulate < 1 or experiment.batch_size % parts:
-        raise RunError(
-            f"a batch of {experiment.batch_size} cannot be split into {mesh.size} devices x {settings.accumulate} "
-            f"micro-batches: make data.batch_size a multiple of {parts}"
-        )
+from diffusion.training.settings import Settings, check_settings, is_due
+from diffusion.training.sharding import place_batch, state_shardings
+from diffusion.training.step import Report, make_train_step, starts_interval
+from diffusion.training.weights import check_finite
+from diffusion.training.workdir import check, check_same_run, claim, recorded_config
 
 
 def abstract_train_state(experiment: Experiment, settings: Settings, mesh: Mesh, batch: dict[str, Any]) -> TrainState:
-    """Returns the state's shapes, dtypes and shardings, nothing allocated."""
+    """Returns the state's shapes, dtypes and shardings; nothing is allocated."""
     shapes = jax.eval_shape(lambda: init_state(experiment, settings.seed, batch, settings.ema_profiles))
     shardings = state_shardings(mesh, shapes, settings.rule)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def train(
-    experiment: Experiment, settings: Settings, *, workdir: Path, mesh: Mesh, description: dict[str, Any]
+    experiment: Experiment,
+    settings: Settings,
+    *,
+    workdir: Path,
+    mesh: Mesh,
+    description: Description,
+    migrate: Migrate = unchanged,
 ) -> TrainState:
-    """Trains until `settings.num_steps`, from the newest sound checkpoint in `workdir` on; returns the last state.
+    """Trains until `settings.num_steps`, resuming from the newest intact checkpoint in `workdir`.
 
-    `description` ({"experiment": name, "config": plain JSON}) goes into every checkpoint.
+    Ctrl-C or SIGTERM, to any process: the current step is finished and saved, then the interpreter exits (130 after
+    Ctrl-C, 0 after SIGTERM). A run that is finished already is reported and returned.
 
-    Ctrl-C or SIGTERM, to any process: the step in hand is finished and saved, then the interpreter exits (130 after
-    Ctrl-C, 0 after SIGTERM).
+    Args:
+      experiment: what is learned.
+      settings: how.
+      workdir: the folder of the run; made where it is missing.
+      mesh: the devices.
+      description: {"experiment": name, "config": plain JSON}, and what else every checkpoint is to hold. What a resumed
+        run records of its config is in `workdir`'s first lines.
+      migrate: brings an older stored description to the present format, for comparison.
+
+    Returns:
+      The state after the last step.
 
     Raises:
-      RunError: settings that cannot run, a folder that is another run's or in which another run is, no sound
-        checkpoint among those there, a save that failed, or a bad step (named; nothing of it is saved).
+      RunError:
+        - settings that cannot run, or `num_steps` before the newest checkpoint
+        - a folder that belongs to another run, or in which another run is active
+        - no intact checkpoint among those in the folder, or one with weights that are not finite
+        - a save that failed, or a bad step (reported; nothing of it is saved)
     """
     begun = time.perf_counter()
     check_settings(settings, experiment, mesh)
-    check(workdir, description["experiment"], description["config"])
+    name, config = description["experiment"], description["config"]
+    check(workdir, name, config, migrate)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as cleanup:
         stop = cleanup.enter_context(StopSignal())
         if first:
             cleanup.enter_context(sole_run(workdir))
-            claim(workdir, description["experiment"], description["config"])
         checkpoints = cleanup.enter_context(
             Checkpoints(workdir / "checkpoints", keep_newest=settings.keep_newest, keep_every=settings.keep_every)
         )
         step = checkpoints.newest or 0
+        stored: Description = {}
+        if checkpoints.newest is None:
+            if first:
+                claim(workdir, name, config, migrate)
+        else:
+            stored = migrate(checkpoints.description())
+            check_same_run(stored, workdir, name, config)
+            config = recorded_config(stored["config"], config)
+        if settings.num_steps < step:
+            raise RunError(
+                f"training.num_steps is {settings.num_steps}, but the run in {workdir} has made {step} steps: "
+                "raise it, or name another --workdir"
+            )
         batches = cleanup.enter_context(contextlib.closing(experiment.batches(step)))
         batch = place_batch(mesh, next(batches))
         abstract = abstract_train_state(experiment, settings, mesh, batch)
@@ -114,7 +108,11 @@ def train(
             state = jax.jit(init, out_shardings=shardings)()
         else:
             state = checkpoints.restore(abstract)
-        if step >= settings.num_steps:
+            weights = {"params": state.params, "ema": state.ema, "profiles": state.profiles}
+            check_finite(weights, f"checkpoint {workdir / 'checkpoints' / str(step)}")
+        if step == settings.num_steps:
+            if first:
+                print(f"the run in {workdir} is finished: {step} of {settings.num_steps} steps", file=sys.stderr)
             return state
 
         # Compiled before the first step: its cost is known apart, and another shape later is an error, not a recompile.
@@ -124,54 +122,60 @@ def train(
         train_step = train_step.lower(state, batch, ballot.vote(False)).compile()
         compile_seconds = time.perf_counter() - compiling
         meet("to train")
-        description = {**description, "provenance": provenance()}
+        if first and stored:
+            claim(workdir, name, config, migrate)
+        description = {**stored, **description, "config": config, "provenance": provenance()}
 
         logs = cleanup.enter_context(Loggers(workdir, start_step=step, num_steps=settings.num_steps, active=first))
-        watch = Watch(workdir, skip_bad_steps=settings.skip_bad_steps, say=logs.say)
+        watch = Watch(workdir, skip_bad_steps=settings.skip_bad_steps, report_line=logs.print_line)
         if step:
-            logs.say(f"going on from step {step} in {workdir}")
+            logs.print_line(f"resuming from step {step} in {workdir}")
         clock = Stopwatch()
         previous: tuple[Report, jax.Array] | None = None
+        # The step after which the metrics in the state were last summed anew. It is stored: with another log_every it
+        # cannot be told from `step`. None: not known, as in checkpoints of format 1.
+        summed_since: int | None = stored.get("metrics_since")
         # A single process that was stopped while it compiled has nothing new to save.
         stopped = ending = ballot.alone and stop.received is not None
         while not ending:
+            if starts_interval(step, settings.log_every):
+                summed_since = step
             clock.resume()
             state, report, stops = train_step(state, batch, ballot.vote(stop.received is not None))
             step += 1
             logs.advance()
-            # The device works on this step while the host looks at the one before.
+            # The device computes this step while the host checks the one before.
             if previous is not None:
-                watch.look(previous[0], step - 1)
+                watch.check(previous[0], step - 1)
             if clock.steps == 0:
                 jax.block_until_ready(report)
-                logs.say(
+                logs.print_line(
                     f"first step {time.perf_counter() - begun:.1f} s after the start, "
                     f"of which {compile_seconds:.1f} s compiling"
                 )
             clock.steps += 1
 
             last = step == settings.num_steps
-            # Several processes go by the votes cast with the step before, which all of them see alike.
+            # Several processes stop by the votes cast with the step before, which all of them receive alike.
             stopped = stop.received is not None if ballot.alone else previous is not None and bool(previous[1])
             previous = report, stops
             ending = last or stopped
-            log_now = step % settings.log_every == 0 or last
-            save_now = step % settings.checkpoint_every == 0 or ending
-            preview_now = experiment.preview is not None and (step % settings.preview_every == 0 or last)
-            snapshot_now = state.profiles and settings.snapshot_every and (step % settings.snapshot_every == 0 or last)
+            log_now = last or is_due(step, settings.log_every)
+            save_now = ending or is_due(step, settings.checkpoint_every)
+            preview_now = experiment.preview and is_due(step, settings.preview_every, last)
+            snapshot_now = state.profiles and is_due(step, settings.snapshot_every, last)
             if log_now or save_now or preview_now or snapshot_now:
-                watch.look(report, step)
+                watch.check(report, step)
                 clock.pause()
             if log_now:
                 values = metric_values(state)
                 values["learning_rate"] = float(experiment.learning_rate(step - 1))
                 values["images_per_second"] = clock.lap() * experiment.batch_size
-                if settings.skip_bad_steps:
-                    counted = float(state.metrics["grad_norm"].count)
-                    values["skipped_steps"] = (step - 1) % settings.log_every + 1 - counted
+                if settings.skip_bad_steps and summed_since is not None:
+                    values["skipped_steps"] = step - summed_since - float(state.metrics["grad_norm"].count)
                 logs.log(step, values)
             if save_now:
-                checkpoints.save(step, state, description)
+                checkpoints.save(step, state, {**description, "metrics_since": summed_since})
             if snapshot_now:
                 snapshots.save(workdir, step, state.profiles)
             if preview_now:
@@ -181,18 +185,18 @@ def train(
         checkpoints.wait()
         stopped |= ballot.alone and stop.received is not None  # while the last checkpoint was saved
         total = time.perf_counter() - begun
-        logs.say(
+        logs.print_line(
             f"{clock.steps} steps in {total:.1f} s, {clock.seconds:.1f} s of it in steps "
             f"(goodput {clock.seconds / total:.0%})"
         )
     if stopped:
-        logs.say(f"stopped and saved at step {step}; the same command goes on from there")
+        logs.print_line(f"stopped and saved at step {step}; the same command resumes from there")
         raise SystemExit(130 if stop.received is signal.SIGINT else 0)
     return state
 
 
 def make_step(experiment: Experiment, settings: Settings) -> Callable[[TrainState, Batch], tuple[TrainState, Report]]:
-    """Returns the train step that `settings` asks for."""
+    """Returns the train step of `settings`."""
     return make_train_step(
         experiment,
         seed=settings.seed,
@@ -205,7 +209,7 @@ def make_step(experiment: Experiment, settings: Settings) -> Callable[[TrainStat
 
 
 class Ballot:
-    """Whether to stop, decided by all processes in one step: a signal reaches each at another time, or only one."""
+    """Decides in all processes at the same step whether to stop: a signal may reach only one, or each at its time."""
 
     def __init__(self, mesh: Mesh):
         self._mesh = mesh
@@ -213,12 +217,12 @@ class Ballot:
         self._none = jnp.zeros(0, bool)
 
     def vote(self, stop: bool) -> jax.Array:
-        """Returns this process's vote beside those of the others, bool[devices]; where it is alone it needs none."""
+        """Returns this process's vote beside those of the others, bool[devices]; bool[0] where it is alone."""
         count = len(self._mesh.local_devices)
         return self._none if self.alone else place_batch(self._mesh, {"stop": np.full(count, stop)})["stop"]
 
     def with_votes(self, train_step: Callable[..., Any], shardings: tuple[Any, Any]) -> Any:
-        """Returns jitted (state, batch, votes) -> (state, report, whether any process voted to stop)."""
+        """Returns jitted (state, batch, votes) -> (state, report, bool[]: any process voted to stop)."""
 
         def step(state: TrainState, batch: Batch, votes: jax.Array) -> tuple[TrainState, Report, jax.Array]:
             return (*train_step(state, batch), jnp.any(votes))
@@ -227,13 +231,13 @@ class Ballot:
 
 
 def metric_values(state: TrainState) -> dict[str, float]:
-    """Returns the means since the last log line; a mean over nothing (no example in that time range) is left out."""
+    """Returns the means since the last log line; one over no examples is left out."""
     means = jax.device_get(state.metrics)
     return {name: float(mean.total / mean.count) for name, mean in means.items() if mean.count > 0}
 
 
 def draw_previews(experiment: Experiment, state: TrainState, path: Path) -> None:
-    """Draws what the raw and the averaged weights make of the same fixed noise."""
+    """Draws the previews of the raw and of the averaged weights, `path`_raw.png and `path`_ema.png."""
     assert experiment.preview is not None
     for name, params in (("raw", state.params), ("ema", state.ema)):
         images = multihost_utils.process_allgather(experiment.preview(params), tiled=True)
@@ -242,7 +246,7 @@ def draw_previews(experiment: Experiment, state: TrainState, path: Path) -> None
 
 
 class Stopwatch:
-    """Seconds spent in steps, saving and drawing not counted."""
+    """Counts seconds spent in steps, without saving and drawing."""
 
     def __init__(self) -> None:
         self.steps = 0

@@ -1,7 +1,9 @@
-"""Power-function averages stored along a run, and an average of any length made of them afterwards.
+"""Power-function averages stored during a run, and an average of any length reconstructed from them afterwards.
 
-One .safetensors file for each stored step, in the run's folder `averages/`: float32, every tensor named
-SIGMA_REL/PATH/OF/PARAMETER. They are written by the run itself and are plain arrays for every other program.
+One .safetensors file per stored step in the run's folder `averages/`: float32 tensors, each named
+SIGMA_REL/PATH/OF/PARAMETER.
+
+Source: Karras et al. (2024), "Analyzing and Improving the Training Dynamics of Diffusion Models", section 3.
 """
 
 from pathlib import Path
@@ -20,19 +22,25 @@ from diffusion.training.experiment import Params
 
 
 class Average(NamedTuple):
-    """Averaged weights, and how far their profile is from the one asked for (relative)."""
+    """Averaged weights, and the relative error of their profile against the requested one."""
 
     params: Params
     error: float
 
 
 def folder_of(workdir: Path) -> Path:
-    """Returns where a run stores its averages."""
+    """Returns the folder in which a run stores its averages."""
     return workdir / "averages"
 
 
 def save(workdir: Path, step: int, profiles: dict[str, Params]) -> None:
-    """Writes the averages after `step` updates, {sigma_rel: params}; every process calls this, the first one writes."""
+    """Writes the averages after `step` updates. Every process must call this; the first one writes.
+
+    Args:
+      workdir: of the run.
+      step: the number of updates.
+      profiles: {sigma_rel: params}.
+    """
     path = folder_of(workdir) / f"step_{step:09d}.safetensors"
     arrays: dict[str, np.ndarray] = {}
     for name, params in profiles.items():
@@ -50,18 +58,22 @@ def path_name(keys: Any) -> str:
 
 
 def stored_steps(workdir: Path) -> dict[int, Path]:
-    """Returns the stored steps, in order, with their files."""
+    """Returns {step: file} of the stored averages, in the order of steps."""
     files = sorted(folder_of(workdir).glob("step_*.safetensors"))
     return {int(path.stem.removeprefix("step_")): path for path in files}
 
 
 def reconstruct(workdir: Path, sigma_rel: float, like: Params, step: int | None = None) -> Average:
-    """Returns the average of relative length `sigma_rel` after `step` updates (default: the last ones stored).
+    """Returns the average of relative length `sigma_rel` after `step` updates. Files are read one at a time.
 
-    `like` gives the parameters' tree, shapes and dtypes (it may be abstract). Files are read one at a time.
+    Args:
+      workdir: of the run.
+      sigma_rel: the relative length: the width of the profile over the number of steps.
+      like: the tree, shapes and dtypes of the parameters; may be abstract.
+      step: one of those stored; None: the last.
 
     Raises:
-      RunError: nothing stored up to there, or a file that is damaged or of another network.
+      RunError: nothing is stored of that step, or a file is damaged or of another network.
       ValueError: a length that no average has.
     """
     gamma = power_exponent(sigma_rel)
@@ -70,7 +82,7 @@ def reconstruct(workdir: Path, sigma_rel: float, like: Params, step: int | None 
         raise RunError(f"{workdir} holds no averages: train with training.ema_profiles=(0.05, 0.1) first")
     step = max(files) if step is None else step
     if step not in files:
-        raise RunError(f"{workdir} holds no averages of step {step}, but of {', '.join(map(str, files))}")
+        raise RunError(f"{workdir} holds no averages of step {step}: choose from {', '.join(map(str, files))}")
     files = {at: path for at, path in files.items() if at <= step}
     names = {at: profile_names(path) for at, path in files.items()}
     pairs = [(at, name) for at in files for name in names[at]]
@@ -94,15 +106,15 @@ def reconstruct(workdir: Path, sigma_rel: float, like: Params, step: int | None 
 
 
 def profile_names(path: Path) -> list[str]:
-    """Returns the lengths stored in a file, as they are named there.
+    """Returns the lengths stored in a file, by their names there.
 
     Raises:
-      RunError: the file is damaged, or holds something else.
+      RunError: the file is damaged or of another kind.
     """
     try:
         with safe_open(path, framework="numpy") as stored:
             names = sorted({key.split("/")[0] for key in stored.keys()})  # noqa: SIM118 (it is no dictionary)
         [float(name) for name in names]
     except (SafetensorError, ValueError, OSError) as error:
-        raise RunError(f"{path} is not a whole file of averages ({' '.join(str(error).split())})") from error
+        raise RunError(f"{path} is not an intact file of averages ({' '.join(str(error).split())})") from error
     return names

@@ -1,4 +1,4 @@
-"""One step of training: gradient, update, moving average; a pure function of (state, batch)."""
+"""One step of training: gradient, update, moving averages; a pure function of (state, batch)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,14 +12,15 @@ from diffusion.training.experiment import Batch, Experiment, Mean, Params, Train
 
 
 class Report(NamedTuple):
-    """What one step says of itself; the host looks at the rest only when it is `bad`.
+    """What one step reports; the host reads the rest only if it is `bad`.
 
     Attributes:
       bad: bool[], the loss or the gradient is not finite, or the loss is a spike.
-      loss, grad_norm: float32[].
-      usual_loss: float32[], the mean of the steps before (since the last log line), nan where there are none.
-      group_norms: the gradient's norm in every group of parameters, see `parameter_groups`.
-      metrics: this step's, as sums over its examples.
+      loss: float32[], the mean over the batch.
+      grad_norm: float32[], the norm of the whole gradient.
+      usual_loss: float32[], the mean loss of the steps before, since the last log line; nan where there are none.
+      group_norms: the norm of the gradient of each group of parameters, see `parameter_groups`.
+      metrics: of this step, as sums over its examples.
     """
 
     bad: jax.Array
@@ -31,7 +32,7 @@ class Report(NamedTuple):
 
 
 def parameter_groups(params: Params) -> dict[str, list[Any]]:
-    """Returns the leaves of each top-level module, by its name ("params" of Flax's {"params": ...} is no level)."""
+    """Returns the leaves of each top-level module by its name; Flax's outer "params" does not count as a level."""
     groups: dict[str, list[Any]] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = [name for name in jax.tree_util.keystr(keys, simple=True, separator="/").split("/") if name != "params"]
@@ -40,12 +41,24 @@ def parameter_groups(params: Params) -> dict[str, list[Any]]:
 
 
 def ema_decay_at(step: int | jax.Array, decay: float) -> jax.Array:
-    """Returns min(decay, (1 + step) / (10 + step)): an average warmed up so that it forgets the initial weights.
+    """Returns min(decay, (1 + step) / (10 + step)): a warm-up, so that the average forgets the initial weights.
 
-    The rule of TensorFlow's `ExponentialMovingAverage(num_updates=step)`. `step` counts the updates before this one.
+    Args:
+      step: the number of updates before this one.
+      decay: its limit.
+
+    Source: the rule of TensorFlow's `ExponentialMovingAverage(num_updates=step)`.
     """
     step = jnp.asarray(step, jnp.float32)
     return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+
+
+def starts_interval(step: Any, log_every: int) -> Any:
+    """Returns whether metrics are summed anew after `step` updates (int or int32[]): at multiples of `log_every`.
+
+    With `log_every` 0 the whole run is one interval.
+    """
+    return step % log_every == 0 if log_every else step == 0
 
 
 def average(old: Params, new: Params, rate: jax.Array) -> Params:
@@ -69,12 +82,11 @@ def make_train_step(
       experiment: its loss is called with the key of (seed, "train", step).
       seed: of the run.
       ema_decay: of the moving average of the parameters, see `ema_decay_at`.
-      accumulate: the gradient is the mean over so many micro-batches, one after the other: the memory of
-        B / accumulate examples. Micro-batch number i holds the rows i, i + accumulate, ..., which leaves every row on
-        the device it is on.
-      log_every: `state.metrics` hold the means since the last multiple of it.
+      accumulate: number of micro-batches, computed one after the other in the memory of B / accumulate examples; the
+        gradient is their mean. Micro-batch i holds the rows i, i + accumulate, ...: every row stays on its device.
+      log_every: `state.metrics` are sums since the last multiple of it, see `starts_interval`.
       skip_bad_steps: a step whose report is `bad` changes nothing but `step`; its metrics do not count.
-      spike_factor: a loss over so many times `usual_loss` is bad too; 0 for no bound.
+      spike_factor: a loss over so many times `usual_loss` is bad too; 0: no bound.
     """
 
     def mean_loss(params, batch, key):
@@ -110,7 +122,7 @@ def make_train_step(
         usual_loss = before.total / before.count
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
         if spike_factor:
-            bad |= loss > spike_factor * usual_loss  # never of nan, the mean of nothing
+            bad |= loss > spike_factor * usual_loss  # false where usual_loss is nan, the mean of nothing
         group_norms = {name: optax.global_norm(leaves) for name, leaves in parameter_groups(grads).items()}
         report = Report(bad, loss, grad_norm, usual_loss, group_norms, metrics)
         updates, opt_state = experiment.optimizer.update(grads, state.opt_state, state.params)
@@ -120,7 +132,7 @@ def make_train_step(
             sigma_rel: average(profile, params, power_rate(state.step + 1, power_exponent(float(sigma_rel))))
             for sigma_rel, profile in state.profiles.items()
         }
-        fresh = state.step % log_every == 0
+        fresh = starts_interval(state.step, log_every)
         old_metrics = jax.tree.map(lambda old: jnp.where(fresh, 0.0, old), state.metrics)
         metrics = {**metrics, "grad_norm": Mean(grad_norm, jnp.ones_like(grad_norm))}
         metrics = jax.tree.map(jnp.add, old_metrics, metrics)

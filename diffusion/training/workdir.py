@@ -1,17 +1,26 @@
-"""The folder of a run: which experiment and config it belongs to is written down before anything else."""
+"""The folder of a run: to which experiment and config it belongs, and which fields of it may change.
+
+`config.json` and the checkpoints hold the config that the run was trained with. A resumed run records
+
+- new values of the free `training.*` fields and of `data.dir`, once it trains with them;
+- never new values of `sampling.*` and `evaluation.*`: given on a resume they hold for that call alone.
+"""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from diffusion.files import replacing
+from diffusion.training.description import FORMAT, Description, Migrate, check_description, unchanged
 from diffusion.training.errors import RunError
 
-# A run may go on with other values of these: they do not change what a step learns.
-FREE_FIELDS = (
-    "sampling.",
-    "evaluation.",
-    "data.dir",
+Config = dict[str, Any]  # plain JSON
+
+# Fields (or blocks, with a dot at their end) that do not change what was learned: free when a trained run is used.
+FREE_AFTERWARDS = ("sampling.", "evaluation.", "data.dir")
+# Those that also do not change what further steps learn: free when a run is resumed.
+FREE_IN_TRAINING = (
+    *FREE_AFTERWARDS,
     "training.num_steps",
     "training.log_every",
     "training.checkpoint_every",
@@ -23,9 +32,13 @@ FREE_FIELDS = (
     "training.skip_bad_steps",
     "training.spike_factor",
 )
+# A field is free only where this other one is 0 in both configs: the cooldown of the learning rate ends at num_steps.
+FREE_WITHOUT = {"training.num_steps": "optimizer.cooldown_steps"}
+# Blocks of which a resumed run keeps the recorded values.
+KEPT = ("sampling", "evaluation")
 
 
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Config, prefix: str = "") -> Config:
     """Returns {"a.b": value} of a nested config."""
     flat = {}
     for name, value in config.items():
@@ -33,50 +46,92 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Returns a line "field: old -> new" for every field that differs and is not free to."""
-    old, new = flatten(old), flatten(new)
-    fields = [field for field in sorted(old | new) if not field.startswith(FREE_FIELDS)]
+def differences(old: Config, new: Config, free: tuple[str, ...] = FREE_IN_TRAINING) -> list[str]:
+    """Returns the fields in which two configs differ although they may not.
+
+    Args:
+      old: as stored, plain JSON.
+      new: as asked for, plain JSON.
+      free: what may differ, FREE_IN_TRAINING or FREE_AFTERWARDS.
+
+    Returns:
+      A line "field: old -> new" for each, in alphabetical order.
+    """
+    flat_old, flat_new = flatten(old), flatten(new)
+
     missing = "(none)"
-    return [
-        f"{field}: {old.get(field, missing)} -> {new.get(field, missing)}"
-        for field in fields
-        if old.get(field, missing) != new.get(field, missing)
-    ]
+    lines = []
+    for field in sorted(flat_old | flat_new):
+        before, after = flat_old.get(field, missing), flat_new.get(field, missing)
+        is_free = any(field.startswith(name) if name.endswith(".") else field == name for name in free)
+        fixing = FREE_WITHOUT.get(field) if is_free else None
+        fixed = fixing and (flat_old.get(fixing) or flat_new.get(fixing))
+        if before != after and (fixed or not is_free):
+            lines.append(f"{field}: {before} -> {after}" + (f" (fixed by {fixing})" if fixed else ""))
+    return lines
 
 
-def check(workdir: Path, experiment: str, config: dict[str, Any]) -> None:
-    """Checks that `workdir` is new, or the folder of this experiment and config (plain JSON). Writes nothing.
+def check(workdir: Path, experiment: str, config: Config, migrate: Migrate = unchanged) -> None:
+    """Checks that `workdir` is new, or the folder of this experiment and config. Writes nothing.
+
+    Args:
+      workdir: the folder of the run.
+      experiment: its name.
+      config: of the run, plain JSON.
+      migrate: brings the stored description to the present format.
 
     Raises:
-      RunError: it cannot be read, or belongs to another experiment or config (the difference is shown).
+      RunError: its config.json cannot be read, is of another experiment or config (the line has the differences), or
+        was written by a newer version.
     """
     path = workdir / "config.json"
     try:
         if not path.exists():
             return
-        found = json.loads(path.read_text())
-        there, old = str(found["experiment"]), dict(found["config"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
         raise RunError(f"cannot use --workdir={workdir}: config.json: {error}") from error
-    if there != experiment:
-        raise RunError(f"{workdir} holds a run of experiment {there}, not {experiment}: name another --workdir")
-    if changed := differences(old, config):
+    check_same_run(migrate(check_description(stored, path)), workdir, experiment, config)
+
+
+def check_same_run(stored: Description, workdir: Path, experiment: str, config: Config) -> None:
+    """Checks that a run in `workdir` may be resumed with this experiment and config.
+
+    Args:
+      stored: its description, of the present format.
+      workdir: its folder.
+      experiment: the name asked for.
+      config: the config asked for, plain JSON.
+
+    Raises:
+      RunError: it is of another experiment, or of a config that differs where it may not.
+    """
+    if stored["experiment"] != experiment:
+        raise RunError(
+            f"{workdir} holds a run of experiment {stored['experiment']}, not {experiment}: name another --workdir"
+        )
+    if changed := differences(stored["config"], config, FREE_IN_TRAINING):
         raise RunError(
             f"{workdir} holds a run with another config (there -> asked): {'; '.join(changed)}. "
-            "Go on with the old values, or name another --workdir"
+            "Resume with the old values, or name another --workdir"
         )
 
 
-def claim(workdir: Path, experiment: str, config: dict[str, Any]) -> None:
-    """Makes `workdir` the folder of this experiment and config, after `check`.
+def recorded_config(stored: Config, asked: Config) -> Config:
+    """Returns what a run with the config `stored` records when it is resumed with `asked`: see the module's lines."""
+    return {**asked, **{block: stored[block] for block in KEPT if block in stored}}
+
+
+def claim(workdir: Path, experiment: str, config: Config, migrate: Migrate = unchanged) -> None:
+    """Makes `workdir` the folder of this experiment and config, after `check`: writes its config.json.
 
     Raises:
       RunError: as `check`, or the folder is not writable.
     """
-    check(workdir, experiment, config)
+    check(workdir, experiment, config, migrate)
+    description = {"experiment": experiment, "config": config, "format": FORMAT}
     try:
         with replacing(workdir / "config.json") as temporary:
-            temporary.write_text(json.dumps({"experiment": experiment, "config": config}, indent=2) + "\n")
+            temporary.write_text(json.dumps(description, indent=2) + "\n")
     except OSError as error:
         raise RunError(f"cannot write to --workdir={workdir}: {error}") from error
