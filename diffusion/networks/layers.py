@@ -21,10 +21,10 @@ zeros_init = nn.initializers.zeros_init()
 def merged_dot_general(
     x: Float[Array, "..."], kernel: Any, dimension_numbers: Any, **options: Any
 ) -> Float[Array, "..."]:
-    """`jax.lax.dot_general` of x's last axes with the kernel's first, as one product over all of x's other axes.
+    """Returns `jax.lax.dot_general` of x's last axes with the kernel's first, as one product over x's other axes.
 
-    It says the same. But the gradient by the kernel of a product with several leading axes makes XLA on a CPU transpose
-    what comes back, element by element, which takes several times as long as the product itself.
+    The result is the same. But for a product with several leading axes the gradient by the kernel makes XLA on a CPU
+    transpose element by element, which takes several times as long as the product itself.
 
     For the `dot_general` of Flax's `Dense` and `DenseGeneral`.
     """
@@ -38,48 +38,72 @@ def merged_dot_general(
 Dense = partial(nn.Dense, kernel_init=ddpm_init, dot_general=merged_dot_general)
 
 
-def sinusoidal_embedding(time: Float[Array, "B"], width: int, longest: float = 10_000.0) -> Float[Array, "B width"]:
-    """Sines, then cosines, of `time` at `width / 2` frequencies from 1 down to 1 / `longest`.
+def sinusoidal_embedding(
+    time: Float[Array, "B"], width: int, longest: float = 10_000.0, freq_shift: int = 1, flip_sin_to_cos: bool = False
+) -> Float[Array, "B width"]:
+    """Returns sines, then cosines, of `time` at `width / 2` geometrically spaced frequencies, the first of them 1.
 
-    float32 whatever the compute dtype: bfloat16 has no 750, and would give a network 752 instead.
-    Source: the released DDPM code (after Vaswani et al. 2017, section 3.5); `width` must be even and at least 4.
+    Computed in float32 whatever the compute dtype: bfloat16 has no 750, and would give a network 752 instead.
+
+    Args:
+      time: in the units that the network was trained with.
+      width: even and at least 4.
+      longest: frequency k is longest^(-k / (width / 2 - freq_shift)).
+      freq_shift: 1 ends at 1 / `longest`, as DDPM does; 0 ends one step before it, as ADM does.
+      flip_sin_to_cos: puts the cosines first, as ADM does.
+
+    Raises:
+      ValueError: `width` is odd or below 4.
+
+    Source: the released code of DDPM and ADM (after Vaswani et al. 2017, section 3.5).
     """
     if width % 2 or width < 4:
         raise ValueError(f"the time embedding needs an even width of at least 4, got {width}")
-    frequency = np.exp(-np.log(longest) * np.linspace(0.0, 1.0, width // 2)).astype(np.float32)
+    half = width // 2
+    # One linspace for both: for freq_shift 1 its end is exactly 1, and rounding decides which bits a network sees.
+    exponent = np.linspace(0.0, (half - 1) / (half - freq_shift), half)
+    frequency = np.exp(-np.log(longest) * exponent).astype(np.float32)
     angle = time.astype(jnp.float32)[:, None] * frequency
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    parts = [jnp.sin(angle), jnp.cos(angle)]
+    return jnp.concatenate(parts[::-1] if flip_sin_to_cos else parts, axis=-1)
 
 
 class Conv(nn.Module):
-    """Convolution with a square kernel over [B, H, W, C].
+    """Convolves [B, H, W, C] with a square kernel.
 
-    A stride of 2 pads below and to the right only, as the released DDPM code (TensorFlow's SAME) and diffusers do.
+    Attributes:
+      padding: pixels of zeros on every side. None pads as TensorFlow's SAME: equally for a stride of 1, and below and
+        to the right only for a stride of 2 on an even size (the released DDPM code).
     """
 
     channels: int
     size: int = 3
     stride: int = 1
+    padding: int | None = None
     dtype: Any = jnp.float32
     kernel_init: Callable = ddpm_init
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w out"]:
-        """Convolves and adds the bias, in `dtype`."""
+        """Returns the convolution plus the bias, computed in `dtype`."""
         kernel = self.param("kernel", self.kernel_init, (self.size, self.size, x.shape[-1], self.channels), jnp.float32)
         bias = self.param("bias", zeros_init, (self.channels,), jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if self.size == self.stride == 1:
-            # A matrix product says the same, and XLA's gradient of it by the kernel is several times faster on CPUs.
+            # The same as a matrix product, whose gradient by the kernel XLA computes several times faster on CPUs.
             y = merged_dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
         else:
             strides = (self.stride, self.stride)
-            y = jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            padding = "SAME" if self.padding is None else ((self.padding, self.padding),) * 2
+            y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
         return y + bias.astype(self.dtype)
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (Wu & He 2018) over [B, ..., C] with statistics in float32; the output is in `dtype`."""
+    """Normalises groups of channels of [B, ..., C] with statistics in float32; the output is in `dtype`.
+
+    Source: Wu & He 2018.
+    """
 
     num_groups: int
     epsilon: float = 1e-6
@@ -87,7 +111,7 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *space C"]) -> Float[Array, "B *space C"]:
-        """Normalises; raises ValueError when the groups do not divide the channels."""
+        """Returns x normalised; raises ValueError when the groups do not divide the channels."""
         channels = x.shape[-1]
         if channels % self.num_groups:
             raise ValueError(f"{self.num_groups} groups do not divide {channels} channels: choose another num_groups")
@@ -95,7 +119,7 @@ class GroupNorm(nn.Module):
         bias = self.param("bias", zeros_init, (channels,), jnp.float32)
         x = x.astype(jnp.float32)
         space = tuple(range(1, x.ndim - 1))
-        # Per channel first, then per group: it reads x in the order it lies in memory. The mean is taken away before
+        # Per channel first, then per group, which reads x in the order of memory. The mean is subtracted before
         # squaring: E[x^2] - E[x]^2 would lose the variance of channels whose mean is large.
         mean_c = jnp.mean(x, axis=space, keepdims=True)
         variance_c = jnp.mean(jnp.square(x - mean_c), axis=space, keepdims=True)
@@ -108,22 +132,28 @@ class GroupNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels with its normalisation and residual; starts as the identity.
+    """Applies self-attention over all pixels, with its normalisation and residual; starts as the identity.
 
-    `head_channels` is the width of one head. Source: the released DDPM code's `attn_block` (one head there).
+    Attributes:
+      head_channels: width of one head.
+      num_groups: of the normalisation; 0 for none.
+      norm_eps: epsilon of the normalisation.
+
+    Source: the released DDPM code's `attn_block` (one head there).
     """
 
     head_channels: int
     num_groups: int
     dtype: Any = jnp.float32
+    norm_eps: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """x + out(attention(norm(x))); raises ValueError when the heads do not divide the channels."""
+        """Returns x + out(attention(norm(x))); raises ValueError when the heads do not divide the channels."""
         batch, height, width, channels = x.shape
         if channels % self.head_channels:
             raise ValueError(f"heads of {self.head_channels} channels do not divide {channels} channels")
-        h = GroupNorm(self.num_groups, dtype=self.dtype, name="norm")(x)
+        h = GroupNorm(self.num_groups, self.norm_eps, self.dtype, name="norm")(x) if self.num_groups else x
         heads = (batch, height * width, channels // self.head_channels, self.head_channels)
         query, key, value = (
             Dense(channels, dtype=self.dtype, name=name)(h).reshape(heads) for name in ("query", "key", "value")
@@ -133,7 +163,13 @@ class Attention(nn.Module):
 
 
 def upsample(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
-    """Doubles height and width by repeating every pixel (nearest neighbour)."""
+    """Returns x at twice its height and width, every pixel repeated (nearest neighbour)."""
     batch, height, width, channels = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
     return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
+def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+    """Returns x at half its height and width (both even), every pixel the mean of four."""
+    batch, height, width, channels = x.shape
+    return jnp.mean(x.reshape(batch, height // 2, 2, width // 2, 2, channels), axis=(2, 4))

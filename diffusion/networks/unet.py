@@ -1,6 +1,9 @@
-"""The U-Net of DDPM (Ho, Jain & Abbeel 2020, appendix B, and its released code)."""
+"""The U-Net of DDPM (Ho, Jain & Abbeel 2020, appendix B, and its released code), with the switches of its successors.
 
-from collections.abc import Sequence
+They are what published networks differ in: those of diffusers' `UNet2DModel`, and of ADM (Dhariwal & Nichol 2021).
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +16,7 @@ from diffusion.networks.layers import (
     Conv,
     Dense,
     GroupNorm,
+    average_pool,
     sinusoidal_embedding,
     upsample,
     zeros_init,
@@ -20,23 +24,40 @@ from diffusion.networks.layers import (
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, conv; plus the embedding; norm, SiLU, dropout, conv (zero at the start); plus the input."""
+    """Adds to x: norm, SiLU, conv; plus the embedding; norm, SiLU, dropout, conv (zero at the start).
+
+    Attributes:
+      channels: of the output; x passes a convolution of size 1 where it has others.
+      scale_shift: the embedding scales and shifts what the second norm returns, instead of being added before it.
+      resample: changes the resolution of x, and of what follows the first norm and SiLU, as ADM's blocks do.
+    """
 
     channels: int
     dropout: float
     num_groups: int
     dtype: Any = jnp.float32
+    norm_eps: float = 1e-6
+    scale_shift: bool = False
+    resample: Callable | None = None
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B H W C"], embedding: Float[Array, "B E"], train: bool
-    ) -> Float[Array, "B H W out"]:
+    ) -> Float[Array, "B h w out"]:
         """`embedding` is SiLU(time and class embedding); with `train` dropout draws from the key "dropout"."""
-        h = nn.silu(GroupNorm(self.num_groups, dtype=self.dtype, name="norm_1")(x))
+        h = nn.silu(GroupNorm(self.num_groups, self.norm_eps, self.dtype, name="norm_1")(x))
+        if self.resample is not None:
+            x, h = self.resample(x), self.resample(h)
         h = Conv(self.channels, dtype=self.dtype, name="conv_1")(h)
-        h = h + Dense(self.channels, dtype=self.dtype, name="embedding")(embedding)[:, None, None]
-        h = nn.silu(GroupNorm(self.num_groups, dtype=self.dtype, name="norm_2")(h))
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        width = 2 * self.channels if self.scale_shift else self.channels
+        shift = Dense(width, dtype=self.dtype, name="embedding")(embedding)[:, None, None]
+        norm_2 = GroupNorm(self.num_groups, self.norm_eps, self.dtype, name="norm_2")
+        if self.scale_shift:
+            scale, shift = jnp.split(shift, 2, axis=-1)
+            h = norm_2(h) * (1 + scale) + shift
+        else:
+            h = norm_2(h + shift)
+        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
         h = Conv(self.channels, dtype=self.dtype, kernel_init=zeros_init, name="conv_2")(h)
         if x.shape[-1] != self.channels:
             x = Conv(self.channels, size=1, dtype=self.dtype, name="shortcut")(x)
@@ -44,20 +65,22 @@ class ResidualBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of all pixels to the tokens of a text, with its normalisation and residual; starts as the identity.
+    """Applies attention of all pixels to the tokens of a text, with its normalisation and residual.
 
-    Source: Rombach et al. 2022, section 3.3, without their feed-forward layer.
+    Starts as the identity. Source: Rombach et al. 2022, section 3.3, without their feed-forward layer.
     """
 
     head_channels: int
     num_groups: int
     dtype: Any = jnp.float32
+    norm_eps: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], context: Float[Array, "B L D"]) -> Float[Array, "B H W C"]:
-        """x + out(attention(norm(x), context))."""
+        """Returns x + out(attention(norm(x), context))."""
         batch, height, width, channels = x.shape
-        h = GroupNorm(self.num_groups, dtype=self.dtype, name="norm")(x).reshape(batch, height * width, channels)
+        h = GroupNorm(self.num_groups, self.norm_eps, self.dtype, name="norm")(x)
+        h = h.reshape(batch, height * width, channels)
         heads = (batch, -1, channels // self.head_channels, self.head_channels)
         query, key, value = (
             Dense(channels, dtype=self.dtype, name=name)(tokens).reshape(heads)
@@ -68,34 +91,64 @@ class CrossAttention(nn.Module):
 
 
 class UNet(nn.Module):
-    """Image and time -> an image of the same height and width. The defaults are DDPM's CIFAR-10 network.
+    """Maps an image and a time to an image of the same height and width. The defaults are DDPM's CIFAR-10 network.
 
     Level i works at 1 / 2^i of the image's size with `channels * multipliers[i]` channels and `num_blocks` residual
-    blocks (one more on the way up); where its height is in `attention_resolutions`, attention follows every block, as
-    it does in the middle. Heads: `num_heads` of equal width, or heads of `head_channels` when that is given.
+    blocks (one more on the way up). A network is built with the text inputs `context` and `pooled`, or without:
+    attention to `context`, the features of a prompt's tokens, follows every self-attention (Rombach et al. 2022), and
+    `pooled`, those of the whole prompt, join the time embedding.
 
-    `time_scale` multiplies `time` before its embedding: 1 for DDPM's t - 1, 1000 for a time in [0, 1].
-    With `num_classes`, label `num_classes` is the null class ("no class"), and so is a label of None.
-    With `context`, the features of a prompt's tokens, attention to them follows every self-attention (Rombach et al.
-    2022), and `pooled`, those of the whole prompt, join the time embedding. A network is built with them or without.
-    `dtype` is what convolutions and products compute in; parameters, normalisation statistics, softmax, the last
-    layer and the output stay float32. `remat` recomputes every block's activations in the backward pass.
+    Attributes:
+      channels: width of the sines and cosines of the time, and a quarter of the embedding's.
+      widths: channels of the levels where they are no multiples; the first convolution has those of level 0 then.
+      attention_resolutions: heights at which attention follows every block.
+      up_attention_resolutions: the same on the way up; None for the same heights.
+      middle_attention: whether there is attention in the middle.
+      middle_groups: groups of its normalisation; None for `num_groups`, 0 for no normalisation.
+      num_heads: heads of equal width, where `head_channels` is None.
+      head_channels: width of one head, or one for each level.
+      num_classes: label `num_classes` is the null class ("no class"), and so is a label of None.
+      null_class: False for a network without a null class, which cannot go without labels.
+      out_channels: None for as many as the image has.
+      norm_eps: epsilon of the normalisations; 1e-5 in PyTorch and ADM.
+      time_scale: multiplies `time` before its embedding: 1 for DDPM's t - 1, 1000 for a time in [0, 1].
+      freq_shift, flip_sin_to_cos: of the time embedding, see `sinusoidal_embedding`; 0 and True in ADM.
+      downsample_padding: of the convolutions with stride 2: 0 pads below and to the right only, 1 on every side.
+      scale_shift: see `ResidualBlock`; ADM's `use_scale_shift_norm`.
+      resblock_updown: residual blocks change the resolution instead of convolutions, as in ADM.
+      center_input_sample: whether images come in [0, 1] and are mapped to [-1, 1] first.
+      dtype: what convolutions and products compute in; parameters, normalisation statistics, softmax, the last layer
+        and the output stay float32.
+      remat: recomputes every block's activations in the backward pass.
 
-    Raises ValueError for image sizes that the levels do not divide, an attention resolution that no level has, groups
-    or heads that do not divide the channels, and labels without `num_classes`.
+    Raises:
+      ValueError: image sizes that the levels do not divide, an attention resolution that no level has, groups or heads
+        that do not divide the channels, or labels without `num_classes`.
     """
 
     channels: int = 128
     multipliers: Sequence[int] = (1, 2, 2, 2)
+    widths: Sequence[int] | None = None
     num_blocks: int = 2
     attention_resolutions: Sequence[int] = (16,)
+    up_attention_resolutions: Sequence[int] | None = None
+    middle_attention: bool = True
+    middle_groups: int | None = None
     dropout: float = 0.1
     num_heads: int = 1
-    head_channels: int | None = None
+    head_channels: int | Sequence[int] | None = None
     num_classes: int | None = None
+    null_class: bool = True
     out_channels: int | None = None
     num_groups: int = 32
+    norm_eps: float = 1e-6
     time_scale: float = 1.0
+    freq_shift: int = 1
+    flip_sin_to_cos: bool = False
+    downsample_padding: int = 0
+    scale_shift: bool = False
+    resblock_updown: bool = False
+    center_input_sample: bool = False
     dtype: Any = jnp.float32
     remat: bool = False
 
@@ -110,59 +163,77 @@ class UNet(nn.Module):
         pooled: Float[Array, "B P"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B H W out"]:
-        """The network's output, float32; `train` turns dropout on (pass `rngs={"dropout": key}` to apply)."""
-        self._check(x_t, label)
-        num_levels = len(self.multipliers)
+        """Returns the output, float32; `train` turns dropout on (pass `rngs={"dropout": key}` to apply)."""
+        down, up = self.attention_resolutions, self.up_attention_resolutions
+        up = down if up is None else up
+        widths = self.widths or [self.channels * multiplier for multiplier in self.multipliers]
+        num_levels = len(widths)
+        self._check(x_t, label, num_levels, {*down, *up})
         embedding = nn.silu(self._embedding(time, label, pooled))
 
         residual_block = nn.remat(ResidualBlock, static_argnums=(3,)) if self.remat else ResidualBlock
         attention = nn.remat(Attention) if self.remat else Attention
         cross_attention = nn.remat(CrossAttention) if self.remat else CrossAttention
 
-        def block(h, level: int, name: str):
-            channels = self.channels * self.multipliers[level]
-            return residual_block(channels, self.dropout, self.num_groups, self.dtype, name=name)(h, embedding, train)
+        def block(h, level: int, name: str, resample=None):
+            settings = self.dropout, self.num_groups, self.dtype, self.norm_eps, self.scale_shift, resample
+            return residual_block(widths[level], *settings, name=name)(h, embedding, train)
 
-        def attend(h, name: str):
+        def attend(h, level: int, name: str, groups: int = self.num_groups):
             head_channels = self.head_channels or h.shape[-1] // self.num_heads
-            h = attention(head_channels, self.num_groups, self.dtype, name=name)(h)
+            head_channels = head_channels if isinstance(head_channels, int) else head_channels[level]
+            h = attention(head_channels, groups, self.dtype, self.norm_eps, name=name)(h)
             if context is None:
                 return h
-            return cross_attention(head_channels, self.num_groups, self.dtype, name=f"{name}_text")(h, context)
+            text = cross_attention(head_channels, self.num_groups, self.dtype, self.norm_eps, name=f"{name}_text")
+            return text(h, context)
 
-        h = Conv(self.channels, dtype=self.dtype, name="conv_in")(x_t)
+        x_t = 2 * x_t - 1 if self.center_input_sample else x_t
+        h = Conv(widths[0] if self.widths else self.channels, dtype=self.dtype, name="conv_in")(x_t)
         skips = [h]
         for level in range(num_levels):
             for i in range(self.num_blocks):
                 h = block(h, level, f"down_{level}_block_{i}")
-                if h.shape[1] in self.attention_resolutions:
-                    h = attend(h, f"down_{level}_attention_{i}")
+                if h.shape[1] in down:
+                    h = attend(h, level, f"down_{level}_attention_{i}")
                 skips.append(h)
             if level < num_levels - 1:
-                h = Conv(h.shape[-1], stride=2, dtype=self.dtype, name=f"down_{level}_downsample")(h)
+                name, padding = f"down_{level}_downsample", self.downsample_padding or None
+                if self.resblock_updown:
+                    h = block(h, level, name, average_pool)
+                else:
+                    h = Conv(h.shape[-1], stride=2, padding=padding, dtype=self.dtype, name=name)(h)
                 skips.append(h)
 
         h = block(h, num_levels - 1, "middle_block_0")
-        h = attend(h, "middle_attention")
+        if self.middle_attention:
+            groups = self.num_groups if self.middle_groups is None else self.middle_groups
+            h = attend(h, num_levels - 1, "middle_attention", groups)
         h = block(h, num_levels - 1, "middle_block_1")
 
         for level in reversed(range(num_levels)):
             for i in range(self.num_blocks + 1):
                 h = block(jnp.concatenate([h, skips.pop()], axis=-1), level, f"up_{level}_block_{i}")
-                if h.shape[1] in self.attention_resolutions:
-                    h = attend(h, f"up_{level}_attention_{i}")
+                if h.shape[1] in up:
+                    h = attend(h, level, f"up_{level}_attention_{i}")
             if level > 0:
-                h = Conv(h.shape[-1], dtype=self.dtype, name=f"up_{level}_upsample")(upsample(h))
+                name = f"up_{level}_upsample"
+                if self.resblock_updown:
+                    h = block(h, level, name, upsample)
+                else:
+                    h = Conv(h.shape[-1], dtype=self.dtype, name=name)(upsample(h))
 
-        h = nn.silu(GroupNorm(self.num_groups, name="norm_out")(h))
+        h = nn.silu(GroupNorm(self.num_groups, self.norm_eps, name="norm_out")(h))
         return Conv(self.out_channels or x_t.shape[-1], kernel_init=zeros_init, name="conv_out")(h)
 
     def _embedding(
         self, time: Float[Array, "B"], label: Int[Array, "B"] | None, pooled: Float[Array, "B P"] | None
     ) -> Float[Array, "B E"]:
-        """Time embedding through two dense layers, plus those of the pooled text and of the class."""
+        """Returns the time embedding through two dense layers, plus those of the pooled text and of the class."""
         width = 4 * self.channels
-        embedding = sinusoidal_embedding(time * self.time_scale, self.channels)
+        embedding = sinusoidal_embedding(
+            time * self.time_scale, self.channels, freq_shift=self.freq_shift, flip_sin_to_cos=self.flip_sin_to_cos
+        )
         embedding = nn.silu(Dense(width, dtype=self.dtype, name="time_1")(embedding))
         embedding = Dense(width, dtype=self.dtype, name="time_2")(embedding)
         if pooled is not None:
@@ -172,7 +243,7 @@ class UNet(nn.Module):
         if label is None:
             label = jnp.full(time.shape, self.num_classes)
         table = nn.Embed(
-            self.num_classes + 1,
+            self.num_classes + self.null_class,
             width,
             dtype=self.dtype,
             embedding_init=nn.initializers.normal(1.0),
@@ -180,9 +251,8 @@ class UNet(nn.Module):
         )
         return embedding + table(label)
 
-    def _check(self, x_t: Float[Array, "B H W C"], label: Int[Array, "B"] | None) -> None:
+    def _check(self, x_t: Array, label: Array | None, num_levels: int, attention_resolutions: set[int]) -> None:
         height, width = x_t.shape[1:3]
-        num_levels = len(self.multipliers)
         divisor = 2 ** (num_levels - 1)
         if height % divisor or width % divisor:
             raise ValueError(
@@ -190,11 +260,15 @@ class UNet(nn.Module):
                 f"{num_levels} levels: use multiples of {divisor}, or fewer multipliers"
             )
         resolutions = [height // 2**level for level in range(num_levels)]
-        missing = sorted(set(self.attention_resolutions) - set(resolutions))
+        missing = sorted(attention_resolutions - set(resolutions))
         if missing:
             raise ValueError(
                 f"attention_resolutions {missing} are at no level of this U-Net: an image of height {height} has "
                 f"levels of {resolutions}"
             )
+        if not isinstance(self.head_channels, int | None) and len(self.head_channels) != num_levels:
+            raise ValueError(f"head_channels {list(self.head_channels)} must be one width, or {num_levels}: per level")
         if label is not None and self.num_classes is None:
             raise ValueError("labels were given to a U-Net without classes: set num_classes")
+        if label is None and self.num_classes is not None and not self.null_class:
+            raise ValueError("this U-Net has classes and no null class: labels must be given")
