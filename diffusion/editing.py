@@ -14,12 +14,12 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
+from diffusion.predictions import diffuse
 from diffusion.randomness import fold_in, normal_like
-from diffusion.samplers import Denoise
 from diffusion.schedules import Grid
+from diffusion.types import Denoise, Images, Keys
 
-Images = Float[Array, "B *shape"]
-Sampler = Callable[[Denoise, Any, Grid, Array], Any]
+Sampler = Callable[[Denoise, Any, Grid, Any], Any]
 
 
 def last_steps(grid: Grid, strength: float) -> Grid:
@@ -34,7 +34,7 @@ def last_steps(grid: Grid, strength: float) -> Grid:
     return Grid(*(field[first:] for field in grid))
 
 
-def img2img(sampler: Sampler, denoise: Denoise, x_0: Images, grid: Grid, key: Array, strength: float) -> Any:
+def img2img(sampler: Sampler, denoise: Denoise, x_0: Images, grid: Grid, key: Keys, strength: float) -> Any:
     """Adds noise to images and samples from there: what the noise hid is made anew (SDEdit, Meng et al. 2022).
 
     strength, in (0, 1], is the share of the grid's steps that are run: near 0 returns the images, 1 samples from the
@@ -43,7 +43,7 @@ def img2img(sampler: Sampler, denoise: Denoise, x_0: Images, grid: Grid, key: Ar
     """
     grid = last_steps(grid, strength)
     eps = normal_like(fold_in(key, 0), x_0)
-    return sampler(denoise, grid.signal[0] * x_0 + grid.noise[0] * eps, grid, fold_in(key, 1))
+    return sampler(denoise, diffuse(x_0, eps, grid.signal[0], grid.noise[0]), grid, fold_in(key, 1))
 
 
 def interpolate(
@@ -52,7 +52,7 @@ def interpolate(
     x_0: Images,
     x_0_other: Images,
     grid: Grid,
-    key: Array,
+    key: Keys,
     strength: float,
     shares: Float[Array, "K"],
 ) -> Float[Array, "K B *shape"]:
@@ -72,7 +72,7 @@ def interpolate(
 
 
 def inpaint(
-    sampler: Sampler, denoise: Denoise, x_0: Images, known: Array, grid: Grid, key: Array, resample: int = 10
+    sampler: Sampler, denoise: Denoise, x_0: Images, known: Array, grid: Grid, key: Keys, resample: int = 10
 ) -> Images:
     """Samples the pixels that are not `known`, to go with those that are (RePaint, Lugmayr et al. 2022, Algorithm 1).
 
@@ -101,12 +101,12 @@ def inpaint(
         keys = [fold_in(fold_in(key, count), purpose) for purpose in range(3)]
         (signal, signal_there), (noise, noise_there) = interval.signal, interval.noise
         x = sampler(denoise, x, interval, keys[0])
-        x = jnp.where(known, signal_there * x_0 + noise_there * normal_like(keys[1], x), x)
+        x = jnp.where(known, diffuse(x_0, normal_like(keys[1], x), signal_there, noise_there), x)
         kept = signal / signal_there
         back = kept * x + jnp.sqrt(noise**2 - (kept * noise_there) ** 2) * normal_like(keys[2], x)
         return jnp.where(undo, back, x), None
 
-    x_T = grid.signal[0] * jnp.where(known, x_0, 0) + grid.noise[0] * normal_like(fold_in(key, 0), x_0)
+    x_T = diffuse(jnp.where(known, x_0, 0), normal_like(fold_in(key, 0), x_0), grid.signal[0], grid.noise[0])
     return lax.scan(step, x_T, (1 + jnp.arange(len(index)), intervals, jnp.asarray(undone)))[0]
 
 

@@ -4,23 +4,19 @@ Time is float, 0 for the clean image and 1 for noise. The distributions over tim
 """
 
 import chex
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Key, UInt32
+from jaxtyping import Array, Float
 
-from diffusion.predictions import per_example
-
-Images = Float[Array | np.ndarray, "B *shape"]
-Times = float | int | np.floating | Float[Array | np.ndarray, "..."]
-Keys = Key[Array, ""] | UInt32[Array, "2"]
+from diffusion.predictions import diffuse
+from diffusion.schedules import shift_time as shift_time  # defined beside `flow_grid`, which uses it
+from diffusion.types import Images, Keys, Scalars
+from diffusion.weightings import logit_normal_quantile, uniform
 
 
-def interpolate(x_0: Images, eps: Images, t: Times) -> Float[Array, "B *shape"]:
+def interpolate(x_0: Images, eps: Images, t: Scalars) -> Float[Array, "B *shape"]:
     """Returns x_t = (1 - t) x_0 + t eps, for t a scalar or float[B] (eq. 13)."""
-    chex.assert_equal_shape([x_0, eps])
-    t = per_example(t, x_0)
-    return (1 - t) * x_0 + t * eps
+    t = jnp.asarray(t)
+    return diffuse(x_0, eps, 1 - t, t)
 
 
 def velocity(x_0: Images, eps: Images) -> Float[Array, "B *shape"]:
@@ -31,15 +27,4 @@ def velocity(x_0: Images, eps: Images) -> Float[Array, "B *shape"]:
 
 def logit_normal_time(key: Keys, batch_size: int, mean: float = 0.0, std: float = 1.0) -> Float[Array, " B"]:
     """Draws times whose logit is N(mean, std^2) (section 3.1)."""
-    return jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch_size,)))
-
-
-def shift_time(t: Times, shift: Times) -> Float[Array, "..."]:
-    """Moves times towards noise by shift > 1: shift t / (1 + (shift - 1) t), which keeps 0 and 1 (eq. 23).
-
-    It multiplies noise / signal by `shift`; its inverse is the shift by 1 / shift. Raises ValueError if shift <= 0.
-    """
-    if isinstance(shift, int | float) and shift <= 0:
-        raise ValueError(f"shift is {shift}: give a number above 0 (1 leaves the times as they are)")
-    t, shift = jnp.asarray(t), jnp.asarray(shift)
-    return shift * t / (shift * t + (1 - t))  # which is 1 + (shift - 1) t, but keeps t = 1 to the bit
+    return logit_normal_quantile(uniform(key, batch_size), mean, std)

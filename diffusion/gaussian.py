@@ -10,15 +10,12 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import log_ndtr
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Float
 
-from diffusion.predictions import per_example
+from diffusion.predictions import diffuse
 from diffusion.randomness import normal_like
 from diffusion.schedules import Schedule
-
-Images = Float[Array | np.ndarray, "B *shape"]
-Steps = int | np.integer | Int[Array | np.ndarray, ""] | Int[Array | np.ndarray, " B"]
-Keys = Key[Array, "..."] | UInt32[Array, "..."]
+from diffusion.types import Images, Keys, Steps, per_example
 
 HALF_BIN = 1 / 255  # half the distance of two neighbours among the 256 levels of [-1, 1]
 
@@ -32,9 +29,8 @@ class Normal(NamedTuple):
 
 def q_sample(schedule: Schedule, x_0: Images, t: Steps, eps: Images) -> Float[Array, "B *shape"]:
     """Returns x_t ~ q(x_t | x_0), made from x_0 and the noise eps (eq. 4)."""
-    chex.assert_equal_shape([x_0, eps])
     alpha_bar, one_minus_alpha_bar = at(schedule.alpha_bar, t, x_0), at(schedule.one_minus_alpha_bar, t, x_0)
-    return jnp.sqrt(alpha_bar) * x_0 + jnp.sqrt(one_minus_alpha_bar) * eps
+    return diffuse(x_0, eps, jnp.sqrt(alpha_bar), jnp.sqrt(one_minus_alpha_bar))
 
 
 def q_posterior(schedule: Schedule, x_0: Images, x_t: Images, t: Steps) -> Normal:

@@ -4,7 +4,6 @@ A Denoise of a learned variance returns (x_0_hat, v); the v of the first one giv
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Int
 
-Denoise = Callable[[Array, Any], Any]
+from diffusion.types import Denoise, Denoised, denoised, per_example
 
 
 def classifier_free(conditional: Denoise, unconditional: Denoise, scale: ArrayLike) -> Denoise:
@@ -24,14 +23,12 @@ def classifier_free(conditional: Denoise, unconditional: Denoise, scale: ArrayLi
     if isinstance(scale, (int, float)) and scale == 1:
         return conditional
 
-    def denoise(x_t: Array, time: Array | float) -> Any:
-        output, other = conditional(x_t, time), _x_0_hat(unconditional(x_t, time))
-
-        def guide(x_0_hat: Array) -> Array:
-            scales = _per_image(jnp.asarray(scale, x_0_hat.dtype), x_0_hat)
-            return jnp.where(scales == 1, x_0_hat, other + scales * (x_0_hat - other))
-
-        return _on_x_0_hat(guide, output)
+    def denoise(x_t: Array, time: Array | float) -> Array | Denoised:
+        output, other = denoised(conditional(x_t, time)), denoised(unconditional(x_t, time)).x_0_hat
+        x_0_hat = output.x_0_hat
+        scales = per_example(jnp.asarray(scale, x_0_hat.dtype), x_0_hat)
+        guided = jnp.where(scales == 1, x_0_hat, other + scales * (x_0_hat - other))
+        return output._replace(x_0_hat=guided).plain()
 
     return denoise
 
@@ -54,20 +51,21 @@ def limited_interval(inside: Denoise, outside: Denoise, first: float, last: floa
     if first > last:
         raise ValueError(f"the interval [{first}, {last}] is empty: give the smaller time first.")
 
-    def denoise(x_t: Array, time: Array | float) -> Any:
+    def denoise(x_t: Array, time: Array | float) -> Array | Denoised:
         time = jnp.asarray(time)
         within = (first <= time) & (time <= last)
+        calls = [lambda x_t, time, call=call: denoised(call(x_t, time)) for call in (inside, outside)]
         if time.ndim == 0:
-            return lax.cond(within, inside, outside, x_t, time)
-        outputs = inside(x_t, time), outside(x_t, time)
-        return jax.tree.map(lambda a, b: jnp.where(_per_image(within, a), a, b), *outputs)
+            return lax.cond(within, *calls, x_t, time).plain()
+        outputs = [call(x_t, time) for call in calls]
+        return jax.tree.map(lambda a, b: jnp.where(per_example(within, a), a, b), *outputs).plain()
 
     return denoise
 
 
 def clip(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
     """x_0_hat clipped to the range of images, as DDPM's released code does at every step."""
-    return lambda x_t, time: _on_x_0_hat(lambda x_0_hat: jnp.clip(x_0_hat, low, high), denoise(x_t, time))
+    return _then(denoise, lambda x_0_hat: jnp.clip(x_0_hat, low, high))
 
 
 def dynamic_threshold(denoise: Denoise, quantile: float = 0.995) -> Denoise:
@@ -81,10 +79,10 @@ def dynamic_threshold(denoise: Denoise, quantile: float = 0.995) -> Denoise:
     def threshold(x_0_hat: Array) -> Array:
         magnitude = jnp.abs(x_0_hat.reshape(x_0_hat.shape[0], -1)).astype(jnp.promote_types(x_0_hat.dtype, jnp.float32))
         s = jnp.maximum(jnp.quantile(magnitude, quantile, axis=1), 1).astype(x_0_hat.dtype)
-        s = _per_image(s, x_0_hat)
+        s = per_example(s, x_0_hat)
         return jnp.clip(x_0_hat, -s, s) / s
 
-    return lambda x_t, time: _on_x_0_hat(threshold, denoise(x_t, time))
+    return _then(denoise, threshold)
 
 
 def drop_labels(key: Array, labels: Int[Array, "B"], null: int, rate: float) -> Int[Array, "B"]:
@@ -97,13 +95,11 @@ def drop_labels(key: Array, labels: Int[Array, "B"], null: int, rate: float) -> 
     return jnp.where(jax.random.bernoulli(key, rate, labels.shape), null, labels)
 
 
-def _x_0_hat(output: Any) -> Array:
-    return output[0] if isinstance(output, tuple) else output
+def _then(denoise: Denoise, function: Callable[[Array], Array]) -> Denoise:
+    """Returns `denoise` with `function` applied to its x_0_hat alone."""
 
+    def applied(x_t: Array, time: Array | float) -> Array | Denoised:
+        output = denoised(denoise(x_t, time))
+        return output._replace(x_0_hat=function(output.x_0_hat)).plain()
 
-def _on_x_0_hat(function: Callable[[Array], Array], output: Any) -> Any:
-    return (function(output[0]), *output[1:]) if isinstance(output, tuple) else function(output)
-
-
-def _per_image(a: Array, x: Array) -> Array:
-    return a.reshape(-1, *[1] * (x.ndim - 1)) if a.ndim else a
+    return applied

@@ -16,8 +16,6 @@ from jaxtyping import Array, Float, Int
 
 from diffusion.gaussian import (
     HALF_BIN,
-    Images,
-    Keys,
     Normal,
     at,
     learned_variance,
@@ -27,9 +25,9 @@ from diffusion.gaussian import (
     q_sample,
 )
 from diffusion.losses import variational_term
-from diffusion.predictions import Denoise, per_example
 from diffusion.randomness import draw_like, fold_in, normal_like
 from diffusion.schedules import Grid, Schedule
+from diffusion.types import Denoise, Images, Keys, denoised, per_example
 
 
 class Bound(NamedTuple):
@@ -130,19 +128,18 @@ def _make_terms(key, denoise, schedule, x_0, variance, time=None, decoder_varian
     def terms_at(t: Array) -> _Terms:
         eps = normal_like(fold_in(key, t), x_0)
         x_t = q_sample(schedule, x_0, t, eps)
-        output = denoise(x_t, time[t - 1])
-        x_0_hat, *v = output if isinstance(output, tuple) else (output,)
+        output = denoised(denoise(x_t, time[t - 1]))
         if variance != "learned":
             sigma_2 = at(p_variance(schedule, variance), t, x_t)
-        elif v:
-            sigma_2 = learned_variance(schedule, v[0], t)
+        elif output.v is not None:
+            sigma_2 = learned_variance(schedule, output.v, t)
         else:
             raise ValueError("variance='learned' needs a denoise that returns (x_0_hat, v): use 'large' or 'small'")
         if decoder_variance is not None:
             sigma_2 = jnp.where(per_example(t == 1, x_t), decoder_variance, sigma_2)
-        p = Normal(q_posterior(schedule, x_0_hat, x_t, t).mean, sigma_2)
+        p = Normal(q_posterior(schedule, output.x_0_hat, x_t, t).mean, sigma_2)
         snr = at(schedule.alpha_bar, t, x_t) / at(schedule.one_minus_alpha_bar, t, x_t)
-        eps_mse = jnp.mean(snr * (x_0_hat - x_0) ** 2, axis=tuple(range(1, x_0.ndim)))
+        eps_mse = jnp.mean(snr * (output.x_0_hat - x_0) ** 2, axis=tuple(range(1, x_0.ndim)))
         return _Terms(variational_term(schedule, x_0, x_t, t, p), eps_mse)
 
     return terms_at
@@ -199,8 +196,7 @@ def ode_likelihood(
         w, log_density, v_before, divergence_before = carry
 
         def v_hat(w):
-            output = denoise(radius[k] * w, grid.time[k])
-            x_0_hat = output[0] if isinstance(output, tuple) else output  # a learned variance has no say here
+            x_0_hat = denoised(denoise(radius[k] * w, grid.time[k])).x_0_hat
             return (cosine[k] * w - x_0_hat.astype(w.dtype)) / sine[k]
 
         turn = angle[k] - angle[k + 1]

@@ -11,17 +11,15 @@ from jaxtyping import Array, Float
 
 from diffusion.gaussian import (
     Normal,
-    Steps,
     at,
     decoder_log_likelihood,
     learned_variance,
     normal_kl,
     p_variance,
-    predict_x_0,
     q_posterior,
 )
-from diffusion.predictions import Images, Scalars
 from diffusion.schedules import Schedule
+from diffusion.types import Images, Scalars, Steps
 
 
 def simple_loss(eps: Images, eps_hat: Images) -> Float[Array, " B"]:
@@ -60,23 +58,22 @@ def learned_variance_loss(
 
 
 def hybrid_loss(
+    simple: Float[Array, " B"],
     schedule: Schedule,
     x_0: Images,
     x_t: Images,
     t: Steps,
-    eps: Images,
-    eps_hat: Images,
+    x_0_hat: Images,
     v: Images,
     weight: float = 1e-3,
 ) -> Float[Array, " B"]:
     """Returns L_hybrid = L_simple + weight * L_vlb (Nichol & Dhariwal 2021, eq. 16).
 
     t is drawn evenly from 1..T, so L_vlb, the sum of the terms in bits/dim, is T times the term at t on average.
+    `simple` is L_simple, or the loss in its place, of the same output that means `x_0_hat`.
     """
     num_steps = schedule.beta.shape[0] - 1
-    x_0_hat = predict_x_0(schedule, eps_hat, x_t, t)
-    vlb = num_steps * learned_variance_loss(schedule, x_0, x_t, t, x_0_hat, v)
-    return simple_loss(eps, eps_hat) + weight * vlb
+    return simple + weight * num_steps * learned_variance_loss(schedule, x_0, x_t, t, x_0_hat, v)
 
 
 def _mean(per_number: Float[Array, "B *shape"]) -> Float[Array, " B"]:

@@ -17,20 +17,12 @@ at signal = 0 and eps from "x_0" at noise = 0; "v", "velocity" and "F" give both
 `signal` and `noise` are scalars, [B], or broadcast against the images. Everything is computed in float32 or wider.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import chex
+import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-Images = Float[Array | np.ndarray, "B *shape"]
-Scalars = float | int | np.floating | Float[Array | np.ndarray, "..."]
-Denoise = Callable[[Array, Any], Any]
-Network = Callable[[Array, Array], Any]
-Process = Callable[[Array], tuple[Array, Array]]
+from diffusion.types import Denoise, Denoised, Images, Network, Process, Scalars, denoised, per_example
 
 KINDS = ("eps", "x_0", "v", "velocity", "F")
 
@@ -53,6 +45,12 @@ def coefficients(kind: str, signal: Scalars, noise: Scalars, sigma_data: float =
         q = jnp.sqrt(noise**2 + (sigma_data * signal) ** 2)
         return noise / (sigma_data * q), -sigma_data * signal / q
     raise ValueError(f"unknown prediction {kind!r}: choose one of {', '.join(KINDS)}")
+
+
+def diffuse(x_0: Images, eps: Images, signal: Scalars, noise: Scalars) -> Float[Array, "B *shape"]:
+    """Returns x_t = signal * x_0 + noise * eps."""
+    chex.assert_equal_shape([x_0, eps])
+    return per_example(signal, x_0) * x_0 + per_example(noise, x_0) * eps
 
 
 def to_x_0(
@@ -120,23 +118,15 @@ def denoiser(kind: str, network: Network, process: Process, sigma_data: float = 
     if kind not in KINDS:
         raise ValueError(f"unknown prediction {kind!r}: choose one of {', '.join(KINDS)}")
 
-    def denoise(x_t: Images, time: Scalars) -> Array | tuple[Array, Array]:
+    def denoise(x_t: Images, time: Scalars) -> Array | Denoised:
         time = jnp.asarray(time, jnp.promote_types(jnp.result_type(time), jnp.float32))
         time = jnp.broadcast_to(time, x_t.shape[:1])
         signal, noise = process(time)
-        output = network(network_input(kind, x_t, signal, noise, sigma_data), time)
-        output, *variance = output if isinstance(output, tuple) else (output,)
-        chex.assert_equal_shape([output, x_t, *variance])
-        x_0_hat = to_x_0(kind, output, x_t, signal, noise, sigma_data)
-        return (x_0_hat, *variance) if variance else x_0_hat
+        output = denoised(network(network_input(kind, x_t, signal, noise, sigma_data), time))  # not yet of x_0
+        chex.assert_equal_shape([x_t, *jax.tree.leaves(output)])
+        return output._replace(x_0_hat=to_x_0(kind, output.x_0_hat, x_t, signal, noise, sigma_data)).plain()
 
     return denoise
-
-
-def per_example(numbers: ArrayLike, images: Array | np.ndarray) -> Array:
-    """Gives [B] numbers the axes of `images`, so that the two multiply example by example; a scalar stays one."""
-    numbers = jnp.asarray(numbers)
-    return numbers.reshape(numbers.shape + (1,) * (images.ndim - numbers.ndim)) if numbers.ndim == 1 else numbers
 
 
 def _prepare(first: Images, second: Images, signal: Scalars, noise: Scalars) -> tuple[Array, Array, Array, Array]:

@@ -8,12 +8,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
 
+from diffusion.types import Images, Keys
 
-def fold_in(key: Array, data: ArrayLike) -> Array:
+
+def fold_in(key: Keys, data: ArrayLike) -> Array:
     """Derives the key for `data` (a step, a purpose) from `key`, for each image where there is a key an image.
 
     `data` may be an array [B], one an image: then there are as many keys, and one `key` gives each image its own.
@@ -26,12 +29,14 @@ def fold_in(key: Array, data: ArrayLike) -> Array:
     return jax.vmap(jax.random.fold_in, (0, 0 if data.ndim else None))(keys, data)
 
 
-def normal_like(key: Array, x: Float[Array, "B *shape"]) -> Float[Array, "B *shape"]:
+def normal_like(key: Keys, x: Images) -> Float[Array, "B *shape"]:
     """Draws standard normal noise of the shape and dtype of `x`."""
     return draw_like(jax.random.normal, key, x)
 
 
-def draw_like(sampler: Callable[..., Array], key: Array, x: Shaped[Array, "B *shape"]) -> Shaped[Array, "B *shape"]:
+def draw_like(
+    sampler: Callable[..., Array], key: Keys, x: Shaped[Array | np.ndarray, "B *shape"]
+) -> Shaped[Array, "B *shape"]:
     """Draws `sampler(key, shape, dtype)` (a function of jax.random) for all of `x`, or image by image with `B` keys.
 
     Raises ValueError where the number of keys is not the batch size.
@@ -44,5 +49,5 @@ def draw_like(sampler: Callable[..., Array], key: Array, x: Shaped[Array, "B *sh
     return jax.vmap(lambda key: sampler(key, x.shape[1:], x.dtype))(keys)
 
 
-def _typed(key: Array) -> Array:
+def _typed(key: Keys) -> Array:
     return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)

@@ -20,18 +20,16 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float
 
 from diffusion.randomness import fold_in, normal_like
 from diffusion.schedules import Grid
+from diffusion.types import Denoise, Denoised, Images, Keys, denoised
 
-Denoise = Callable[[Array, Array], Any]
-Images = Float[Array, "B *shape"]
 Sampled = Any  # x_0, or with trajectory=True (x_0, x_0_hats)
 
 
 def ancestral(
-    denoise: Denoise, x_T: Images, grid: Grid, key: Array, variance: str = "large", *, trajectory: bool = False
+    denoise: Denoise, x_T: Images, grid: Grid, key: Keys, variance: str = "large", *, trajectory: bool = False
 ) -> Sampled:
     """Samples by DDPM's Algorithm 2, on any grid: x' ~ N(posterior mean of x' given x and x_0_hat, variance).
 
@@ -53,18 +51,18 @@ def ancestral(
 
     def step(x, _, interval):
         index, here, there = interval
-        output = denoise(x, here.time)
-        x_0_hat = _x_0_hat(output, x)
+        output = _evaluate(denoise, x, here)
         if variance != "learned":
             share = 0.0 if variance == "small" else 1.0
-        elif isinstance(output, tuple):
-            share = (output[1].astype(x.dtype) + 1) / 2
+        elif output.v is not None:
+            share = (output.v + 1) / 2
         else:
             raise ValueError("variance='learned' needs a denoise that returns (x_0_hat, v): use 'small' or 'large'.")
         r = _ratio(here, there)
         std = here.noise * jnp.power(there.noise / here.noise, 1 - share) * jnp.sqrt(1 - r**2)
         std = jnp.where(there.noise > 0, std, 0.0)
-        return _towards(x, x_0_hat, here, there, r) + std * normal_like(fold_in(key, index), x), None, x_0_hat
+        x = _towards(x, output.x_0_hat, here, there, r) + std * normal_like(fold_in(key, index), x)
+        return x, None, output.x_0_hat
 
     return _solve(step, x_T, None, grid, trajectory)
 
@@ -73,7 +71,7 @@ def ddim(
     denoise: Denoise,
     x_T: Images,
     grid: Grid,
-    key: Array | None = None,
+    key: Keys | None = None,
     eta: float = 0.0,
     *,
     trajectory: bool = False,
@@ -90,7 +88,7 @@ def ddim(
 
     def step(x, _, interval):
         index, here, there = interval
-        x_0_hat = _x_0_hat(denoise(x, here.time), x)
+        x_0_hat = _evaluate(denoise, x, here).x_0_hat
         fresh = eta**2 * (1 - _ratio(here, there) ** 2)  # the share of the noise' variance that is drawn anew
         x = _towards(x, x_0_hat, here, there, jnp.sqrt(1 - fresh))
         if key is not None and eta > 0:
@@ -104,7 +102,7 @@ def heun(
     denoise: Denoise,
     x_T: Images,
     grid: Grid,
-    key: Array | None = None,
+    key: Keys | None = None,
     *,
     s_churn: float = 0.0,
     s_min: float = 0.0,
@@ -133,12 +131,12 @@ def heun(
             raised = Grid(here.signal, here.noise * (1 + gamma), here.time + jnp.log1p(gamma) / 4)
             fresh = s_noise * here.noise * jnp.sqrt(gamma * (2 + gamma))
             x, here = x + fresh * normal_like(fold_in(key, index), x), raised
-        x_0_hat = _x_0_hat(denoise(x, here.time), x)
+        x_0_hat = _evaluate(denoise, x, here).x_0_hat
         eps_hat = (x - here.signal * x_0_hat) / here.noise
         euler = there.signal * x_0_hat + there.noise * eps_hat
 
         def corrected():
-            x_0_there = _x_0_hat(denoise(euler, there.time), x)
+            x_0_there = _evaluate(denoise, euler, there).x_0_hat
             eps_there = (euler - there.signal * x_0_there) / there.noise
             ds, dn = there.signal - here.signal, there.noise - here.noise
             return x + ds * (x_0_hat + x_0_there) / 2 + dn * (eps_hat + eps_there) / 2
@@ -152,7 +150,7 @@ def dpm_solver_pp(
     denoise: Denoise,
     x_T: Images,
     grid: Grid,
-    key: Array | None = None,
+    key: Keys | None = None,
     order: int = 2,
     *,
     as_released: bool = False,
@@ -172,7 +170,7 @@ def unipc(
     denoise: Denoise,
     x_T: Images,
     grid: Grid,
-    key: Array | None = None,
+    key: Keys | None = None,
     order: int = 2,
     *,
     trajectory: bool = False,
@@ -217,7 +215,7 @@ def _exponential_multistep(
     def step(x, memory, interval, predictor, corrector):
         index, here, _ = interval
         x_before, history = memory
-        x_0_hat = _x_0_hat(denoise(x, here.time), x)
+        x_0_hat = _evaluate(denoise, x, here).x_0_hat
         if corrector is not None:
             x = jnp.where(index > 0, _combine(corrector, (x_before, x_0_hat, *history)), x)
         history = (x_0_hat, *history[:-1])
@@ -287,17 +285,17 @@ def _towards(x: Array, x_0_hat: Array, here: Grid, there: Grid, kept: Array) -> 
     return scale * x + (there.signal - scale * here.signal) * x_0_hat
 
 
-def _x_0_hat(output: Any, x: Array) -> Array:
-    """What denoise returned, less the v of a learned variance, in x's float."""
-    return (output[0] if isinstance(output, tuple) else output).astype(x.dtype)
+def _evaluate(denoise: Denoise, x: Array, point: Grid) -> Denoised:
+    """Returns what denoise returns for x at a point of the grid, in x's float."""
+    return jax.tree.map(lambda field: field.astype(x.dtype), denoised(denoise(x, point.time)))
 
 
 def _combine(weights: Array, values: tuple[Array, ...]) -> Array:
     return sum((weight * value for weight, value in zip(weights, values, strict=True)), jnp.zeros_like(values[0]))
 
 
-def _widened(x_T: Array, grid: Grid) -> Array:
-    return x_T.astype(jnp.promote_types(x_T.dtype, grid.signal.dtype))
+def _widened(x_T: Images, grid: Grid) -> Array:
+    return jnp.asarray(x_T, jnp.promote_types(x_T.dtype, grid.signal.dtype))
 
 
 def _known(grid: Grid) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ variance-preserving process and for rectified flow, ln(sigma) / 4 for EDM.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Float64, Int
 
-Process = Callable[[Array], tuple[Array, Array]]
+from diffusion.types import Process, Scalars
 
 
 class Schedule(NamedTuple):
@@ -167,9 +167,19 @@ def process_grid(process: Process, num_steps: int, power: float = 1.0) -> Grid:
 def flow_grid(num_steps: int, shift: float = 1.0) -> Grid:
     """Even steps of rectified flow from t = 1 to 0, moved by t' = shift t / (1 + (shift - 1) t) (Esser et al. 2024)."""
     _check_num_steps(num_steps)
-    t = np.linspace(1.0, 0.0, num_steps + 1)
-    t = shift * t / (1 + (shift - 1) * t)
+    t = shift_time(np.linspace(1.0, 0.0, num_steps + 1), shift)
     return Grid(*map(jnp.asarray, (1 - t, t, t)))
+
+
+def shift_time(t: Scalars, shift: Scalars) -> Any:
+    """Moves times of rectified flow towards noise by shift > 1: shift t / (1 + (shift - 1) t), which keeps 0 and 1.
+
+    Esser et al. 2024, eq. 23. It multiplies noise / signal by `shift`; its inverse is the shift by 1 / shift. NumPy's
+    arrays stay NumPy's, in their float. Raises ValueError if shift <= 0.
+    """
+    if isinstance(shift, int | float) and shift <= 0:
+        raise ValueError(f"shift is {shift}: give a number above 0 (1 leaves the times as they are)")
+    return shift * t / (shift * t + (1 - t))  # which is 1 + (shift - 1) t, but keeps t = 1 to the bit
 
 
 def karras_grid(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Grid:

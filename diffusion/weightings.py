@@ -13,16 +13,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.special import ndtri
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Float, Int
 
-from diffusion.gaussian import Steps, at, p_variance
-from diffusion.predictions import Scalars, coefficients
+from diffusion.gaussian import at, p_variance
+from diffusion.predictions import coefficients
 from diffusion.schedules import Schedule
-
-Keys = Key[Array, ""] | UInt32[Array, "2"]
-Numbers = float | np.floating | Float[Array | np.ndarray, "..."]
+from diffusion.types import Keys, Scalars, Steps
 
 
 def eps_mse(kind: str, signal: Scalars, noise: Scalars, sigma_data: float = 0.5) -> Float[Array, "..."]:
@@ -99,24 +96,24 @@ def stratified(key: Keys, batch_size: int) -> Float[Array, " B"]:
     return jnp.minimum(u, 1 - jnp.finfo(u.dtype).eps / 2)  # where B - 1 + u rounds to B
 
 
-def step_quantile(u: Numbers, num_steps: int) -> Int[Array, "..."]:
+def step_quantile(u: Scalars, num_steps: int) -> Int[Array, "..."]:
     """Returns int32 steps t, even on 1..T for u even on [0, 1). Raises ValueError if num_steps < 1."""
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}: give at least 1")
     return 1 + jnp.floor(jnp.asarray(u) * num_steps).astype(jnp.int32)
 
 
-def log_normal_quantile(u: Numbers, mean: float = -1.2, std: float = 1.2) -> Float[Array, "..."]:
+def log_normal_quantile(u: Scalars, mean: float = -1.2, std: float = 1.2) -> Float[Array, "..."]:
     """Returns EDM's times ln(sigma) / 4 with ln(sigma) ~ N(mean, std^2) (Karras et al. 2022, table 1)."""
     return (mean + std * ndtri(u)) / 4
 
 
-def logit_normal_quantile(u: Numbers, mean: float = 0.0, std: float = 1.0) -> Float[Array, "..."]:
+def logit_normal_quantile(u: Scalars, mean: float = 0.0, std: float = 1.0) -> Float[Array, "..."]:
     """Returns flow times t with logit(t) ~ N(mean, std^2) (Esser et al. 2024, section 3.1)."""
     return jax.nn.sigmoid(mean + std * ndtri(u))
 
 
-def logit_normal_density(t: Numbers, mean: float = 0.0, std: float = 1.0) -> Float[Array, "..."]:
+def logit_normal_density(t: Scalars, mean: float = 0.0, std: float = 1.0) -> Float[Array, "..."]:
     """Returns the density of `logit_normal_quantile`, 0 at the ends (Esser et al. 2024, section 3.1)."""
     t = jnp.asarray(t)
     inside = (t > 0) & (t < 1)
@@ -125,7 +122,7 @@ def logit_normal_density(t: Numbers, mean: float = 0.0, std: float = 1.0) -> Flo
     return jnp.where(inside, jnp.exp(-(z**2) / 2) / (std * math.sqrt(2 * math.pi) * t * (1 - t)), 0)
 
 
-def mode_quantile(u: Numbers, scale: float = 1.29) -> Float[Array, "..."]:
+def mode_quantile(u: Scalars, scale: float = 1.29) -> Float[Array, "..."]:
     """Returns flow times with more of them in the middle (scale > 0) or at the ends (scale < 0).
 
     Esser et al. 2024, section 3.1, with 1 - u for their u, so that t rises with u. Raises ValueError if scale is not
@@ -136,7 +133,7 @@ def mode_quantile(u: Numbers, scale: float = 1.29) -> Float[Array, "..."]:
     return u - scale * (jnp.sin(jnp.pi / 2 * u) ** 2 - u)
 
 
-def mode_density(t: Numbers, scale: float = 1.29) -> Float[Array, "..."]:
+def mode_density(t: Scalars, scale: float = 1.29) -> Float[Array, "..."]:
     """Returns the density of `mode_quantile`, 0 outside [0, 1]; the quantile is inverted by bisection."""
     t = jnp.asarray(t)
     low, high = jnp.zeros_like(t), jnp.ones_like(t)
@@ -148,13 +145,13 @@ def mode_density(t: Numbers, scale: float = 1.29) -> Float[Array, "..."]:
     return jnp.where((t >= 0) & (t <= 1), 1 / slope, 0)
 
 
-def cosmap_quantile(u: Numbers) -> Float[Array, "..."]:
+def cosmap_quantile(u: Scalars) -> Float[Array, "..."]:
     """Returns flow times whose log-SNR is distributed as the cosine schedule's (Esser et al. 2024, section 3.1)."""
     angle = jnp.pi / 2 * jnp.asarray(u)
     return jnp.sin(angle) / (jnp.sin(angle) + jnp.cos(angle))  # 1 - 1 / (1 + tan), finite at u = 1 too
 
 
-def cosmap_density(t: Numbers) -> Float[Array, "..."]:
+def cosmap_density(t: Scalars) -> Float[Array, "..."]:
     """Returns the density of `cosmap_quantile`, 0 outside [0, 1] (Esser et al. 2024, section 3.1)."""
     t = jnp.asarray(t)
     return jnp.where((t >= 0) & (t <= 1), 2 / (jnp.pi * (1 - 2 * t + 2 * t**2)), 0)

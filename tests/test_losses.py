@@ -66,7 +66,8 @@ def test_the_terms_gradient_is_finite_at_every_step():
 
             def loss(eps_hat, v, schedule=schedule, x_0=x_0, eps=eps, t=t):
                 x_t = gaussian.q_sample(schedule, x_0, t, eps)
-                return losses.hybrid_loss(schedule, x_0, x_t, t, eps, eps_hat, v)
+                x_0_hat = gaussian.predict_x_0(schedule, eps_hat, x_t, t)
+                return losses.hybrid_loss(losses.simple_loss(eps, eps_hat), schedule, x_0, x_t, t, x_0_hat, v)
 
             value, pullback = jax.vjp(loss, eps_hat, v)  # not under jit, where XLA may simplify a NaN away
             assert value.dtype == jnp.float32 and np.isfinite(value).all()
@@ -82,7 +83,9 @@ def test_hybrid_gradients_go_where_the_paper_sends_them():
     x_t = gaussian.q_sample(schedule, x_0, t, eps)
 
     def hybrid(eps_hat, v):
-        return losses.hybrid_loss(schedule, x_0, x_t, t, eps, eps_hat, v, weight=0.01).sum()
+        x_0_hat = gaussian.predict_x_0(schedule, eps_hat, x_t, t)
+        simple = losses.simple_loss(eps, eps_hat)
+        return losses.hybrid_loss(simple, schedule, x_0, x_t, t, x_0_hat, v, weight=0.01).sum()
 
     def term(v):
         p = Normal(gaussian.p_mean(schedule, eps_hat, x_t, t), gaussian.learned_variance(schedule, v, t))
