@@ -1,5 +1,6 @@
 """Losses and gradients that are not finite, or leap: told in their step, or skipped and counted."""
 
+import json
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from test_training import assert_same_bits, batches_from, do_train, logged, make
 
 from diffusion.training import Mean, RunError, make_mesh
 from diffusion.training.checkpoints import open_existing
+from diffusion.training.integrity import seal
 
 
 def bad_batches(steps, value=np.nan):
@@ -65,3 +67,31 @@ def test_skipped_steps_change_nothing_are_counted_and_resume_to_the_same_bits(tm
 def test_skipping_ends_where_it_is_not_the_data(tmp_path):
     with pytest.raises(RunError, match=r"step 11: .* 11 steps in a row"):
         do_train(tmp_path, make_experiment(batches=bad_batches(range(99))), num_steps=99, skip_bad_steps=True)
+
+
+@pytest.mark.parametrize(("before", "after"), [(10, 3), (5, 10), (0, 5), (5, 0)])
+def test_skipped_steps_are_counted_right_after_resuming_with_another_interval(tmp_path, before, after):
+    experiment = make_experiment(batches=bad_batches([1, 6, 9]))
+    do_train(tmp_path, experiment, num_steps=8, skip_bad_steps=True, log_every=before)
+    begun = 0 if before in (0, 10) else 5  # after which step the metrics in that checkpoint were summed anew
+    do_train(tmp_path, experiment, skip_bad_steps=True, log_every=after)
+    lines = [line for line in logged(tmp_path) if line["step"] > 8]
+    for line in lines:
+        assert line["skipped_steps"] == sum(begun < step <= line["step"] for step in (2, 7, 10)), (line, begun)
+        begun = line["step"]
+    assert lines[-1]["step"] == 12
+
+
+def test_checkpoints_without_the_begin_of_their_interval_count_from_the_next_one(tmp_path):
+    """Those of format 1: the number cannot be known, and a wrong one is not logged."""
+    experiment = make_experiment(batches=bad_batches([1, 6, 9]))
+    do_train(tmp_path, experiment, num_steps=7, skip_bad_steps=True)
+    checkpoint = tmp_path / "checkpoints" / "7"
+    file = checkpoint / "_CHECKPOINT_METADATA"
+    whole = json.loads(file.read_text())
+    assert whole["custom_metadata"].pop("metrics_since") == 5
+    file.write_text(json.dumps(whole))
+    seal(checkpoint)
+    do_train(tmp_path, experiment, skip_bad_steps=True)
+    lines = {line["step"]: line.get("skipped_steps") for line in logged(tmp_path)}
+    assert lines == {5: 1, 7: 1, 10: None, 12: 0}

@@ -9,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from diffusion.training import (
+    Checkpoints,
     Experiment,
     Mean,
     RunError,
     Settings,
+    check_finite,
+    check_seed,
     digest,
     fully_sharded,
     init_state,
@@ -268,15 +271,89 @@ def test_newest_and_every_mth_checkpoint_are_kept(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_steps": 0}, "num_steps is 0"),
+        ({"num_steps": 0}, "training.num_steps is 0: it must be at least 1"),
         ({"accumulate": 3}, "multiple of 6"),
+        ({"accumulate": 0}, "training.accumulate is 0"),
+        ({"ema_decay": 1.0}, "training.ema_decay is 1.0: it must be at least 0 and less than 1"),
+        ({"ema_decay": float("nan")}, "training.ema_decay is nan"),
+        ({"ema_profiles": (0.5,)}, "training.ema_profiles: "),
+        ({"log_every": -1}, "training.log_every is -1"),
+        ({"checkpoint_every": -1}, "training.checkpoint_every is -1"),
+        ({"preview_every": -1}, "training.preview_every is -1"),
+        ({"snapshot_every": -1}, "training.snapshot_every is -1"),
+        ({"keep_newest": 0}, "training.keep_newest is 0"),
+        ({"keep_every": -1}, "training.keep_every is -1"),
+        ({"spike_factor": -1.0}, "training.spike_factor is -1.0"),
+        ({"seed": 2**32}, "seed is 4294967296: it must be 0 to 4294967295"),
     ],
 )
 def test_settings_that_cannot_run_are_refused(tmp_path, changes, message):
     with pytest.raises(RunError, match=message) as refused:
         do_train(tmp_path, **changes)
     assert "\n" not in str(refused.value)
-    assert not (tmp_path / "checkpoints").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_intervals_of_zero_mean_never_and_the_end_is_still_logged_and_saved(tmp_path):
+    def preview(params):
+        raise AssertionError("no preview is due")
+
+    whole = do_train(tmp_path / "whole", ema_profiles=(0.05,), log_every=12)
+    never = dict(log_every=0, checkpoint_every=0, preview_every=0, snapshot_every=0, keep_every=0)
+    state = do_train(tmp_path / "never", make_experiment(preview=preview), ema_profiles=(0.05,), **never)
+    assert_same_bits(state, whole)
+    assert [line["step"] for line in logged(tmp_path / "never")] == [12]
+    assert logged(tmp_path / "never") == logged(tmp_path / "whole")  # means over the whole run
+    assert [path.name for path in (tmp_path / "never" / "checkpoints").iterdir()] == ["12"]
+    assert not (tmp_path / "never" / "previews").exists() and not (tmp_path / "never" / "averages").exists()
+
+
+def test_training_a_finished_run_reports_that_and_returns_its_state(tmp_path, capfd):
+    finished = do_train(tmp_path)
+    capfd.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "run.lock"}
+    assert_same_bits(do_train(tmp_path), finished)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == [f"the run in {tmp_path} is finished: 12 of 12 steps"]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "run.lock"} == before
+    with pytest.raises(RunError, match=r"num_steps is 11, but the run in .* has made 12 steps: raise it") as refused:
+        do_train(tmp_path, num_steps=11)
+    assert "\n" not in str(refused.value)
+
+
+def test_weights_that_are_not_finite_are_counted_and_refused(tmp_path):
+    good = {"params": {"w": jnp.ones((3, 2)), "half": jnp.ones(2, jnp.bfloat16)}, "ids": np.arange(3)}
+    check_finite(good, "checkpoint 12")
+    bad = {**good, "x": {"b": jnp.array([1, jnp.nan, -jnp.inf]), "c": np.float32(np.inf)}}
+    with pytest.raises(
+        RunError, match=r"^checkpoint 12 .*: 3 of its .* in 2 of 5 arrays, the first in x/b\."
+    ) as refused:
+        check_finite(bad, "checkpoint 12")
+    assert "\n" not in str(refused.value)
+    sharded = jax.device_put(bad["x"]["b"][None].repeat(4, 0), NamedSharding(make_mesh(4), PartitionSpec("data")))
+    with pytest.raises(RunError, match="8 of its weights"):
+        check_finite(sharded, "it")
+
+    state = do_train(tmp_path, num_steps=4)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        stored = checkpoints.description()
+        checkpoints.save(5, state._replace(ema={**state.ema, "b": jnp.full((), jnp.nan)}), stored)
+    with pytest.raises(RunError, match=r"checkpoints/5 cannot be used: 1 of its .* the first in ema/b"):
+        do_train(tmp_path)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_that_would_be_another_seed_silently_are_refused(seed):
+    line = f"seed is {seed}: it must be 0 to 4294967295"
+    for call in (lambda: check_seed(seed), lambda: run_key(seed, "sample"), lambda: run_key(seed, "sample", 3)):
+        with pytest.raises(RunError, match=f"^{line}$"):
+            call()
+
+
+def test_every_seed_in_range_is_a_key_of_its_own():
+    seeds = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
+    assert [check_seed(seed) for seed in seeds] == seeds
+    assert len({tuple(np.ravel(jax.random.key_data(run_key(seed, "init"))).tolist()) for seed in seeds}) == 5
 
 
 def test_previews_show_raw_and_averaged_weights(tmp_path):

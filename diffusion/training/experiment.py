@@ -97,7 +97,7 @@ def run_key(seed: int | jax.Array, purpose: str, index: int | jax.Array = 0) -> 
     Raises:
       RunError: a seed, given as an integer, that is out of range, see `check_seed`.
     """
-    if isinstance(seed, int | np.integer):
+    if not isinstance(seed, jax.Array):
         check_seed(int(seed))
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
     return jax.random.fold_in(key, index)
