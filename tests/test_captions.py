@@ -1,116 +1,152 @@
-"""Text to image on a folder of pictures and captions, from end to end; frozen text encoded once."""
+"""Files of pictures and captions, and which pairs they make."""
 
 import json
-import sys
-from typing import Any
+import logging
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_text_to_image import clip_parts, init  # noqa: F401 (a fixture)
 
 from diffusion.data import scenes
-from diffusion.data.captions import with_text
-from diffusion.data.samples import load_samples
-from experiments import captions, text_encoders, text_modes, text_to_image
-from experiments.command_line import main
-
-SMALL = (
-    "--config.data.image_size=16",
-    "--config.data.batch_size=8",
-    "--config.text.width=8",
-    "--config.network.width=16",
-    "--config.network.depth=1",
-    "--config.network.num_heads=2",
-    "--config.network.dtype=float32",
-    "--config.training.num_steps=2",
-    "--config.training.preview_every=100",
-    "--config.training.num_previews=8",
-    "--config.sampling.num_steps=2",
-    "--config.evaluation.features=pixels",
-    "--config.evaluation.metrics=('fid',)",
-)
+from diffusion.data.captions import caption_folder, with_captions
+from diffusion.data.lines import read_lines
+from diffusion.data.sources import array_source
 
 
-def write_pairs(folder, split, count):
-    folder.mkdir()
-    lines = []
-    for index in range(count):
-        scene = scenes.scene(0, split, index)
-        Image.fromarray(scenes.draw(scene, split)).save(folder / f"{index}.png")
-        lines.append(json.dumps({"image": f"{index}.png", "caption": scene.caption}))
-    (folder / "captions.jsonl").write_text("\n".join(lines))
+def test_lines_end_at_newlines_alone(tmp_path):
+    path = tmp_path / "lines.txt"
+    text = "one\u2028still one\r\n\n  \ntwo\x85two\ftwo\vtwo\rtwo\ncafe\u0301"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    wanted = [(1, "one\u2028still one"), (4, "two\x85two\ftwo\vtwo\rtwo"), (5, "cafe\u0301")]
+    assert read_lines(path) == wanted
+    path.write_bytes(text.encode() + b"\n")
+    assert read_lines(path) == wanted
+
+
+@pytest.mark.parametrize("bad", [b"caf\xe9", b"\xed\xa0\x80", b"\xff\xfe"])  # Latin-1, a surrogate, UTF-16
+def test_what_is_not_utf_8_is_refused_with_its_line(tmp_path, bad):
+    (tmp_path / "lines.txt").write_bytes(b"one\n\n" + bad + b"\n")
+    with pytest.raises(ValueError, match=r"lines\.txt, line 3: not UTF-8 \(.*save the file as UTF-8"):
+        read_lines(tmp_path / "lines.txt")
+    with pytest.raises(ValueError, match=r"cannot read .*nowhere \(No such file"):
+        read_lines(tmp_path / "nowhere")
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch):
-    """call(*flags) -> how the experiment's command line ended."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def pairs(tmp_path):
+    """(folder of 0.png, 1.png and 2.png; their pixels; write(*lines) of its captions.jsonl)."""
+    pixels = np.random.RandomState(0).randint(0, 256, (3, 8, 8, 3), np.uint8)
+    for i in range(3):
+        Image.fromarray(pixels[i]).save(tmp_path / f"{i}.png")
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["captions", f"--workdir={tmp_path / 'run'}", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main(
-                captions.__file__,
-                "",
-                default_config="captions_mmdit.py",
-                modes=captions.MODES,
-                extra_flags=text_modes.define_flags,
-            )
-        return ended.value.code
+    def write(*lines):
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        (tmp_path / "captions.jsonl").write_text("\n".join(texts), "utf-8")
 
-    return call
+    return tmp_path, pixels, write
 
 
-def test_a_folder_of_pairs_is_learned_drawn_and_scored(call, tmp_path):
-    write_pairs(tmp_path / "pairs", "train", 24)
-    write_pairs(tmp_path / "held_out", "held_out", 12)
-    data = (f"--config.data.dir={tmp_path / 'pairs'}", f"--config.evaluation.dir={tmp_path / 'held_out'}")
-    assert call(*SMALL, *data) == 0
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    (fid,) = report["measurements"]
-    assert fid["num_samples"] == 12 and fid["reference"]["name"] == "held_out" and fid["ema"] == 0.9999
-    assert np.asarray(Image.open(tmp_path / "run" / "captions.png")).std() > 10
+GOOD = (
+    {"image": "0.png", "caption": "one"},
+    {"image": "1.png", "caption": ["two", "one"]},
+    {"image": "2.png", "caption": "three"},
+)
 
-    # Words that the checkpoint knows: the folder of pairs is not read again.
-    (tmp_path / "pairs" / "captions.jsonl").unlink()
-    out = tmp_path / "a.npz"
-    assert call("--mode=sample", "--prompt=a red three", "--num_samples=3", f"--out={out}") == 0
-    assert load_samples(out).shape == (3, 16, 16, 3)
-    assert "nothing to draw" in call("--mode=sample")
-    assert call("--mode=img2img", "--num_samples=2", "--strength=0.5") == 0
-    assert "text.precomputed=True is for an encoder" in call(
-        *SMALL, f"--config.data.dir={tmp_path / 'held_out'}", "--config.text.precomputed=True", "--workdir=elsewhere"
+
+def test_a_folder_of_captions(pairs):
+    folder, pixels, write = pairs
+    write(*GOOD, "", {"image": "0.png", "caption": "four"})  # more of an image may come later
+    source, captions = caption_folder(folder, None)
+    read = source.read(np.arange(5))
+    found = sorted((image.tobytes(), captions[row]) for image, row in zip(read["image"], read["label"], strict=True))
+    wanted = [(0, "one"), (0, "four"), (1, "two"), (1, "one"), (2, "three")]
+    assert found == sorted((pixels[i].tobytes(), caption) for i, caption in wanted)
+    assert source.captions == captions and len(set(captions)) == source.num_classes == 4
+    assert caption_folder(folder, 4).source.image_shape == (4, 4, 3)
+    assert caption_folder(folder, (4, 6)).source.image_shape == (4, 6, 3)
+
+
+def test_pictures_of_captions_that_are_broken_or_of_other_shapes(pairs, caplog):
+    folder, pixels, write = pairs
+    Image.fromarray(pixels[0, :6]).save(folder / "wide.png")
+    write(*GOOD, {"image": "wide.png", "caption": "wide"})
+    with pytest.raises(ValueError, match=r"line 4: .*wide.png is 8x6 but .*0.png is 8x8: .*data\.image_size=N"):
+        caption_folder(folder, None)
+    write({"image": "wide.png", "caption": "wide"})
+    with pytest.raises(ValueError, match=r"line 1: .*wide.png is 8x6, not square: .*data\.image_size=N"):
+        caption_folder(folder, None)
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:60])
+    write(*GOOD)
+    with pytest.raises(ValueError, match=r"line 2: .*1.png cannot be read"):
+        caption_folder(folder, 8)
+    with caplog.at_level(logging.WARNING):
+        source, captions = caption_folder(folder, 8, skip_broken=True)
+    assert "1 of 3 pictures cannot be read" in caplog.text
+    read = source.read(np.arange(2))
+    assert [captions[row] for row in read["label"]] == ["one", "three"] and (read["image"] == pixels[[0, 2]]).all()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"image": "none.png", "caption": "x"}, r"line 4: a caption without an image, there is no .*none\.png"),
+        ({"image": "0.png"}, r'line 4: not \{"image": "name\.png", "caption"'),
+        ({"image": "0.png", "caption": []}, "line 4: not"),
+        ({"image": "0.png", "caption": ["x", 1]}, "line 4: not"),
+        ("{", "line 4: not JSON"),
+        ("[]", "line 4: not"),
+        ('{"image": "0.png", "caption": "\\ud83d"}', "line 4: a lone surrogate"),
+    ],
+)
+def test_bad_lines_are_named(pairs, line, message):
+    folder, _, write = pairs
+    write(*GOOD, line)
+    with pytest.raises(ValueError, match=message) as error:
+        caption_folder(folder, 8)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_captions(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no .*captions\.jsonl: write a line"):
+        caption_folder(tmp_path, 8)
+    (tmp_path / "captions.jsonl").write_text("\n\n")
+    with pytest.raises(ValueError, match=r"captions\.jsonl holds no pair"):
+        caption_folder(tmp_path, 8)
+
+
+def test_separators_of_unicode_stay_within_a_caption(pairs):
+    folder, _, _ = pairs
+    said = "a\u2028b\x85c"
+    line = json.dumps({"image": "0.png", "caption": said}, ensure_ascii=False)
+    (folder / "captions.jsonl").write_text("\ufeff" + line + "\r\n", "utf-8", newline="")
+    assert caption_folder(folder, 8).captions == (said,)
+
+
+def test_the_fingerprint_covers_captions_and_pixels(pairs):
+    folder, pixels, write = pairs
+    found = []
+    for lines in (GOOD, GOOD[:2], (*GOOD[:2], {"image": "2.png", "caption": "threes"}), GOOD):
+        write(*lines)
+        found.append(caption_folder(folder, 8).source.fingerprint)
+    Image.fromarray(pixels[0]).save(folder / "1.png")
+    found.append(caption_folder(folder, 8).source.fingerprint)
+    assert found[0] == found[3] and len(set(found)) == 4
+    # Pairs that are swapped hold the same pixels and the same set of captions.
+    images = array_source(pixels[:2], None, "two", "train", None)
+    assert with_captions(images, [["a"], ["b"]]).source.fingerprint != (
+        with_captions(images, [["b"], ["a"]]).source.fingerprint
+    )
+    assert (
+        scenes.scenes("train", 16, 3).source.fingerprint
+        != array_source(
+            scenes.scenes("train", 16, 3).source.read(np.arange(3))["image"], None, "scenes", "train", None
+        ).fingerprint
     )
 
 
-def test_words_are_the_most_frequent():
-    said = ["A dog, a dog and a cat", "a cat", "a bird's nest"]
-    assert text_encoders.frequent_words(said, 3) == ["a", "and", "cat"]  # of those in one caption, by the alphabet
-    assert text_encoders.frequent_words(said, 100) == ["a", "and", "bird", "cat", "dog", "nest", "s"]
-
-
-def test_features_made_once_give_the_loss_of_features_made_at_every_step(clip_parts, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    params = init(clip_parts)
-    captioned = scenes.scenes("train", 16, 40)
-    encoder = clip_parts.encoder
-    made_once = text_encoders.with_features(captioned, encoder, params["text"], batch_size=16)
-    blind: Any = encoder._replace(encode=None)
-    again = text_encoders.with_features(captioned, blind, params["text"])
-    assert len(list(tmp_path.rglob("*.npy"))) == 2
-    other = jax.tree.map(lambda x: x + 1, params["text"])
-    text_encoders.with_features(captioned, encoder, other)
-    assert len(list(tmp_path.rglob("*.npy"))) == 4  # other weights, other features
-
-    config, network = clip_parts.config, clip_parts.network
-    loss = jax.jit(text_to_image.make_loss(config, network, encoder, clip_parts.diffusion))
-    rows, key = np.arange(32), jax.random.key(3)
-    expected, _ = loss(params, with_text(captioned, encoder.tokenize).read(rows), key)
-    for source in (made_once, again):
-        batch = source.read(rows)
-        assert "text" not in batch
-        found, _ = loss(params, batch, key)
-        # Of sums in float32 of another order; a dropped caption that was not would differ by far more.
-        np.testing.assert_allclose(found, expected, rtol=1e-4)
+def test_captions_are_one_list_for_each_image():
+    images = array_source(np.zeros((2, 4, 4, 3), np.uint8), None, "two", "train", None)
+    with pytest.raises(ValueError, match="2 images but captions of 1"):
+        with_captions(images, [["a"]])
+    with pytest.raises(ValueError, match="two: its 2 examples of train have no caption"):
+        with_captions(images, [[], []])

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from diffusion.data import array_source, batch_indices, digits, make_batches
-from diffusion.data.batches import batch_flips
-from diffusion.data.images import image_grid, labelled_grid, save_png, to_float, to_uint8
+from diffusion.data.batches import batch_flips, full_batches
+from diffusion.data.images import image_grid, labelled_grid, save_png, to_float, to_uint8, wrap
 from diffusion.files import replacing
 
 
@@ -140,6 +140,15 @@ def test_closing_the_batches_ends_their_threads():
     assert not any(thread.is_alive() for thread in readers)
 
 
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (8, 4), (3, 7), (1, 1), (0, 4)])
+def test_full_batches_cover_everything_once_and_are_full(count, batch_size):
+    batches = list(full_batches(count, batch_size))
+    assert all(rows.shape == (batch_size,) for rows in batches) and len(batches) == -(-count // batch_size)
+    rows = np.concatenate([*batches, np.zeros(0, int)])
+    assert rows[:count].tolist() == list(range(count))
+    assert (rows >= 0).all() and (rows < max(count, 1)).all()
+
+
 # --- arrays
 
 
@@ -245,6 +254,28 @@ def test_labelled_grid_keeps_the_pictures_and_writes_every_label_within_its_row(
     assert (narrower[4 + 66 : 4 + 66 + 64, 4 : 4 + 64] == image[0, 1].repeat(16, 0).repeat(16, 1)).all()
     with pytest.raises(ValueError, match="shorter"):
         labelled_grid(image, labels[:2])
+
+
+def test_wrapped_lines_hold_every_word_and_are_no_wider_than_asked():
+    said = "a large green eight to the left of " + "w" * 25 + " and\nno  more"
+    lines = wrap(said, 10, len)
+    assert lines == ["a large", "green", "eight to", "the left", "of", "w" * 10, "w" * 10, "wwwww and", "no more"]
+    assert wrap(said, 10, len, most=9) == lines and wrap("", 10, len) == [""]
+    assert wrap(said, 10, len, most=8) == [*lines[:7], "wwwww and…"]
+    assert wrap(said, 10, len, most=6) == [*lines[:5], "w" * 9 + "…"]
+
+
+def test_wrapping_costs_no_more_than_the_text_is_long():
+    measured = []
+
+    def measure(text):
+        measured.append(len(text))
+        return len(text)
+
+    for said in ("word " * 10_000, "w" * 50_000):
+        measured.clear()
+        assert len(wrap(said, 20, measure)) == 12
+        assert sum(measured) < 2 * 50_000  # not its square, of which a prompt of 2,000 characters took 14 s
 
 
 @pytest.mark.parametrize("channels", [1, 3])

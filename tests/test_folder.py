@@ -136,7 +136,7 @@ def test_broken_pictures_are_named_or_skipped(tmp_path, caplog, in_memory):
         assert source.read(np.arange(2))["label"].tolist() == [0, 1]
     for name in ("a/1.png", "b/4.png"):
         (tmp_path / "set" / name).write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="none of the 4 pictures can be read, the first is .*1.png"):
+    with pytest.raises(ValueError, match=r"none of the 4 pictures can be read, the first is .*1\.png"):
         image_folder(tmp_path / "set", skip_broken=True)
 
 

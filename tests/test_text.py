@@ -78,6 +78,12 @@ def test_start_end_and_padding(published):
         encode(tokenizer, ["a"], 1)
 
 
+def test_accents_are_the_same_composed_or_not(own, published):
+    for tokenizer in (own, read_tokenizer(published)):
+        composed, decomposed = encode(tokenizer, ["caf\u00e9 \uac00", "cafe\u0301 \u1100\u1161"], 30)
+        assert (composed == decomposed).all() and len(set(composed.tolist())) > 4
+
+
 def test_long_texts_are_cut_and_said_to_be(own):
     with pytest.warns(UserWarning, match=r"text of 7 tokens is cut to the 4 .* not read: ' a blue two'") as caught:
         ids = encode(own, ["a red one", "a red one above a blue two"], 6)

@@ -1,7 +1,7 @@
 """Images with captions: a `Source` whose label says which caption belongs to the image. Read from folders, too."""
 
+import hashlib
 import json
-import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,8 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from diffusion.data.pictures import decode
-from diffusion.data.sources import Source, array_source
+from diffusion.data.decoded import decoded_files
+from diffusion.data.lines import read_lines
+from diffusion.data.pictures import Size, decode
+from diffusion.data.sources import Source
 
 
 class CaptionedSource(NamedTuple):
@@ -41,69 +43,94 @@ def with_text(captioned: CaptionedSource, encode: Callable[[Sequence[str]], np.n
     return source._replace(read=read)
 
 
-def caption_folder(
-    folder: str | os.PathLike, image_size: int | None, split: str = "train", skip_broken: bool = False
-) -> CaptionedSource:
-    """The pairs of FOLDER/captions.jsonl, decoded once and held in memory as RGB.
+def with_captions(images: Source, captions: Sequence[Sequence[str]]) -> CaptionedSource:
+    """Returns the pairs of images with their captions: image i with each of captions[i], of which there may be none.
 
-    Each line is {"image": "path within the folder", "caption": "..."}, or "caption": [several], each a pair of its own.
-    With `image_size` every picture is cropped to its central square and resized; without, all must be of one square
-    size. A picture that cannot be read is an error, or with `skip_broken` left out, and a warning says how many were.
+    The fingerprint covers the captions too.
 
     Raises:
-      ValueError: with the line's number, if the file, a caption or a picture is missing, broken or of another shape.
+      ValueError: if there is not a sequence of captions for each image, or not one caption.
+    """
+    if len(captions) != images.num_examples:
+        raise ValueError(f"{images.num_examples} images but captions of {len(captions)}: one list for each is needed")
+    known: dict[str, int] = {}
+    rows, labels = [], []
+    for row, own in enumerate(captions):
+        rows += [row] * len(own)
+        labels += [known.setdefault(caption, len(known)) for caption in own]
+    if not known:
+        raise ValueError(f"{images.name}: its {images.num_examples} examples of {images.split} have no caption")
+    row, label = np.array(rows), np.array(labels, np.int32)
+
+    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {"image": images.read(row[indices])["image"], "label": label[indices]}
+
+    kind, _, digest = images.fingerprint.partition(":")
+    digest = hashlib.sha256(digest.encode() + json.dumps([list(own) for own in captions]).encode()).hexdigest()
+    source = images._replace(
+        num_examples=len(label),
+        num_classes=len(known),
+        read=read,
+        fingerprint=f"{kind}:{digest}",
+        captions=tuple(known),
+    )
+    return CaptionedSource(source, tuple(known))
+
+
+def caption_folder(
+    folder: str | os.PathLike, image_size: Size | None, split: str = "train", skip_broken: bool = False
+) -> CaptionedSource:
+    """Returns the pairs of FOLDER/captions.jsonl, the pictures decoded once, as RGB.
+
+    Each line is {"image": "path within the folder", "caption": "..."}, or "caption": [several], each a pair of its own.
+
+    Args:
+      folder: of captions.jsonl.
+      image_size: side, or (H, W), to which every picture is cropped and resized. None needs squares of one size.
+      split: what the source is called.
+      skip_broken: skip pictures that cannot be read, with one warning, instead of raising.
+
+    Raises:
+      ValueError: with the number of the line, if the file, a caption or a picture is missing, broken or of another
+        shape.
     """
     folder = Path(folder)
     path = folder / "captions.jsonl"
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    if not path.is_file():
         raise ValueError(
-            f'cannot read {path} ({error}): write a line {{"image": "name.png", "caption": "..."}} for each pair there'
-        ) from error
-    images: list[np.ndarray] = []
-    pictures, labels, broken = [], [], []
-    captions: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        name, said = _pair(line, f"{path}, line {number}")
-        if not (folder / name).is_file():
-            raise ValueError(f"{path}, line {number}: a caption without an image, there is no {folder / name}")
-        try:
-            image = read_picture(folder / name, image_size)
-        except ValueError as error:
-            if not skip_broken or "cannot be read" not in str(error):
-                raise ValueError(f"{path}, line {number}: {error}") from error
-            broken.append(name)
-            continue
-        if images and image.shape != images[0].shape:
-            raise ValueError(
-                f"{path}, line {number}: {name} is {_size(image)}, the first {_size(images[0])}: give image_size to "
-                "resize them"
-            )
-        images.append(image)
-        pictures += [len(images) - 1] * len(said)
-        labels += [captions.setdefault(caption, len(captions)) for caption in said]
-    if broken:
-        logging.warning("%s: %d of %d pictures cannot be read: %s ...", path, len(broken), len(lines), broken[0])
-    if not images:
-        raise ValueError(f"{path} holds no pair that can be read")
-    label = np.array(labels, np.int32)
-    source = array_source(np.stack(images)[pictures], label, folder.name, split, len(captions))
-    return CaptionedSource(source, tuple(captions))
-
-
-def read_picture(path: str | os.PathLike, image_size: int | None = None) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns a picture file as RGB: with `image_size` its central square, resized (Lanczos); without, it is square.
-
-    Raises:
-      ValueError: if it is missing or broken, or not square.
-    """
-    image = decode(path, channels=3, size=image_size)
-    if image.shape[0] != image.shape[1]:
-        raise ValueError(f"{path} is {_size(image)}, not square: give image_size to crop it")
-    return image
+            f'there is no {path}: write a line {{"image": "name.png", "caption": "..."}} for each pair there'
+        )
+    captions: dict[str, list[str]] = {}
+    places = []
+    for number, line in read_lines(path):
+        place = f"{path}, line {number}: "
+        name, own = _pair(line, place)
+        if name not in captions:
+            if not (folder / name).is_file():
+                raise ValueError(f"{place}a caption without an image, there is no {folder / name}")
+            places.append(place)
+        captions.setdefault(name, []).extend(own)
+    if not captions:
+        raise ValueError(f"{path} holds no pair")
+    files = [folder / name for name in captions]
+    decoded = decoded_files(
+        files,
+        None,
+        folder.resolve().name,
+        split,
+        None,
+        size=image_size,
+        channels=3,
+        skip_broken=skip_broken,
+        places=places,
+    )
+    height, width, _ = decoded.source.image_shape
+    if image_size is None and height != width:
+        raise ValueError(
+            f"{places[0]}{files[0]} is {width}x{height}, not square: crop it by --config.data.image_size=N"
+        )
+    every = list(captions.values())
+    return with_captions(decoded.source, [every[number] for number in decoded.kept])
 
 
 def open_picture(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
@@ -111,18 +138,18 @@ def open_picture(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
     return decode(path, channels=3)
 
 
-def _pair(line: str, where: str) -> tuple[str, list[str]]:
+def _pair(line: str, place: str) -> tuple[str, list[str]]:
+    """Returns the image's name and the captions of a line of JSON."""
     try:
         pair = json.loads(line)
+        json.dumps(pair, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place}a lone surrogate, which is half of a character: write the whole one") from error
     except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
+        raise ValueError(f"{place}not JSON ({error})") from error
     name = pair.get("image") if isinstance(pair, dict) else None
-    said = pair.get("caption") if isinstance(pair, dict) else None
-    said = [said] if isinstance(said, str) else said
-    if not isinstance(name, str) or not isinstance(said, list) or not said or not all(isinstance(s, str) for s in said):
-        raise ValueError(f'{where}: not {{"image": "name.png", "caption": "..."}}')
-    return name, said
-
-
-def _size(image: np.ndarray) -> str:
-    return f"{image.shape[1]}x{image.shape[0]}"
+    own = pair.get("caption") if isinstance(pair, dict) else None
+    own = [own] if isinstance(own, str) else own
+    if not isinstance(name, str) or not isinstance(own, list) or not own or not all(isinstance(s, str) for s in own):
+        raise ValueError(f'{place}not {{"image": "name.png", "caption": "..."}}')
+    return name, own

@@ -191,7 +191,7 @@ def _cache_path(name: str, files: Sequence[Path], label: np.ndarray | None, sett
     for file in files:
         status = file.stat()
         digest.update(repr((os.fspath(file.absolute()), status.st_size, status.st_mtime_ns)).encode())
-    return cache_folder() / "pictures" / f"{name}-{digest.hexdigest()[:32]}.npy"
+    return cache_folder() / "pictures" / f"{name[:40]}-{digest.hexdigest()[:32]}.npy"
 
 
 def _open_cache(path: Path, count: int) -> tuple[np.ndarray, list[int], str] | None:

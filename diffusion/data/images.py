@@ -2,14 +2,15 @@
 
 import math
 import os
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from diffusion.files import replacing
+
+FONT_SIZE = 12  # of labels, in pixels
 
 
 def to_float(image: UInt8[Array | np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
@@ -70,7 +71,7 @@ def labelled_grid(
     Raises:
       ValueError: images are not uint8, or there is not one label for each row.
     """
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     check_uint8_images(image.reshape(-1, *image.shape[2:]))
     factor = math.ceil(smallest_side / min(image.shape[2:4]))
@@ -79,27 +80,52 @@ def labelled_grid(
     rows = [image_grid(row.repeat(factor, axis=1).repeat(factor, axis=2), in_line, separator=2) for row in image]
     rows = [np.repeat(row, 3, axis=2) if row.shape[2] == 1 else row[..., :3] for row in rows]
     across = max(rows[0].shape[1], 120)
+    font = ImageFont.load_default(FONT_SIZE)
+    wrapped = ["\n".join(wrap(label, across, font.getlength)) for label in labels]
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-
-    def extent(text: str) -> Sequence[float]:
-        return pen.multiline_textbbox((0, 0), text, font_size=12)[2:]
-
-    def wrap(label: str) -> str:
-        """Breaks a label where it would be wider than its row."""
-        wrapped = ("\n".join(textwrap.wrap(label, n)) for n in range(len(label), 0, -1))
-        return next((text for text in wrapped if extent(text)[0] <= across), "")
-
-    wrapped = [wrap(label) for label in labels]
-    below = math.ceil(max(extent(text)[1] for text in wrapped)) + 4
+    below = math.ceil(max(pen.multiline_textbbox((0, 0), text, font=font)[3] for text in wrapped)) + 4
     blocks = []
     for row, text in zip(rows, wrapped, strict=True):
         strip = Image.new("RGB", (across, below), "white")
-        ImageDraw.Draw(strip).multiline_text((0, 0), text, fill="black", font_size=12)
+        ImageDraw.Draw(strip).multiline_text((0, 0), text, fill="black", font=font)
         row = np.pad(row, ((0, 0), (0, across - row.shape[1]), (0, 0)), constant_values=255)
         blocks.append(np.pad(np.concatenate([row, np.asarray(strip)]), ((4, 4), (4, 4), (0, 0)), constant_values=255))
     columns = max(1, width // blocks[0].shape[1])
     blocks += [np.full_like(blocks[0], 255)] * (-len(blocks) % columns if len(blocks) > columns else 0)
     return image_grid(np.stack(blocks), columns, separator=0)
+
+
+def wrap(text: str, width: float, measure: Callable[[str], float], most: int = 12) -> list[str]:
+    """Breaks a text into lines between words; a word that is wider than a line is broken itself.
+
+    Args:
+      text: white space within it counts as one blank.
+      width: that no line exceeds.
+      measure: the width of a string.
+      most: lines; of a longer text the last one ends in an ellipsis.
+    """
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        if measure(longer) <= width:
+            lines[-1] = longer
+            continue
+        if lines[-1]:
+            lines.append("")
+        for character in word:
+            if lines[-1] and measure(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+            if len(lines) > most:
+                break
+        if len(lines) > most:
+            break
+    if len(lines) > most:
+        last = lines[most - 1]
+        while last and measure(f"{last}…") > width:
+            last = last[:-1]
+        lines = [*lines[: most - 1], f"{last}…"]
+    return lines
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray, smallest_side: int = 256) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from diffusion.data.captions import CaptionedSource
+from diffusion.data.captions import CaptionedSource, with_captions
 from diffusion.data.sources import array_source, digits
 
 COLOURS = {
@@ -153,14 +153,12 @@ def scenes(
     if num_examples < 1:
         raise ValueError(f"a source needs at least 1 scene, not {num_examples}")
     image = np.empty((num_examples, canvas, canvas, 3), np.uint8)
-    label = np.empty(num_examples, np.int32)
-    captions: dict[str, int] = {}
+    captions = []
     for index in range(num_examples):
         made = scene(seed, split, index, canvas, kinds)
         image[index] = draw(made, split, canvas)
-        label[index] = captions.setdefault(made.caption, len(captions))
-    source = array_source(image, label, f"scenes{canvas}", split, len(captions))
-    return CaptionedSource(source, tuple(captions))
+        captions.append([made.caption])
+    return with_captions(array_source(image, None, f"scenes{canvas}", split, None), captions)
 
 
 def relation_holds(relation: str, first: Box, second: Box) -> bool:

@@ -1,6 +1,5 @@
 """Image sets with captions prepared by TensorFlow Datasets, coco_captions among them, read without TensorFlow."""
 
-import hashlib
 import json
 import os
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from diffusion.data.captions import CaptionedSource
+from diffusion.data.captions import CaptionedSource, with_captions
 from diffusion.data.tfds import PreparedSet, made_once, open_set, tfds_source, unreadable
 
 # What sets call their captions, the likeliest first.
@@ -38,24 +37,7 @@ def tfds_captions(
     images = tfds_source(name, split, data_dir, image_size=image_size, channels=3)
     key = f"{name} {split} {'/'.join(path)}"
     stored = made_once(name, key, prepared.folder, lambda: {"said": _as_array(_read_captions(prepared, path, key))})
-    captions: dict[str, int] = {}
-    pictures, labels = [], []
-    for picture, said in enumerate(json.loads(stored["said"].tobytes())):
-        pictures += [picture] * len(said)
-        labels += [captions.setdefault(caption, len(captions)) for caption in said]
-    if not captions:
-        raise ValueError(f"{prepared.folder}: its {images.num_examples} examples of {split} have no caption")
-    picture, label = np.array(pictures), np.array(labels, np.int32)
-
-    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
-        return {"image": images.read(picture[indices])["image"], "label": label[indices]}
-
-    kind, _, digest = images.fingerprint.partition(":")
-    digest = hashlib.sha256(digest.encode() + stored["said"].tobytes()).hexdigest()
-    source = images._replace(
-        num_examples=len(label), num_classes=len(captions), read=read, fingerprint=f"{kind}:{digest}"
-    )
-    return CaptionedSource(source, tuple(captions))
+    return with_captions(images, json.loads(stored["said"].tobytes()))
 
 
 def caption_path(features: Any) -> tuple[str, ...] | None:
