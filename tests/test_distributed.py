@@ -272,6 +272,9 @@ def test_two_processes_train_as_one_and_one_goes_on_from_them(tmp_path):
     for rank in (0, 1):
         assert f"process {rank} of 2 (pid {processes[rank].pid} on" in said[rank]
         assert "has 1 of 2 devices" in said[rank]
+    processes, said = run_two(tmp_path / "parts")  # once more: nothing is left to do
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert ["is finished: 8 of 8 steps" in each for each in said] == [True, False]
     state = do_train(tmp_path / "parts")  # the last four steps, by this process on two devices
     assert int(state.step) == 12
     # The same sums over the same two devices; only who adds them up differs.

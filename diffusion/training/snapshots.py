@@ -116,5 +116,5 @@ def profile_names(path: Path) -> list[str]:
             names = sorted({key.split("/")[0] for key in stored.keys()})  # noqa: SIM118 (it is no dictionary)
         [float(name) for name in names]
     except (SafetensorError, ValueError, OSError) as error:
-        raise RunError(f"{path} is not an intact file of averages ({' '.join(str(error).split())})") from error
+        raise RunError(f"{path} is not a whole file of averages ({' '.join(str(error).split())})") from error
     return names
