@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite, or leap: told in their step, or skipped and counted."""
+"""Losses and gradients that are not finite, or spike: reported in their step, or skipped and counted."""
 
 import json
 from typing import Any
@@ -32,10 +32,10 @@ def loss_by_parity(params, batch, key):
     return losses, {f"loss_of_{name}": Mean(jnp.where(p, losses, 0), p.astype(np.float32)) for name, p in parts.items()}
 
 
-def test_bad_numbers_are_told_with_step_parameters_and_part(tmp_path):
+def test_bad_numbers_are_reported_with_step_parameters_and_part(tmp_path):
     def loss(params, batch, key):
         losses, metrics = noisy_loss(params, batch, key)
-        # The gradient of sqrt at 0 is endless, and only b goes through it.
+        # The gradient of sqrt at 0 is infinite, and only b goes through it.
         return losses + np.float32(0) * jnp.sqrt(params["b"] - params["b"]), metrics
 
     with pytest.raises(RunError, match=r"^step 1: loss .*, gradient norm nan; not finite in 1 of 2 .* groups: b;"):
@@ -64,7 +64,7 @@ def test_skipped_steps_change_nothing_are_counted_and_resume_to_the_same_bits(tm
     assert_same_bits(do_train(tmp_path / "parts", experiment, skip_bad_steps=True), whole)
 
 
-def test_skipping_ends_where_it_is_not_the_data(tmp_path):
+def test_skipping_ends_after_too_many_bad_steps_in_a_row(tmp_path):
     with pytest.raises(RunError, match=r"step 11: .* 11 steps in a row"):
         do_train(tmp_path, make_experiment(batches=bad_batches(range(99))), num_steps=99, skip_bad_steps=True)
 
@@ -83,7 +83,7 @@ def test_skipped_steps_are_counted_right_after_resuming_with_another_interval(tm
 
 
 def test_checkpoints_without_the_begin_of_their_interval_count_from_the_next_one(tmp_path):
-    """Those of format 1: the number cannot be known, and a wrong one is not logged."""
+    """In those of format 1 the number is unknown: none is logged, rather than a wrong one."""
     experiment = make_experiment(batches=bad_batches([1, 6, 9]))
     do_train(tmp_path, experiment, num_steps=7, skip_bad_steps=True)
     checkpoint = tmp_path / "checkpoints" / "7"

@@ -1,4 +1,4 @@
-"""Several processes: who is missing is named, who dies too, and two of them train as one does."""
+"""Several processes: missing and dead ones are named, and two of them train as one does."""
 
 import os
 import queue
@@ -44,7 +44,7 @@ def calls(*arguments):
         return list(threads.map(attempt, arguments))
 
 
-def test_all_who_are_there_are_let_go():
+def test_all_processes_that_connect_may_start():
     address = free_address()
     peers: Any = calls(*[(address, rank, 4, 20.0) for rank in range(4)])
     assert [sorted(each) for each in peers] == [[1, 2, 3], [0], [0], [0]]
@@ -52,25 +52,25 @@ def test_all_who_are_there_are_let_go():
     socket.create_server(("", int(address.split(":")[1]))).close()
 
 
-def test_missing_processes_are_named_to_all_who_came():
+def test_missing_processes_are_named_to_all_others():
     address = free_address()
-    said: Any = calls((address, 0, 5, 1.0), (address, 2, 5, 1.0), (address, 4, 5, 1.0))
-    assert said[0] == said[1] == said[2]
-    assert f"process 1, 3 of 5 did not connect within 1 s (connected: 0: pid {os.getpid()} on" in said[0]
-    assert "\n" not in said[0]
+    replies: Any = calls((address, 0, 5, 1.0), (address, 2, 5, 1.0), (address, 4, 5, 1.0))
+    assert replies[0] == replies[1] == replies[2]
+    assert f"process 1, 3 of 5 did not connect within 1 s (connected: 0: pid {os.getpid()} on" in replies[0]
+    assert "\n" not in replies[0]
     assert "process 0 was not at" in str(calls((address, 1, 5, 0.3))[0])
 
 
-def test_a_process_of_another_run_is_sent_away():
+def test_a_process_of_another_run_is_refused():
     address = free_address()
     with ThreadPoolExecutor(1) as threads:
         run = threads.submit(calls, (address, 0, 2, 20.0))
-        (said,) = calls((address, 1, 3, 20.0))
-        assert "process 1 of 3" in str(said) and "is not of this run of 2" in str(said)
+        (reply,) = calls((address, 1, 3, 20.0))
+        assert "process 1 of 3" in str(reply) and "is not of this run of 2" in str(reply)
         assert [sorted(each) for each in (calls((address, 1, 2, 20.0))[0], run.result()[0])] == [[0], [1]]
 
 
-def test_noise_at_the_door_is_not_an_answer():
+def test_other_clients_of_the_port_are_ignored():
     address = free_address()
     with ThreadPoolExecutor(2) as threads:
         run = threads.submit(calls, (address, 0, 2, 20.0))
@@ -87,13 +87,13 @@ def test_noise_at_the_door_is_not_an_answer():
 
 @pytest.fixture
 def three() -> Any:
-    """The connections of three processes that are all there, as each of them holds them."""
+    """The connections of three processes after their roll call, as each of them holds them."""
     address = free_address()
     return calls(*[(address, rank, 3, 20.0) for rank in range(3)])
 
 
 def lifeline(peers, rank):
-    """Returns the lifeline of a process, and where the line appears with which it would end."""
+    """Returns the lifeline of a process, and a queue of the lines with which it would end."""
     ends = queue.Queue()
     return Lifeline(rank, len(peers), peers[rank], ends.put), ends
 
@@ -126,7 +126,7 @@ def test_an_orderly_end_is_no_death(three, order):
     lifelines, ends = zip(*[lifeline(three, rank) for rank in range(3)], strict=True)
     for rank in order:
         lifelines[rank].announce_end()
-        lifelines[rank].announce_end()  # nor does it matter who listens still
+        lifelines[rank].announce_end()  # and a second time, when others have left already
         if rank != 0:
             die(three, rank)
     time.sleep(0.2)
@@ -145,7 +145,7 @@ def test_a_connection_that_closes_before_the_thread_runs_raises_nothing(three, m
     assert [thread.name for thread in threads] == ["lifeline"] and not raised
 
 
-def test_who_leaves_tells_why_in_one_line_and_the_others_have_time_to_know_better(three):
+def test_the_reason_of_a_leaving_process_reaches_the_others_after_a_grace_period(three):
     going = lifeline(three, 1)[0]
     ends = [lifeline(three, rank)[1] for rank in (0, 2)]
     begun = time.monotonic()
@@ -155,7 +155,7 @@ def test_who_leaves_tells_why_in_one_line_and_the_others_have_time_to_know_bette
         assert re.fullmatch(r"process 1 of 3 \(pid .*\) has left: error: the disk is full", each.get(timeout=5))
     assert time.monotonic() - begun >= GRACE_SECONDS
     time.sleep(0.2)
-    assert ends[0].empty()  # one line is enough, whatever follows from the end of the first
+    assert ends[0].empty()  # one line, whatever follows from the end of the first process
 
 
 def test_process_0_leaves_after_the_others(three):
@@ -245,7 +245,7 @@ run_to_end(lambda: test_training.do_train(Path(sys.argv[1]), experiment, num_dev
 
 
 def run_two(workdir, victim=-1, last=-1):
-    """Trains 8 steps as two processes, of which `victim` dies at batch `last`; returns them, and what they said."""
+    """Trains 8 steps as two processes, of which `victim` dies at batch `last`; returns them and what they printed."""
     program = TWO.format(tests=str(HERE), root=str(HERE.parent))
     common = {**os.environ, "DIFFUSION_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": free_address()}
     common["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
@@ -265,19 +265,19 @@ def run_two(workdir, victim=-1, last=-1):
             process.kill()
 
 
-def test_two_processes_train_as_one_and_one_goes_on_from_them(tmp_path):
+def test_two_processes_train_as_one_and_one_resumes_from_them(tmp_path):
     whole = do_train(tmp_path / "whole")
-    processes, said = run_two(tmp_path / "parts")
-    assert [process.returncode for process in processes] == [0, 0], said
+    processes, printed = run_two(tmp_path / "parts")
+    assert [process.returncode for process in processes] == [0, 0], printed
     for rank in (0, 1):
-        assert f"process {rank} of 2 (pid {processes[rank].pid} on" in said[rank]
-        assert "has 1 of 2 devices" in said[rank]
-    processes, said = run_two(tmp_path / "parts")  # once more: nothing is left to do
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert ["is finished: 8 of 8 steps" in each for each in said] == [True, False]
+        assert f"process {rank} of 2 (pid {processes[rank].pid} on" in printed[rank]
+        assert "has 1 of 2 devices" in printed[rank]
+    processes, printed = run_two(tmp_path / "parts")  # once more: nothing is left to do
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert ["is finished: 8 of 8 steps" in each for each in printed] == [True, False]
     state = do_train(tmp_path / "parts")  # the last four steps, by this process on two devices
     assert int(state.step) == 12
-    # The same sums over the same two devices; only who adds them up differs.
+    # The same sums over the same two devices; only the order of adding them up differs.
     np.testing.assert_allclose(state.params["w"], whole.params["w"], rtol=1e-5, atol=1e-6)
     losses, expected = ({line["step"]: line["loss"] for line in logged(tmp_path / name)} for name in ("parts", "whole"))
     for step in (5, 10, 12):
@@ -285,14 +285,14 @@ def test_two_processes_train_as_one_and_one_goes_on_from_them(tmp_path):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_process_is_killed_the_other_says_so_and_the_same_command_goes_on(tmp_path, victim):
-    processes, said = run_two(tmp_path, victim, last=6)
+def test_when_one_process_is_killed_the_other_reports_it_and_the_same_command_resumes(tmp_path, victim):
+    processes, printed = run_two(tmp_path, victim, last=6)
     codes = [process.returncode for process in processes]
-    assert (codes[victim], codes[1 - victim]) == (-signal.SIGKILL, 1), said
+    assert (codes[victim], codes[1 - victim]) == (-signal.SIGKILL, 1), printed
     dead = (
         f"error: process {victim} of 2 (pid {processes[victim].pid} on {socket.gethostname()}) has ended unexpectedly"
     )
     line = f"process {1 - victim}: {dead}; the same command resumes from the newest checkpoint"
-    assert line in said[1 - victim].splitlines()
+    assert line in printed[1 - victim].splitlines()
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal() and flaw(path)]
     assert int(do_train(tmp_path).step) == 12

@@ -1,4 +1,4 @@
-"""What --mode=check says of a run before it begins."""
+"""What --mode=check reports of a run before it begins."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from diffusion.training import make_mesh
 from diffusion.training.dry_run import dry_run
 
 
-def test_a_dry_run_tells_what_a_run_needs_and_leaves_nothing(tmp_path):
+def test_a_dry_run_reports_what_a_run_needs_and_leaves_nothing(tmp_path):
     found = dry_run(make_experiment(), settings(), mesh=make_mesh(2), num_examples=100, folder=tmp_path / "check")
     text = "\n".join(found.lines)
     assert "parameters   513 in 2 groups" in text and "the same bits" in text and found.warnings == []

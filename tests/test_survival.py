@@ -1,4 +1,4 @@
-"""Runs that are cut short, damaged or refused: what they say, and that what goes on from them has the same bits."""
+"""Runs that are interrupted, damaged or refused: what they report, and that they resume to the same bits."""
 
 import contextlib
 import json
@@ -74,8 +74,8 @@ def test_a_damaged_checkpoint_is_named_kept_aside_and_the_one_before_is_used(fin
     DAMAGES[damage](largest_file(copy / "checkpoints" / "12"))
     assert_same_bits(do_train(copy), finished[1])
     assert steps_in(copy) == ["12", "12.bad", "4", "8"]
-    said = [line for line in capfd.readouterr().err.splitlines() if " is damaged: " in line]
-    assert len(said) == 1 and "kept as 12.bad. Using step 8" in said[0]
+    lines = [line for line in capfd.readouterr().err.splitlines() if " is damaged: " in line]
+    assert len(lines) == 1 and "kept as 12.bad. Using step 8" in lines[0]
     assert logged(copy) == logged(finished[0])
 
 
@@ -91,7 +91,7 @@ def test_every_file_of_a_checkpoint_is_covered(finished, tmp_path):
             shutil.rmtree(tmp_path / "12")
 
 
-def test_readers_touch_nothing_and_use_the_newest_sound_checkpoint(copy):
+def test_readers_change_nothing_and_use_the_newest_intact_checkpoint(copy):
     flip_a_bit(largest_file(copy / "checkpoints" / "12"))
     (copy / "checkpoints" / ".saving-16").mkdir()  # a run may be just writing it
     with open_existing(copy) as checkpoints:
@@ -99,7 +99,7 @@ def test_readers_touch_nothing_and_use_the_newest_sound_checkpoint(copy):
     assert steps_in(copy) == [".saving-16", "12", "4", "8"]
 
 
-def test_a_reader_may_ask_for_another_step_than_the_newest(finished, copy):
+def test_a_reader_may_open_another_step_than_the_newest(finished, copy):
     abstract = jax.eval_shape(lambda: finished[1])
     with open_existing(copy, 8) as checkpoints:
         assert checkpoints.newest == 8 and int(checkpoints.restore(abstract).step) == 8
@@ -110,13 +110,13 @@ def test_a_reader_may_ask_for_another_step_than_the_newest(finished, copy):
         open_existing(copy, 8)
 
 
-def test_a_run_without_a_sound_checkpoint_is_not_begun_anew(copy):
+def test_a_run_without_an_intact_checkpoint_is_not_started_from_step_0(copy):
     for step in (4, 8, 12):
         (copy / "checkpoints" / str(step) / MANIFEST).unlink()
     with pytest.raises(RunError, match=f"no checkpoint in .* is intact .*4: {MANIFEST} is missing") as refused:
         do_train(copy)
     assert "\n" not in str(refused.value) and steps_in(copy) == ["12", "4", "8"]
-    seal(copy / "checkpoints" / "8")  # what is done by hand for checkpoints from before there were checksums
+    seal(copy / "checkpoints" / "8")  # as is done by hand for checkpoints that were written without checksums
     assert int(do_train(copy, num_steps=9).step) == 9
 
 
@@ -128,7 +128,7 @@ def test_what_a_killed_run_left_half_written_is_removed(copy):
 
 
 def test_a_clock_set_back_and_times_of_files_change_nothing(finished, copy, tmp_path, monkeypatch, capfd):
-    """What is newest is told by its step: not by the age of files, nor by what the clock says meanwhile."""
+    """Steps decide which checkpoint is newest: not the age of files, nor the clock."""
     for step, seconds in (("4", 4e9), ("8", 2e9), ("12", 1e9)):
         checkpoint = copy / "checkpoints" / step
         for path in (checkpoint, *checkpoint.rglob("*")):
@@ -172,14 +172,14 @@ def test_a_full_disk_stops_the_run_with_its_reason_and_leaves_earlier_checkpoint
     with full_disk() as fill, expected as stopped:
         do_train(copy, make_experiment(batches=batches), num_steps=24, log_every=100)
     assert "\n" not in str(stopped.value)
-    # Beside them may lie what other threads of the save still wrote while it was removed: it goes when the run goes on.
+    # What other threads of the save still wrote while it was removed may be left: the resumed run removes it.
     saved = [name for name in steps_in(copy) if not name.startswith(".saving-16")]
     assert saved == ["12", "4", "8"]
     assert all(flaw(copy / "checkpoints" / step) is None for step in saved)
 
 
 def test_a_folder_that_stops_being_one_stops_the_run(copy):
-    """As when permission is lost in mid-run: root, who may run this, is never refused it."""
+    """Stands for a lost permission, which root, who may run this, is never refused."""
 
     def batches(start_step):
         for step, batch in enumerate(batches_from(start_step), start_step):
@@ -236,7 +236,7 @@ def test_a_second_run_is_refused_with_the_pid_of_the_first_whose_death_frees_the
 
 
 @pytest.mark.parametrize("number", [1, 2, 4, 8])
-def test_a_checkpoint_of_two_devices_goes_on_on_any_number(finished, copy, number):
+def test_a_checkpoint_of_two_devices_is_resumed_on_any_number(finished, copy, number):
     """Six steps on two devices, six on others: the losses of twelve on two."""
     shutil.rmtree(copy / "checkpoints" / "12")
     shutil.rmtree(copy / "checkpoints" / "8")
@@ -308,7 +308,7 @@ test_training.do_train(Path(sys.argv[1]))
 """
 
 
-def test_killed_in_the_middle_of_a_save_it_goes_on_to_the_same_bits(finished, tmp_path):
+def test_a_run_killed_in_the_middle_of_a_save_resumes_to_the_same_bits(finished, tmp_path):
     here = Path(__file__).parent
     program = KILLED.format(tests=str(here), root=str(here.parent))
     begun = time.monotonic()

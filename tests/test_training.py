@@ -38,7 +38,7 @@ WIDTH = 64
 
 
 def noisy_loss(params, batch, key):
-    """A loss with noise and dropout in it, so that a wrong key cannot go unseen."""
+    """A loss with noise and dropout, so that a wrong key is noticed."""
     eps_key, dropout_key = jax.random.split(key)
     eps = jax.random.normal(eps_key, batch["x"].shape)
     hidden = jnp.tanh((batch["x"] + eps) @ params["w"])
@@ -234,7 +234,7 @@ def test_interrupted_and_resumed_run_ends_with_the_same_bits(tmp_path):
     assert [line["step"] for line in logged(tmp_path / "whole")] == [5, 10, 12]
 
 
-def test_checkpoint_of_one_layout_goes_on_in_another(tmp_path):
+def test_a_checkpoint_of_one_layout_is_resumed_in_another(tmp_path):
     experiment = make_experiment()
     whole = do_train(tmp_path / "whole")
     do_train(tmp_path / "parts", num_steps=8)
@@ -247,7 +247,7 @@ def test_checkpoint_of_one_layout_goes_on_in_another(tmp_path):
     assert len(parts.params["w"].addressable_shards) == 8
 
 
-def test_nan_stops_the_run_naming_the_step_and_keeps_sound_checkpoints(tmp_path):
+def test_nan_stops_the_run_naming_the_step_and_keeps_the_checkpoints_before_it(tmp_path):
     def batches(start_step):
         for step, batch in enumerate(batches_from(start_step), start_step):
             if step == 6:
@@ -259,7 +259,7 @@ def test_nan_stops_the_run_naming_the_step_and_keeps_sound_checkpoints(tmp_path)
     kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
     assert kept == [4]
     whole = do_train(tmp_path / "whole")
-    assert_same_bits(do_train(tmp_path), whole)  # the data mended, the run goes on as if nothing had been
+    assert_same_bits(do_train(tmp_path), whole)  # with good data the run resumes as if nothing had happened
 
 
 def test_newest_and_every_mth_checkpoint_are_kept(tmp_path):

@@ -119,7 +119,7 @@ def test_a_run_without_checkpoints_yet_is_recorded_as_it_begins(tmp_path):
     assert stored_configs(tmp_path) == (asked, asked)
 
 
-def test_checkpoints_without_config_json_still_say_whose_they_are(tmp_path):
+def test_checkpoints_without_config_json_still_belong_to_their_config(tmp_path):
     do_train(tmp_path, CONFIG)
     (tmp_path / "config.json").unlink()
     with pytest.raises(RunError, match=r"another config \(there -> asked\): seed: 0 -> 1\. Resume with the old"):

@@ -132,8 +132,8 @@ def train(
             logs.print_line(f"resuming from step {step} in {workdir}")
         clock = Stopwatch()
         previous: tuple[Report, jax.Array] | None = None
-        # The step after which the metrics in the state were last summed anew. It is stored: with another log_every it
-        # cannot be told from `step`. None: not known, as in checkpoints of format 1.
+        # The step since which the metrics in the state are summed. It is stored, because it does not follow from `step`
+        # after a resume with another log_every. None: not known, as in checkpoints of format 1.
         summed_since: int | None = stored.get("metrics_since")
         # A single process that was stopped while it compiled has nothing new to save.
         stopped = ending = ballot.alone and stop.received is not None
