@@ -10,6 +10,7 @@ from PIL import Image
 from diffusion.data import scenes
 from diffusion.data.captions import caption_folder, with_captions
 from diffusion.data.lines import read_lines
+from diffusion.data.named import named_captions
 from diffusion.data.sources import array_source
 
 
@@ -56,14 +57,15 @@ GOOD = (
 def test_a_folder_of_captions(pairs):
     folder, pixels, write = pairs
     write(*GOOD, "", {"image": "0.png", "caption": "four"})  # more of an image may come later
-    source, captions = caption_folder(folder, None)
+    source = caption_folder(folder, None)
+    captions = source.captions
     read = source.read(np.arange(5))
     found = sorted((image.tobytes(), captions[row]) for image, row in zip(read["image"], read["label"], strict=True))
     wanted = [(0, "one"), (0, "four"), (1, "two"), (1, "one"), (2, "three")]
     assert found == sorted((pixels[i].tobytes(), caption) for i, caption in wanted)
-    assert source.captions == captions and len(set(captions)) == source.num_classes == 4
-    assert caption_folder(folder, 4).source.image_shape == (4, 4, 3)
-    assert caption_folder(folder, (4, 6)).source.image_shape == (4, 6, 3)
+    assert len(set(captions)) == source.num_classes == 4
+    assert caption_folder(folder, 4).image_shape == (4, 4, 3)
+    assert caption_folder(folder, (4, 6)).image_shape == (4, 6, 3)
 
 
 def test_pictures_of_captions_that_are_broken_or_of_other_shapes(pairs, caplog):
@@ -80,10 +82,12 @@ def test_pictures_of_captions_that_are_broken_or_of_other_shapes(pairs, caplog):
     with pytest.raises(ValueError, match=r"line 2: .*1.png cannot be read"):
         caption_folder(folder, 8)
     with caplog.at_level(logging.WARNING):
-        source, captions = caption_folder(folder, 8, skip_broken=True)
+        source = caption_folder(folder, 8, skip_broken=True)
     assert "1 of 3 pictures cannot be read" in caplog.text
     read = source.read(np.arange(2))
-    assert [captions[row] for row in read["label"]] == ["one", "three"] and (read["image"] == pixels[[0, 2]]).all()
+    assert [source.captions[row] for row in read["label"]] == ["one", "three"] and (
+        read["image"] == pixels[[0, 2]]
+    ).all()
 
 
 @pytest.mark.parametrize(
@@ -114,6 +118,21 @@ def test_a_folder_without_captions(tmp_path):
         caption_folder(tmp_path, 8)
 
 
+def test_folders_by_name(pairs, tmp_path_factory):
+    folder, _, write = pairs
+    write(*GOOD)
+    other = tmp_path_factory.mktemp("held_out")
+    (other / "captions.jsonl").write_text(json.dumps({"image": f"{folder}/0.png", "caption": "held out"}))
+    both = {"data_dir": folder, "held_out_dir": other, "image_size": 4}
+    train, test = (named_captions("folder", split, **both) for split in ("train", "test"))
+    assert (train.split, train.captions) == ("train", ("one", "two", "three")) and train.image_shape == (4, 4, 3)
+    assert (test.split, test.captions) == ("test", ("held out",))
+    with pytest.raises(ValueError, match=r"name one by --config\.evaluation\.dir=DIR"):
+        named_captions("folder", "test", data_dir=folder)
+    with pytest.raises(ValueError, match=r"name one by --config\.data\.dir=DIR"):
+        named_captions("folder", "train", held_out_dir=other)
+
+
 def test_separators_of_unicode_stay_within_a_caption(pairs):
     folder, _, _ = pairs
     said = "a\u2028b\x85c"
@@ -127,19 +146,17 @@ def test_the_fingerprint_covers_captions_and_pixels(pairs):
     found = []
     for lines in (GOOD, GOOD[:2], (*GOOD[:2], {"image": "2.png", "caption": "threes"}), GOOD):
         write(*lines)
-        found.append(caption_folder(folder, 8).source.fingerprint)
+        found.append(caption_folder(folder, 8).fingerprint)
     Image.fromarray(pixels[0]).save(folder / "1.png")
-    found.append(caption_folder(folder, 8).source.fingerprint)
+    found.append(caption_folder(folder, 8).fingerprint)
     assert found[0] == found[3] and len(set(found)) == 4
     # Pairs that are swapped hold the same pixels and the same set of captions.
     images = array_source(pixels[:2], None, "two", "train", None)
-    assert with_captions(images, [["a"], ["b"]]).source.fingerprint != (
-        with_captions(images, [["b"], ["a"]]).source.fingerprint
-    )
+    assert with_captions(images, [["a"], ["b"]]).fingerprint != (with_captions(images, [["b"], ["a"]]).fingerprint)
     assert (
-        scenes.scenes("train", 16, 3).source.fingerprint
+        scenes.scenes("train", 16, 3).fingerprint
         != array_source(
-            scenes.scenes("train", 16, 3).source.read(np.arange(3))["image"], None, "scenes", "train", None
+            scenes.scenes("train", 16, 3).read(np.arange(3))["image"], None, "scenes", "train", None
         ).fingerprint
     )
 

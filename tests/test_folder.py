@@ -2,6 +2,7 @@
 
 import logging
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ from PIL import Image
 from diffusion.data import decoded
 from diffusion.data.folder import image_folder, place
 from diffusion.data.images import save_png
+from diffusion.data.named import named_images, open_images
+from diffusion.data.samples import save_samples
+from diffusion.data.sources import digits
 
 RANDOM = np.random.RandomState(0)
 
@@ -189,3 +193,29 @@ def test_orientation_counts_in_sizes(tmp_path):
     exif[0x0112] = 6  # stored lying
     Image.fromarray(RANDOM.randint(0, 256, (4, 6, 3), np.uint8)).save(tmp_path / "2.jpg", exif=exif)
     assert image_folder(tmp_path).image_shape == (6, 4, 3)
+
+
+def test_images_by_name(tmp_path):
+    images = pictures(tmp_path / "set", [f"{kind}/{i}.png" for kind in "ab" for i in range(9)])
+    named = partial(
+        named_images, "folder", data_dir=tmp_path / "set", held_out=0.3, classes=True, image_size=0, channels=0
+    )
+    assert named("train").num_examples + named("test").num_examples == 18 and named("test").class_names == ("a", "b")
+    assert named("train", image_size=3, channels=1).image_shape == (3, 3, 1)
+    with pytest.raises(ValueError, match=r"name one by --config\.data\.dir=DIR"):
+        named_images("folder", "train")
+    assert named_images("digits", "test").fingerprint == digits("test").fingerprint
+    with pytest.raises(ValueError, match="digits are 8x8 with 1 channel"):
+        named_images("digits", "test", image_size=16)
+
+    save_samples(tmp_path / "samples.npz", images)
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(3), sigma=np.eye(3))
+    for spec in (tmp_path / "set", str(tmp_path / "samples.npz")):
+        found = open_images(spec)
+        assert found is not None and (images_of(found) == images).all() and found.num_classes is None
+    assert open_images(tmp_path / "statistics.npz") is None
+    for spec, split in (("digits:test", "test"), ("digits:", "train"), ("digits", "train")):
+        found = open_images(spec)
+        assert found is not None and (found.name, found.split) == ("digits", split)
+    with pytest.raises(ValueError, match="nowhere"):
+        open_images(tmp_path / "nowhere")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion.data import scenes as scenes_module
-from diffusion.data.captions import CaptionedSource, with_text
+from diffusion.data.captions import with_text
 from diffusion.data.scenes import (
     COLOURS,
     DIGITS,
@@ -111,15 +111,15 @@ def test_scenes_are_a_pure_function_of_seed_split_and_index():
     assert len({str(scene(seed, "train", index)) for seed, index in [(3, 7), (4, 7), (3, 8)]}) == 3
     assert scene(2**40, "test", 0) != scene(0, "test", 0)
     captioned = scenes("test", 16, 50)
-    read = captioned.source.read(np.arange(50))
-    assert captioned.source.image_shape == (16, 16, 3) and read["image"].dtype == np.uint8
+    read = captioned.read(np.arange(50))
+    assert captioned.image_shape == (16, 16, 3) and read["image"].dtype == np.uint8
     for index in (0, 17, 49):
         one = scene(0, "test", index)
         assert captioned.captions[read["label"][index]] == one.caption
         assert (read["image"][index] == draw(one, "test")).all()
-    assert len(set(captioned.captions)) == len(captioned.captions) == captioned.source.num_classes
-    assert captioned.source.fingerprint == scenes("test", 16, 50).source.fingerprint
-    assert captioned.source.fingerprint != scenes("test", 16, 50, seed=1).source.fingerprint
+    assert len(set(captioned.captions)) == len(captioned.captions) == captioned.num_classes
+    assert captioned.fingerprint == scenes("test", 16, 50).fingerprint
+    assert captioned.fingerprint != scenes("test", 16, 50, seed=1).fingerprint
 
 
 def test_digits_are_what_they_are_said_to_be():
@@ -137,7 +137,7 @@ def test_text_is_read_beside_the_images():
     assert (read["text"][:, 1] == read["label"]).all()
     assert read["text"][2, 0] == len(captioned.captions[read["label"][2]])
     with pytest.raises(ValueError, match="one for each"):
-        with_text(CaptionedSource(captioned.source, captioned.captions), lambda captions: np.zeros((1, 2)))
+        with_text(captioned, lambda captions: np.zeros((1, 2)))
 
 
 def test_places_and_relations_of_boxes():

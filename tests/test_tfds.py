@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from diffusion.data import make_batches, tfds, tfds_source
+from diffusion.data.named import named_images, open_images
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,23 @@ def test_tfds_sets_of_any_size_are_cropped_and_resized(prepared, cache):
     assert {row.tobytes() for row in other[::3, :4, 2:6]} < {row.tobytes() for row in image}
     lazy = tfds_source("tiny/any_size", "train", folder, image_size=4, in_memory=False)
     assert (all_of(lazy)[0] == image).all()
+
+
+def test_sets_by_name(prepared, cache):
+    folder, *_ = prepared
+    whole = named_images("tfds:tiny/labelled", "train", data_dir=folder)
+    assert whole.num_classes == 4 and whole.class_names == ("0", "1", "2", "3")
+    for name in ("tiny/labelled", "tiny/labelled:1.0.0"):  # without tfds: too
+        assert named_images(name, "train", data_dir=folder).fingerprint == whole.fingerprint
+    small = named_images("tfds:tiny/any_size", "train[:5]", data_dir=folder, image_size=(3, 4), channels=3)
+    assert small.image_shape == (3, 4, 3) and small.num_examples == 5
+    spec = open_images("tfds:tiny/labelled/train", folder)
+    assert spec is not None and spec.fingerprint == whole.fingerprint
+    for name in ("digit", "tfd:tiny/labelled", ""):
+        with pytest.raises(ValueError, match=f"data.name is '{name}': choose digits, folder or tfds:NAME"):
+            named_images(name, "train", data_dir=folder)
+    with pytest.raises(ValueError, match=r"^no prepared data set 'digit'"):
+        named_images("tfds:digit", "train", data_dir=folder)
 
 
 def test_tfds_errors_are_one_line(prepared, tmp_path, cache):

@@ -1,8 +1,8 @@
 """Captioned sets prepared by TensorFlow Datasets, read without TensorFlow."""
 
+import functools
 import io
 import sys
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 from diffusion.data import tfds_captions as module
+from diffusion.data.named import named_captions
 from diffusion.data.tfds_captions import tfds_captions
-from experiments import image_text
-from experiments.command_line import load
 
 SAID = (["a dog", "two dögs"], [], ["a dog"], ["a cat", "the cat", "cat"])
 
@@ -73,7 +72,7 @@ def cache(monkeypatch, tmp_path):
 
 def pairs_of(captioned):
     """All (pixels, caption), sorted: TFDS shuffles when it prepares."""
-    read = captioned.source.read(np.arange(captioned.source.num_examples))
+    read = captioned.read(np.arange(captioned.num_examples))
     said = [captioned.captions[row] for row in read["label"]]
     assert read["label"].dtype == np.int32
     return sorted((pixels.tobytes(), text) for pixels, text in zip(read["image"], said, strict=True))
@@ -89,10 +88,10 @@ def test_every_caption_is_a_pair(prepared, form):
     folder, image = prepared
     captioned = tfds_captions(f"pairs/{form}", "train", folder, 6)
     assert sorted(captioned.captions) == sorted({text for said in SAID for text in said})
-    assert captioned.source.num_classes == len(captioned.captions) == 5
-    assert captioned.source.image_shape == (6, 6, 3)
+    assert captioned.num_classes == len(captioned.captions) == 5
+    assert captioned.image_shape == (6, 6, 3)
     assert pairs_of(captioned) == wanted(image, SAID)
-    assert tfds_captions(f"pairs/{form}", "train", folder, 3).source.image_shape == (3, 3, 3)
+    assert tfds_captions(f"pairs/{form}", "train", folder, 3).image_shape == (3, 3, 3)
 
 
 def test_one_caption_an_image_and_a_part_of_a_split(prepared):
@@ -100,8 +99,8 @@ def test_one_caption_an_image_and_a_part_of_a_split(prepared):
     whole = tfds_captions("pairs/one", "train", folder, 6)
     assert pairs_of(whole) == wanted(image, [[" and ".join(said)] for said in SAID])
     part = tfds_captions("pairs/one", "train[1:3]", folder, 6)
-    assert set(pairs_of(part)) < set(pairs_of(whole)) and part.source.num_examples == 2
-    assert part.source.fingerprint != whole.source.fingerprint
+    assert set(pairs_of(part)) < set(pairs_of(whole)) and part.num_examples == 2
+    assert part.fingerprint != whole.fingerprint
 
 
 def test_captions_are_read_once(prepared, monkeypatch):
@@ -109,7 +108,7 @@ def test_captions_are_read_once(prepared, monkeypatch):
     first = tfds_captions("pairs/coco", "train", folder, 6)
     monkeypatch.setattr(module, "_read_captions", None)
     again = tfds_captions("pairs/coco", "train", folder, 6)
-    assert again.captions == first.captions and again.source.fingerprint == first.source.fingerprint
+    assert again.captions == first.captions and again.fingerprint == first.fingerprint
     assert "tensorflow" not in sys.modules
 
 
@@ -131,13 +130,15 @@ def _said(folder, split):
     return module._read_captions(prepared, ("captions", "text"), "")
 
 
-def test_an_experiment_names_its_set(prepared):
+def test_captions_by_name(prepared):
     folder, image = prepared
-    config = load(str(Path(__file__).parent.parent / "experiments" / "configs" / "clip_scenes.py"))
-    config.data.update(name="tfds:pairs/coco", dir=str(folder), image_size=6)
-    config.evaluation.split = "val[:2]"
-    assert pairs_of(image_text.make_source(config, "train")) == wanted(image, SAID)
-    assert image_text.make_source(config, "held_out").source.split == "val[:2]"
-    config.data.name = "tfds:"
+    named = functools.partial(named_captions, "tfds:pairs/coco", data_dir=folder, image_size=6)
+    assert pairs_of(named("train")) == wanted(image, SAID)
+    assert named("test").split == "val" and named("test", held_out_split="val[:2]").split == "val[:2]"
+    with pytest.raises(ValueError, match="the splits 'train' and 'test', not 'val'"):
+        named("val")
     with pytest.raises(ValueError, match="'' does not name a TFDS data set"):
-        image_text.make_source(config, "train")
+        named_captions("tfds:", "train", data_dir=folder)
+    for name in ("coco", ""):
+        with pytest.raises(ValueError, match=f"data.name is '{name}': choose folder or tfds:NAME"):
+            named_captions(name, "train", data_dir=folder)

@@ -1,40 +1,32 @@
-"""Images with captions: a `Source` whose label says which caption belongs to the image. Read from folders, too."""
+"""Images with captions: a `Source` whose label is the row of the image's caption; from folders with captions.jsonl."""
 
 import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
 
 from diffusion.data.decoded import decoded_files
 from diffusion.data.lines import read_lines
-from diffusion.data.pictures import Size, decode
+from diffusion.data.pictures import Size
 from diffusion.data.sources import Source
 
 
-class CaptionedSource(NamedTuple):
-    """Images whose label is the row of their caption in `captions`; no caption stands there twice."""
+def with_text(source: Source, encode: Callable[[Sequence[str]], np.ndarray]) -> Source:
+    """Returns the same captioned images, read with a third array, "text": the row of their caption in encode(captions).
 
-    source: Source
-    captions: tuple[str, ...]
-
-
-def with_text(captioned: CaptionedSource, encode: Callable[[Sequence[str]], np.ndarray]) -> Source:
-    """The same images, read with a third array, "text": `encode(captions)`, row by row.
-
-    `encode` is called once, with all captions: token ids int32[N, L], or features of any shape [N, ...].
+    Args:
+      source: of captioned images.
+      encode: called once, with all captions: token ids int32[N, L], or features of any shape [N, ...].
 
     Raises:
-      ValueError: if it does not give one row for each caption.
+      ValueError: if `encode` does not return one row for each caption.
     """
-    source, captions = captioned
-    text = np.asarray(encode(captions))
-    if len(text) != len(captions):
-        raise ValueError(f"{len(captions)} captions were encoded to {len(text)} rows: one for each is needed")
+    text = np.asarray(encode(source.captions))
+    if len(text) != len(source.captions):
+        raise ValueError(f"{len(source.captions)} captions were encoded to {len(text)} rows: one for each is needed")
 
     def read(indices: np.ndarray) -> dict[str, np.ndarray]:
         batch = source.read(indices)
@@ -43,7 +35,7 @@ def with_text(captioned: CaptionedSource, encode: Callable[[Sequence[str]], np.n
     return source._replace(read=read)
 
 
-def with_captions(images: Source, captions: Sequence[Sequence[str]]) -> CaptionedSource:
+def with_captions(images: Source, captions: Sequence[Sequence[str]]) -> Source:
     """Returns the pairs of images with their captions: image i with each of captions[i], of which there may be none.
 
     The fingerprint covers the captions too.
@@ -67,19 +59,19 @@ def with_captions(images: Source, captions: Sequence[Sequence[str]]) -> Captione
 
     kind, _, digest = images.fingerprint.partition(":")
     digest = hashlib.sha256(digest.encode() + json.dumps([list(own) for own in captions]).encode()).hexdigest()
-    source = images._replace(
+    return images._replace(
         num_examples=len(label),
         num_classes=len(known),
         read=read,
         fingerprint=f"{kind}:{digest}",
         captions=tuple(known),
+        class_names=(),
     )
-    return CaptionedSource(source, tuple(known))
 
 
 def caption_folder(
     folder: str | os.PathLike, image_size: Size | None, split: str = "train", skip_broken: bool = False
-) -> CaptionedSource:
+) -> Source:
     """Returns the pairs of FOLDER/captions.jsonl, the pictures decoded once, as RGB.
 
     Each line is {"image": "path within the folder", "caption": "..."}, or "caption": [several], each a pair of its own.
@@ -127,15 +119,11 @@ def caption_folder(
     height, width, _ = decoded.source.image_shape
     if image_size is None and height != width:
         raise ValueError(
-            f"{places[0]}{files[0]} is {width}x{height}, not square: crop it by --config.data.image_size=N"
+            f"{places[0]}{files[0]} is {width}x{height}, not square: crop it with image_size "
+            "(--config.data.image_size=N)"
         )
     every = list(captions.values())
     return with_captions(decoded.source, [every[number] for number in decoded.kept])
-
-
-def open_picture(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns a picture file as RGB. Raises ValueError if it is missing or broken."""
-    return decode(path, channels=3)
 
 
 def _pair(line: str, place: str) -> tuple[str, list[str]]:

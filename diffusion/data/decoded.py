@@ -110,7 +110,7 @@ def _each(
         except ValueError as error:
             if skip_broken:
                 return None
-            advice = "mend it, or skip such files by --config.data.skip_broken=True"
+            advice = "mend it, or skip such files with skip_broken (--config.data.skip_broken=True)"
             raise ValueError(f"{place}{error}: {advice}") from error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(desc=title, total=len(files), delay=2) as bar:
@@ -139,7 +139,7 @@ def _shape(
         if shape[:2] != (height, width):
             raise ValueError(
                 f"{places[i]}{files[i]} is {shape[1]}x{shape[0]} but {files[first]} is {width}x{height}: crop and "
-                "resize all to one size by --config.data.image_size=N"
+                "resize all to one size with image_size (--config.data.image_size=N)"
             )
     return height, width, depth
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from diffusion.data.captions import CaptionedSource, with_captions
-from diffusion.data.sources import array_source, digits
+from diffusion.data.captions import with_captions
+from diffusion.data.sources import Source, array_source, digits
 
 COLOURS = {
     "red": (255, 0, 0),
@@ -144,7 +144,7 @@ def draw(scene: Scene, split: str, canvas: int = 16) -> UInt8[np.ndarray, "canva
 
 def scenes(
     split: str, canvas: int = 16, num_examples: int = 50_000, seed: int = 0, kinds: Sequence[str] = KINDS
-) -> CaptionedSource:
+) -> Source:
     """Scenes 0..num_examples - 1 of a split, drawn once and held in memory; number i is `scene(seed, split, i, ...)`.
 
     Raises:

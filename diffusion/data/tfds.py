@@ -53,7 +53,8 @@ def tfds_source(
             f"the images of {name} differ in size: give image_size (--config.data.image_size=N) to resize them"
         )
     shape = (height, width, channels or depth)
-    num_classes = features["label"].num_classes if isinstance(features.get("label"), tfds.features.ClassLabel) else None
+    names = tuple(features["label"].names) if isinstance(features.get("label"), tfds.features.ClassLabel) else ()
+    num_classes = len(names) or None
 
     def read(indices: np.ndarray) -> dict[str, np.ndarray]:
         try:
@@ -72,7 +73,11 @@ def tfds_source(
     source = Source(name, split, len(records), shape, num_classes, read, f"files-sha256:{digest.hexdigest()}")
     if in_memory is None:
         in_memory = source.num_examples * math.prod(shape) <= LARGEST_IN_MEMORY
-    return _decoded_once(source, folder) if in_memory else source
+    return (_decoded_once(source, folder) if in_memory else source)._replace(class_names=names)
+
+
+class UnknownSet(ValueError):
+    """There is no prepared set of that name."""
 
 
 class PreparedSet(NamedTuple):
@@ -121,7 +126,7 @@ def _find(name: str, data_dir: Path) -> Path:
     """The folder DATA_DIR/name[/config]/version of a prepared set; of several versions the newest."""
     parts = re.fullmatch(r"(\w+)(?:/([\w.\-+]+))?(?::(\d+\.\d+\.\d+))?", name)
     if not parts:
-        raise ValueError(f"'{name}' does not name a TFDS data set: write it as NAME, NAME/CONFIG or NAME:1.2.3")
+        raise UnknownSet(f"'{name}' does not name a TFDS data set: write it as NAME, NAME/CONFIG or NAME:1.2.3")
     base, config, version = parts.groups()
     found: dict[str, list[Path]] = {}
     for info in (*data_dir.glob(f"{base}/*/dataset_info.json"), *data_dir.glob(f"{base}/*/*/dataset_info.json")):
@@ -135,7 +140,7 @@ def _find(name: str, data_dir: Path) -> Path:
             f"{data_dir / base} holds several configs: write {base}/CONFIG with one of {', '.join(sorted(found))}"
         )
     if not found:
-        raise ValueError(
+        raise UnknownSet(
             f"no prepared data set '{name}' in {data_dir}: on a connected machine run pip install '.[prepare]' && "
             f"python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='{data_dir}', "
             "file_format='array_record').download_and_prepare()\", "

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from diffusion.data.captions import CaptionedSource, with_captions
+from diffusion.data.captions import with_captions
+from diffusion.data.pictures import Size
+from diffusion.data.sources import Source
 from diffusion.data.tfds import PreparedSet, made_once, open_set, tfds_source, unreadable
 
 # What sets call their captions, the likeliest first.
@@ -15,8 +17,8 @@ NAMES = ("caption", "captions", "text", "texts", "title")
 
 
 def tfds_captions(
-    name: str, split: str, data_dir: str | os.PathLike | None = None, image_size: int | None = None
-) -> CaptionedSource:
+    name: str, split: str, data_dir: str | os.PathLike | None = None, image_size: Size | None = None
+) -> Source:
     """The pairs of a prepared TFDS set, for example ("coco_captions", "train"), its images as RGB.
 
     The captions are the first of the features `NAMES` that holds texts: one, a sequence, or records with such a feature
