@@ -50,7 +50,7 @@ def test_pictures_of_one_size_keep_it(tmp_path):
     assert image_folder(tmp_path / "set", channels=4).image_shape == (4, 6, 4)
 
     pictures(tmp_path / "set", ["large.png"], (8, 8, 3))
-    with pytest.raises(ValueError, match=r"large\.png is 8x8 but .*1\.png is 6x4: .* --config\.data\.image_size=N"):
+    with pytest.raises(ValueError, match=r"large\.png is 8x8 but .*1\.png is 6x4: .*--config\.data\.image_size=N"):
         image_folder(tmp_path / "set")
 
 
