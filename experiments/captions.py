@@ -2,11 +2,12 @@
 
     python -m experiments.captions --config.data.name=folder --config.data.dir=DIR --config.evaluation.dir=OTHER
     python -m experiments.captions --config.data.name=tfds:coco_captions
-    python -m experiments.captions --workdir=runs/captions_mmdit --mode=sample --prompt="a dog on a beach"
+    python -m experiments.captions --workdir=runs/captions --mode=sample --prompt="a dog on a beach"
 
 DIR and OTHER hold pictures and captions.jsonl, a line {"image": "name.png", "caption": "..."} for each pair; those of
 OTHER are kept from training. Words are learned with the network, or the prompt is read by a CLIP trained before:
---config.text.encoder=clip --config.text.clip=runs/CLIP (experiments.clip trains one on the same pairs, or imports one).
+--config.condition.name=clip --config.condition.folder=runs/CLIP (experiments.clip trains one on the same pairs, or
+imports one).
 """
 
 from pathlib import Path
@@ -16,98 +17,90 @@ import jax
 import numpy as np
 
 from diffusion import evaluation
-from diffusion.data.captions import CaptionedSource
 from diffusion.data.images import save_labelled_png
-from diffusion.data.sources import array_source
+from diffusion.data.named import named_captions
+from diffusion.data.sources import Source
+from diffusion.evaluation import Measurement
 from diffusion.evaluation.clip_features import Encoder
-from experiments import image_evaluation, image_text, text_modes, text_to_image
-from experiments.caption_sources import captioned_source
-from experiments.command_line import Run, main
-from experiments.image_modes import Trained
-from experiments.text_encoders import frequent_words
-from experiments.text_to_image import Parts
+from diffusion.model import clip
+from diffusion.model.config import Config
+from diffusion.runs.call import TEST, Call, Task
+from diffusion.runs.draw import draw
+from diffusion.runs.evaluate import score as score_sets
+from diffusion.runs.modes import main
+from diffusion.runs.report import REAL, made_by
+from diffusion.runs.run import Run
 
 NUM_SHOWN = 24
 
 
-def make_parts(run: Run, captions: tuple[str, ...] = ()) -> Parts:
-    """Returns what the run's config stands for; a run that starts learns the words of `captions`."""
-    size = run.config.data.image_size
-    words = frequent_words(captions, run.config.text.size)
-    return text_to_image.make_parts(run.config, (size, size, 3), words, text_modes.stored_text(run))
+def read(config: Config, split: str) -> Source:
+    """Returns the pairs of a split, "train" or the held-out "test"."""
+    data, held_out = config.data, config.evaluation
+    return named_captions(
+        data.name,
+        split,
+        data_dir=data.dir,
+        held_out_dir=held_out.dir,
+        train_split=data.split,
+        held_out_split=held_out.split,
+        image_size=data.image_size,
+        skip_broken=data.skip_broken,
+    )
 
 
-def train(run: Run) -> None:
-    """Trains, and evaluates where there are held-out pairs to do it on."""
-    captioned = captioned_source(run.config, "train", run.config.data.image_size)
-    parts = make_parts(run, captioned.captions)
-    shown = np.linspace(0, len(captioned.captions) - 1, NUM_SHOWN).astype(int)
-    trained = text_modes.train(run, parts, captioned, [captioned.captions[i] for i in shown])
-    if run.config.evaluation.after_training:
-        measure(run, parts, trained)
+def draw_held_out(call: Call, run: Run) -> tuple[Source, np.ndarray, list[str], np.ndarray]:
+    """Returns the held-out pairs, real pictures of some, their captions, and a drawn picture of each caption."""
+    source = call.task.read(call.config, TEST)
+    count = min(call.flags.num_samples or run.config.evaluation.num_samples, source.num_examples)
+    rows = np.sort(np.random.RandomState(0).permutation(source.num_examples)[:count])
+    real = source.read(rows)
+    prompts = [source.captions[label] for label in real["label"]]
+    return source, real["image"], prompts, draw(run.painter, prompts, np.arange(count), call.flags.seed)
 
 
-def evaluate(run: Run) -> None:
-    """Draws a picture of each of many held-out captions and compares them with the pictures that these belong to."""
-    parts = make_parts(run)
-    measure(run, parts, text_modes.load(run, parts, a_batch(run)))
-
-
-def measure(run: Run, parts: Parts, trained: Trained) -> None:
-    """Does so; writes report.json, report.md, curves.png and captions.png into the run's folder."""
+def score(call: Call, run: Run) -> Measurement:
+    """Returns the first metric of the config on pictures of held-out captions: what sweeps draw."""
     settings = run.config.evaluation
-    source, captions = held_out(run)
+    extractor = evaluation.make_extractor(settings.features, settings.weights)
+    source, _, _, images = draw_held_out(call, run)
+    reference = evaluation.reference_set(source, extractor)
+    return score_sets(run, [images], [call.flags.seed], list(settings.metrics[:1]), extractor, reference)[0]
+
+
+def evaluate(call: Call, run: Run) -> list[Measurement]:
+    """Returns scores of pictures of many held-out captions against the pictures that these belong to.
+
+    Draws captions.png, each picture beside the real one.
+    """
+    settings = run.config.evaluation
     extractor = evaluation.make_extractor(settings.features, settings.weights)
     evaluation.check_names(settings.metrics, extractor)  # before hours of sampling
     judge = load_judge(settings.judge) if settings.judge else None
-    count = min(run.flags.num_samples or settings.num_samples, source.num_examples)
-    rows = np.sort(np.random.RandomState(0).permutation(source.num_examples)[:count])
-    real = source.read(rows)
-    prompts = [captions[label] for label in real["label"]]
-    images = text_modes.generate(run, parts, trained, prompts, np.arange(count))
+    source, real, prompts, images = draw_held_out(call, run)
     if jax.process_index() != 0:
-        return
+        return []
+    seeds = [call.flags.seed]
     reference = evaluation.reference_set(source, extractor)
-    seeds = [run.flags.seed]
-    measurements = image_evaluation.score(run, trained, [images], seeds, list(settings.metrics), extractor, reference)
+    measurements = score_sets(run, [images], seeds, list(settings.metrics), extractor, reference)
     if judge:
-        made: dict[str, Any] = image_evaluation.made_by(run, trained, seeds, extractor, None) | {"features": judge.name}
-        unmade: dict[str, Any] = made | {"sampler": "real images", "num_steps": None, "seeds": [], "ema": None}
-        for name, pictures, how in (("CLIP score", images, made), ("that of the real pictures", real["image"], unmade)):
+        how: dict[str, Any] = {"features": judge.name, "reference": None, "note": "100 max(0, cosine)"}
+        drawn: dict[str, Any] = made_by(run) | {"seeds": seeds}
+        for name, pictures, made in (("CLIP score", images, drawn), ("that of the real pictures", real, REAL)):
             value = float(evaluation.clip_score(judge, pictures, prompts).mean())
-            measurements.append(evaluation.Measurement(name, value, count, note="100 max(0, cosine)", **how))
-    about = {"experiment": run.experiment, "steps trained": trained.step, "device": jax.devices()[0].device_kind}
-    evaluation.write_report(run.workdir, f"{run.experiment} after {trained.step} steps", measurements, about)
-    evaluation.draw_curves(run.workdir / "metrics.jsonl", run.workdir / "curves.png")
-    pairs = np.stack([images, real["image"]], axis=1)[:NUM_SHOWN]  # each beside the picture that has the caption
+            measurements.append(Measurement(name, value, len(prompts), **how, **made))
+    pairs = np.stack([images, real], axis=1)[:NUM_SHOWN]  # each beside the picture that has the caption
     save_labelled_png(run.workdir / "captions.png", pairs, prompts[:NUM_SHOWN])
-    print((run.workdir / "report.md").read_text(), end="")
+    return measurements
 
 
 def load_judge(folder: str) -> Encoder:
     """Returns the CLIP in a folder: a published one, or the work folder of experiments.clip."""
-    published = (Path(folder) / "config.json").exists()
-    return evaluation.load_encoder(folder) if published else image_text.load(Path(folder)).encoder
+    published = (Path(folder).expanduser() / "config.json").exists() and not (Path(folder) / "checkpoints").exists()
+    return evaluation.load_encoder(folder) if published else clip.open_clip(Path(folder).expanduser()).encoder
 
 
-def held_out(run: Run) -> CaptionedSource:
-    """Returns the pairs that are kept from training."""
-    return captioned_source(run.config, "held_out", run.config.data.image_size)
-
-
-def a_batch(run: Run) -> CaptionedSource:
-    """Returns a batch of nothing, to know its shapes without the data."""
-    data = run.config.data
-    image = np.zeros((data.batch_size, data.image_size, data.image_size, 3), np.uint8)
-    return CaptionedSource(array_source(image, np.zeros(len(image), np.int32), "nothing", "none", 1), ("",))
-
-
-MODES = {
-    "train": train,
-    "evaluate": evaluate,
-    **text_modes.make_modes(make_parts, shapes=a_batch, images=held_out, examples=[]),
-}
-
+TASK = Task("captions", read, evaluate, score)
 
 if __name__ == "__main__":
-    main(__file__, __doc__, default_config="captions_mmdit.py", modes=MODES, extra_flags=text_modes.define_flags)
+    main(__file__, __doc__, TASK, config="captions")

@@ -13,6 +13,8 @@ a run of a published CLIP, a folder as transformers reads it; --mode=export writ
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,86 +23,116 @@ from tokenizers import Tokenizer
 
 from diffusion import evaluation, training
 from diffusion.data import captions, scenes, text
-from diffusion.data.captions import CaptionedSource
-from diffusion.evaluation import clip_features
+from diffusion.data.named import named_captions
+from diffusion.data.pictures import decode
+from diffusion.data.sources import Source
+from diffusion.evaluation import Measurement, clip_features
 from diffusion.evaluation.clip_features import Encoder, normalised
-from diffusion.training import RunError
-from diffusion.training.checkpoints import open_existing
-from experiments import clip_weights, image_text
-from experiments.command_line import Run, main
+from diffusion.model import clip as contrastive_model
+from diffusion.model import formats
+from diffusion.model.config import Config, make_settings, plain
+from diffusion.runs import clip_weights, weights
+from diffusion.runs.call import Call, Task
+from diffusion.runs.modes import main
+from diffusion.runs.report import REAL, finish_run
 
 # What is said of a class is averaged over all sizes, and over all colours (of digits) or digits (of colours).
 TEMPLATES = ("a {} {}", "a small {} {}", "a large {} {}", "a {} {} in the middle", "a {} {} on the left")
 
 
-def train(run: Run) -> None:
+def read(config: Config, split: str) -> Source:
+    """Returns the pictures and captions of a split: "train" or "held_out", of scenes also "test"."""
+    data, held_out = config.data, config.evaluation
+    if data.name == "scenes":
+        count = data.num_examples if split == "train" else held_out.num_examples
+        return scenes.scenes(split, data.image_size, count)
+    return named_captions(
+        data.name,
+        "train" if split == "train" else "test",
+        data_dir=data.dir,
+        held_out_dir=held_out.dir,
+        train_split=data.split,
+        held_out_split=held_out.split,
+        image_size=data.image_size,
+        skip_broken=data.skip_broken,
+    )
+
+
+def train_clip(call: Call) -> None:
     """Trains, then evaluates."""
-    config = run.config
-    captioned = image_text.make_source(config, "train")
-    tokenizer = make_tokenizer(run, captioned.captions)
-    clip = image_text.make_clip(config, tokenizer)
+    config = call.config
+    captioned = read(config, "train")
+    tokenizer = make_tokenizer(call, captioned.captions)
+    clip = contrastive_model.make_clip(config, tokenizer)
     source = captions.with_text(captioned, lambda said: text.encode(tokenizer, said, config.text.length))
-    experiment = image_text.make_experiment(config, clip, source)
-    settings = image_text.make_settings(config)
-    description = {**run.description, "vocabulary": text.to_json(tokenizer)}
-    state = training.train(experiment, settings, workdir=run.workdir, mesh=run.mesh, description=description)
+    experiment = contrastive_model.make_contrast(config, clip, source)
+    vocabulary = text.to_json(tokenizer)
+    description = {"experiment": call.task.name, "config": plain(config), "vocabulary": vocabulary}
+    state = training.train(
+        experiment,
+        make_settings(config),
+        workdir=call.workdir,
+        mesh=call.mesh,
+        description=description,
+        migrate=formats.current,
+    )
     if config.evaluation.after_training:
-        measure(run, image_text.make_trained(config, clip, tokenizer, state))
+        measure(call, contrastive_model.make_trained(config, clip, tokenizer, state))
 
 
-def make_tokenizer(run: Run, said: Sequence[str]) -> Tokenizer:
+def make_tokenizer(call: Call, said: Sequence[str]) -> Tokenizer:
     """Returns CLIP's vocabulary where config.text.merges names its file, else one trained on these captions.
 
-    A run that goes on keeps the vocabulary in its checkpoint.
+    A run that is resumed keeps the vocabulary in its checkpoint.
     """
-    try:
-        with open_existing(run.workdir) as checkpoints:
-            return text.from_json(checkpoints.description()["vocabulary"])
-    except RunError:
-        settings = run.config.text
-        return text.clip_tokenizer(settings.merges) if settings.merges else text.train_tokenizer(said, settings.size)
+    if call.stored:
+        return text.from_json(call.stored["vocabulary"])
+    settings = call.config.text
+    return text.clip_tokenizer(settings.merges) if settings.merges else text.train_tokenizer(said, settings.size)
 
 
-def evaluate(run: Run) -> None:
+def evaluate(call: Call) -> None:
     """Measures retrieval and zero-shot classification; writes report.json, report.md and curves.png."""
-    measure(run, image_text.load(run.workdir, run.mesh, run.flags.checkpoint))
+    measure(call, open_trained(call))
 
 
-def measure(run: Run, trained: image_text.Trained) -> None:
+def open_trained(call: Call) -> contrastive_model.Trained:
+    """Returns the trained CLIP of a call."""
+    return contrastive_model.open_clip(call.workdir, call.mesh, call.flags.checkpoint)
+
+
+def measure(call: Call, trained: contrastive_model.Trained) -> None:
     """Does so."""
-    config = run.config
+    config = call.config
     if jax.process_index() != 0:
         return
     splits = ("test", "held_out") if config.data.name == "scenes" else ("held_out",)
     measurements = []
     for split in splits:
-        captioned = image_text.make_source(config, split)
-        made = {
+        captioned = read(config, split)
+        made: dict[str, Any] = REAL | {
             "features": f"CLIP, step {trained.step}",
-            "reference": evaluation.reference_of(captioned.source),
-            "sampler": "real images",
-            "num_steps": None,
+            "reference": evaluation.reference_of(captioned),
             "ema": config.training.ema_decay,
         }
         num_candidates = config.evaluation.num_candidates
-        seeds = range(config.evaluation.num_sets)
+        seeds = list(range(config.evaluation.num_sets))
         rates = [retrieval(trained.encoder, captioned, num_candidates, seed) for seed in seeds]
         means = {name: float(np.mean([rate[name] for rate in rates])) for name in rates[0]}
         name = f"retrieval among {num_candidates}, {split}"
         note = f"mean of {len(rates)} draws of {num_candidates} pictures, no picture and no caption twice"
         count = num_candidates * len(rates)
-        measurements.append(evaluation.Measurement(name, means, count, seeds=list(seeds), note=note, **made))
+        made |= {"seeds": seeds}
+        measurements.append(Measurement(name, means, count, **made, note=note))
         if config.data.name == "scenes":
             for what, value, count in zero_shot(trained.encoder, split, config):
                 name = f"zero-shot accuracy of the {what}, {split}"
-                measurements.append(evaluation.Measurement(name, value, count, seeds=[1], **made))
-    about = {"experiment": run.experiment, "steps trained": trained.step, "device": jax.devices()[0].device_kind}
-    evaluation.write_report(run.workdir, f"{run.experiment} after {trained.step} steps", measurements, about)
-    evaluation.draw_curves(run.workdir / "metrics.jsonl", run.workdir / "curves.png")
-    print((run.workdir / "report.md").read_text(), end="")
+                made |= {"seeds": [1]}
+                measurements.append(Measurement(name, value, count, **made))
+    finish_run(call.workdir, call.task.name, trained.step, measurements)
 
 
-def retrieval(encoder: Encoder, captioned: CaptionedSource, count: int, seed: int) -> dict[str, float]:
+def retrieval(encoder: Encoder, captioned: Source, count: int, seed: int) -> dict[str, float]:
     """Returns recall@1 and @5 both ways among `count` pairs drawn by `seed`."""
     pictures, prompts = draw_pairs(captioned, count, seed)
     image, said = normalised(encoder.image(pictures)), normalised(encoder.text(prompts))
@@ -111,16 +143,16 @@ def retrieval(encoder: Encoder, captioned: CaptionedSource, count: int, seed: in
     return rates
 
 
-def draw_pairs(captioned: CaptionedSource, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
+def draw_pairs(captioned: Source, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
     """Returns `count` pictures and their captions, drawn by `seed`: no picture and no caption twice.
 
     Raises:
       ValueError: there are not so many.
     """
-    order = np.random.RandomState(seed).permutation(captioned.source.num_examples)
+    order = np.random.RandomState(seed).permutation(captioned.num_examples)
     pictures, prompts, seen = [], [], set()
     for start in range(0, len(order), 256):  # a large set is read no further than need be
-        batch = captioned.source.read(order[start : start + 256])
+        batch = captioned.read(order[start : start + 256])
         for picture, row in zip(batch["image"], batch["label"].tolist(), strict=True):
             pair = {row, hashlib.sha256(picture).digest()}
             if not seen & pair and len(pictures) < count:
@@ -132,7 +164,7 @@ def draw_pairs(captioned: CaptionedSource, count: int, seed: int) -> tuple[np.nd
     raise ValueError(f"{len(pictures)} different pairs, {count} are needed: lower evaluation.num_candidates")
 
 
-def zero_shot(encoder: Encoder, split: str, config) -> list[tuple[str, float, int]]:
+def zero_shot(encoder: Encoder, split: str, config: Config) -> list[tuple[str, float, int]]:
     """Returns (what, accuracy, number of pictures) for the digit and for the colour of single digits."""
     count, canvas = config.evaluation.num_single, config.data.image_size
     made = [scenes.scene(1, split, index, canvas, ("single",)) for index in range(count)]
@@ -152,23 +184,23 @@ def zero_shot(encoder: Encoder, split: str, config) -> list[tuple[str, float, in
     ]
 
 
-def score(run: Run) -> None:
+def score(call: Call) -> None:
     """Prints CLIP scores, 100 max(0, cosine), of every --images with every one of --prompts, and the softmax."""
-    prompts = [prompt.strip() for prompt in run.flags.prompts.split(";")] if run.flags.prompts is not None else []
-    if not prompts or not run.flags.images:
+    prompts = [prompt.strip() for prompt in call.flags.prompts.split(";")] if call.flags.prompts is not None else []
+    if not prompts or not call.flags.images:
         raise ValueError('give --images=a.png,b.png and --prompts="one prompt;another"')
-    encoder = image_text.load(run.workdir, run.mesh, run.flags.checkpoint).encoder
+    encoder = open_trained(call).encoder
     # Of any shape: the encoder crops and resizes them as CLIP's own code does.
-    pictures = [np.asarray(captions.open_picture(path)) for path in run.flags.images]
+    pictures = [decode(Path(path).expanduser(), channels=3) for path in call.flags.images]
     image = np.concatenate([encoder.image(picture[None]) for picture in pictures])
     cosine = normalised(image) @ normalised(encoder.text(prompts)).T
     odds = np.exp(encoder.scale * (cosine - cosine.max(axis=1, keepdims=True)))
     share = odds / odds.sum(axis=1, keepdims=True)
-    width = max(len(path) for path in run.flags.images)
+    width = max(len(path) for path in call.flags.images)
     for number, prompt in enumerate(prompts, 1):
         print(f"prompt {number}: {prompt}")
     print(" " * width + "".join(f"{f'prompt {n}':>18}" for n in range(1, len(prompts) + 1)))
-    for path, row, shares in zip(run.flags.images, 100 * np.maximum(cosine, 0), share, strict=True):
+    for path, row, shares in zip(call.flags.images, 100 * np.maximum(cosine, 0), share, strict=True):
         print(f"{path:<{width}}" + "".join(f"{s:>10.1f} ({p:>5.1%})" for s, p in zip(row, shares, strict=True)))
 
 
@@ -176,16 +208,18 @@ def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of --mode=score, import and export."""
     flags.DEFINE_list("images", [], "score: pictures", flag_values=values)
     flags.DEFINE_string("prompts", None, "score: prompts, with ; between them", flag_values=values)
-    flags.DEFINE_string("weights", None, "import, export: a folder as transformers reads it", flag_values=values)
+    weights.define_flags(values)
 
 
 MODES = {
-    "train": train,
+    "train": train_clip,
     "evaluate": evaluate,
     "score": score,
     "import": clip_weights.import_weights,
     "export": clip_weights.export_weights,
 }
 
+TASK = Task("clip", read)
+
 if __name__ == "__main__":
-    main(__file__, __doc__, default_config="clip_scenes.py", modes=MODES, extra_flags=define_flags)
+    main(__file__, __doc__, TASK, config="clip", modes=MODES, extra_flags=define_flags)

@@ -1,20 +1,25 @@
 """DDPM on scikit-learn's handwritten digits: trained, sampled and scored in minutes on a CPU, without a download.
 
     ./launch.sh digits
+    ./launch.sh digits --config=digits:flow,class_conditional
 
 Pictures and numbers are then in runs/digits: report.md, curves.png, samples/ and previews/.
 """
 
 from diffusion.data.sources import Source, digits
-from experiments import image_modes
-from experiments.command_line import Config
+from diffusion.model.config import Config
+from diffusion.runs.call import Task
+from diffusion.runs.modes import main
 
 
-def make_source(config: Config, split: str) -> Source:
+def read(config: Config, split: str) -> Source:
     """Returns a split of the digits."""
-    del config
+    if config.data.name != "digits":
+        raise ValueError(f"data.name={config.data.name}: this experiment is on the digits; see cifar10, folder")
     return digits(split)
 
 
+TASK = Task("digits", read)
+
 if __name__ == "__main__":
-    image_modes.main(__file__, __doc__, default_config="digits_ddpm.py", make_source=make_source)
+    main(__file__, __doc__, TASK, config="digits")

@@ -144,8 +144,13 @@ class MMDiT(nn.Module):
         time: Float[Array, "B"],
         context: Float[Array, "B L D"],
         pooled: Float[Array, "B P"],
+        *,
+        train: bool = False,
     ) -> Float[Array, "B H W C"]:
-        """The network's output, float32; `context` holds the features of the prompt's tokens, `pooled` those of all."""
+        """The network's output, float32; `context` holds the features of the prompt's tokens, `pooled` those of all.
+
+        `train` changes nothing: there is no dropout.
+        """
         self._check(x_t, context, pooled)
         batch, height, width, channels = x_t.shape
         rows, columns = height // self.patch, width // self.patch

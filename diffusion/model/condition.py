@@ -1,0 +1,100 @@
+"""What a network is told beside x_t and the time: nothing, a class, or a prompt (`prompts.py` makes those)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion import guidance
+
+Told = dict[str, Any]  # keyword arguments of the network
+
+
+class Condition(NamedTuple):
+    """A condition, in training and in sampling.
+
+    Attributes:
+      kind: "nothing", "classes" or "prompts": what `read` takes.
+      read: requests (class numbers or prompts; None for no condition) -> an array with a row per request.
+      of_request: (params, rows of `read`) -> what the network is told of them.
+      of_batch: (params, batch, key of the loss) -> what it is told of training examples, some of them hidden.
+      widths: arguments of the network that fit it to the condition.
+      init: key -> params, where it has parameters of its own; None where it has none.
+      frozen: whether the parameters keep the values that `init` gave them.
+      description: what makes it again beside the config and the parameters, plain JSON, for the checkpoint.
+      num_classes: of "classes".
+    """
+
+    kind: str
+    read: Callable[[Sequence[Any]], np.ndarray]
+    of_request: Callable[[Any, Any], Told]
+    of_batch: Callable[[Any, dict[str, jax.Array], jax.Array], Told]
+    widths: dict[str, Any]
+    init: Callable[[jax.Array], Any] | None = None
+    frozen: bool = False
+    description: Mapping[str, Any] = MappingProxyType({})
+    num_classes: int | None = None
+
+
+class Facts(NamedTuple):
+    """What a condition is made of beside its config.
+
+    Attributes:
+      num_classes: of the data; None where it has none.
+      stored: `Condition.description` in the run's checkpoint; empty where a run starts.
+      vocabulary: words to learn, where a run starts.
+    """
+
+    num_classes: int | None
+    stored: Mapping[str, Any]
+    vocabulary: Sequence[str]
+
+
+def nothing(facts: Facts) -> Condition:
+    """Returns the condition of an unconditional model."""
+    del facts
+    return Condition(
+        kind="nothing",
+        read=lambda requests: np.zeros((len(requests), 0), np.int32),
+        of_request=lambda params, rows: {},
+        of_batch=lambda params, batch, key: {},
+        widths={},
+    )
+
+
+def classes(facts: Facts, *, dropout: float = 0.1) -> Condition:
+    """Returns the condition of class labels; label `num_classes` is "no class".
+
+    Args:
+      facts: with the number of classes.
+      dropout: share of the training examples whose label is hidden (Ho & Salimans 2022, Algorithm 1).
+
+    Raises:
+      ValueError: the data has no classes, or `dropout` is outside [0, 1].
+    """
+    num_classes = facts.num_classes
+    if num_classes is None:
+        raise ValueError("condition.name=classes needs labels, and the data has none")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"condition.dropout is {dropout}: it has to lie in [0, 1]")
+
+    def read(requests: Sequence[int | None]) -> np.ndarray:
+        if outside := [label for label in requests if label is not None and not 0 <= label < num_classes]:
+            raise ValueError(f"class {outside[0]} does not exist: choose from 0..{num_classes - 1}")
+        return np.array([num_classes if label is None else label for label in requests], np.int32)
+
+    def of_batch(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Told:
+        label_key = jax.random.split(key, 4)[3]  # the other three are the loss's own
+        return {"label": guidance.drop_labels(label_key, batch["label"], num_classes, dropout)}
+
+    return Condition(
+        kind="classes",
+        read=read,
+        of_request=lambda params, rows: {"label": jnp.asarray(rows)},
+        of_batch=of_batch,
+        widths={"num_classes": num_classes},
+        num_classes=num_classes,
+    )

@@ -1,0 +1,167 @@
+"""From a config to a model, and with a source of images to what the trainer is given."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from diffusion.data.batches import batch_indices, make_batches
+from diffusion.data.sources import Source
+from diffusion.model import prompts
+from diffusion.model.choices import make_draw, make_process, make_sampling, make_weight, pick
+from diffusion.model.condition import Condition, Facts, classes, nothing
+from diffusion.model.config import Config, round_up
+from diffusion.model.model import Model, init, make_generate, make_loss
+from diffusion.model.optimizers import make_optimizer
+from diffusion.model.space import pixels
+from diffusion.networks.mmdit import MMDiT
+from diffusion.networks.unet import UNet
+from diffusion.training import Experiment, run_key
+
+NETWORKS = {"unet": UNet, "mmdit": MMDiT}
+CONDITIONS = {"nothing": nothing, "classes": classes, "words": prompts.words, "clip": prompts.clip_text}
+
+
+def make_model(
+    config: Config,
+    image_shape: tuple[int, int, int],
+    num_classes: int | None = None,
+    stored: Mapping[str, Any] | None = None,
+    vocabulary: Sequence[str] = (),
+) -> Model:
+    """Returns the model that `config` describes; no data is needed, and nothing is allocated.
+
+    Args:
+      config: of the run.
+      image_shape: (height, width, channels).
+      num_classes: of the data; None where it has none.
+      stored: `Condition.description` in the run's checkpoint; None where a run starts.
+      vocabulary: words that condition.name=words learns, where a run starts.
+
+    Raises:
+      ValueError: whatever cannot be built, naming the field.
+    """
+    process = make_process(config)
+    if config.loss.learned_variance and process.schedule is None:
+        raise ValueError("loss.learned_variance is that of a chain's steps: it needs process.name=ddpm")
+    facts = Facts(num_classes, stored or {}, vocabulary)
+    condition = pick(CONDITIONS, config.condition, "condition")(facts)
+    network = make_network(config, image_shape[-1], condition, process.time_scale)
+    kind = config.loss.prediction
+    return Model(process, kind, network, condition, pixels(image_shape), config.loss.learned_variance)
+
+
+def make_network(config: Config, channels: int, condition: Condition, time_scale: float) -> UNet | MMDiT:
+    """Returns the network of `config.network`, applied to (x_t, time, **told).
+
+    Args:
+      config: of the run.
+      channels: of x_0.
+      condition: what it is told.
+      time_scale: the process's.
+
+    Raises:
+      ValueError: an unknown name or field, or a network that cannot read the condition.
+    """
+    block = {**config.network, "dtype": jnp.dtype(config.network.dtype)}
+    make = pick(NETWORKS, block, "network")
+    outputs = channels * (1 + config.loss.learned_variance)
+    if config.network.name == "unet":
+        classes = {name: size for name, size in condition.widths.items() if name == "num_classes"}
+        return make(**classes, out_channels=outputs, time_scale=time_scale)
+    if condition.kind != "prompts":
+        raise ValueError(f"network.name=mmdit reads prompts, and condition.name is {config.condition.name}: use unet")
+    if config.loss.learned_variance:
+        raise ValueError("loss.learned_variance needs network.name=unet: an MM-DiT has no variance in its output")
+    return make(**condition.widths, channels=channels, time_scale=time_scale)
+
+
+def make_run_optimizer(config: Config, model: Model) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Returns the optimizer of `config`, which leaves a frozen condition's parameters alone, and its learning rate."""
+    optimizer, learning_rate = make_optimizer(config)
+    if model.condition.frozen:
+        parts: dict[Any, Any] = {"network": optimizer, "text": optax.set_to_zero()}
+        optimizer = optax.multi_transform(parts, {name: name for name in parts})
+    return optimizer, learning_rate
+
+
+def preview_requests(condition: Condition, count: int, examples: Sequence[str]) -> list[Any]:
+    """Returns what the first `count` pictures show: each class or each example in turn, or nothing."""
+    match condition.kind:
+        case "classes":
+            assert condition.num_classes is not None
+            return [i % condition.num_classes for i in range(count)]
+        case "prompts" if examples:
+            return [examples[i % len(examples)] for i in range(count)]
+    return [None] * count
+
+
+def abstract_batch(config: Config, model: Model) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a global batch."""
+    size = config.data.batch_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((size, *model.space.image_shape), np.uint8),
+        "label": jax.ShapeDtypeStruct((size,), np.int32),
+    }
+    if model.condition.kind == "prompts":
+        row = model.condition.read([None])[0]
+        batch["text"] = jax.ShapeDtypeStruct((size, *row.shape), row.dtype)
+    return batch
+
+
+def make_learner(config: Config, model: Model) -> Experiment:
+    """Returns the experiment of `config` without data: all that the state of a training depends on."""
+    optimizer, learning_rate = make_run_optimizer(config, model)
+    loss = make_loss(model, make_weight(config, model.process), make_draw(config), config.loss.vlb_weight)
+
+    def batches(start_step: int) -> Any:
+        raise ValueError("this experiment was made without data")
+
+    return Experiment(lambda key: init(model, key), loss, optimizer, learning_rate, batches, config.data.batch_size)
+
+
+def make_experiment(
+    config: Config, model: Model, source: Source, mesh: Mesh, examples: Sequence[str] = ()
+) -> Experiment:
+    """Returns the experiment of `config` on the images of `source`.
+
+    Args:
+      config: of the run.
+      model: made of it.
+      source: of images, and of what the condition reads beside them.
+      mesh: the devices.
+      examples: prompts that the previews show in turn.
+
+    Raises:
+      ValueError: whatever does not fit together; nothing has been allocated or written by then.
+    """
+    learner = make_learner(config, model)
+    batch_size = config.data.batch_size
+    num_previews = round_up(config.training.num_previews, mesh.size)
+
+    def batches(start_step: int) -> Any:
+        return make_batches(
+            source,
+            config.seed,
+            batch_size,
+            start_step=start_step,
+            flip=config.data.flip,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def preview(params: Any) -> jax.Array:
+        return generate(params, rows, away, np.uint32(config.seed), np.arange(num_previews))[0]
+
+    # What does not fit together is found here, before anything is written: the data, the network, the sampler.
+    batch_indices(config.seed, 0, batch_size, source.num_examples)
+    generate = make_generate(model, make_sampling(config, model.process), mesh)
+    rows = model.condition.read(preview_requests(model.condition, max(num_previews, mesh.size), examples))
+    away = model.condition.read([None] * len(rows))
+    shapes = jax.eval_shape(learner.init, run_key(config.seed, "init"))
+    jax.eval_shape(generate, shapes, rows, away, np.uint32(0), np.arange(len(rows)))
+    return learner._replace(batches=batches, preview=preview if num_previews else None)

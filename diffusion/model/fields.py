@@ -1,0 +1,156 @@
+"""The fields of a config: files by name, blocks that choose by name, changes of single fields.
+
+load("digits:flow", folder)                    # a file of the folder with methods, or any FILE:METHODS
+change(config, {"process.name": "vp", "training.num_steps": 100})
+"""
+
+import difflib
+import inspect
+import runpy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusion.model.choices import PROCESSES, SAMPLERS, fields_of
+from diffusion.model.config import Config, from_plain, plain
+from diffusion.model.experiment import CONDITIONS, NETWORKS
+from diffusion.model.optimizers import OPTIMIZERS, SHARED
+from diffusion.training import RunError
+from diffusion.training.workdir import flatten
+
+# Blocks that hold a name and the fields of that name, and what every name of a block has.
+CHOICES: dict[str, Mapping[str, Any]] = {
+    "process": PROCESSES,
+    "network": NETWORKS,
+    "condition": CONDITIONS,
+    "optimizer": OPTIMIZERS,
+    "sampling.sampler": SAMPLERS,
+}
+ALWAYS = {"optimizer": SHARED}
+NEAR = 0.6  # of difflib's ratio: a name less alike is not offered
+
+
+def load(spec: str, folder: Path) -> tuple[Config, str]:
+    """Returns the config that `spec` names, locked, and a name for its runs.
+
+    Args:
+      spec: a FILE, or the stem of one in `folder`; with methods as FILE:METHODS, separated by commas, or STEM_METHOD.
+      folder: of config files.
+
+    Raises:
+      RunError: there is no such file, or it does not have these methods.
+    """
+    name, _, methods = spec.partition(":")
+    there = sorted(path.stem for path in folder.glob("[!_]*.py"))
+    path = Path(name)
+    if not path.is_file():
+        stem = next((stem for stem in there if name == stem or name.startswith(f"{stem}_")), None)
+        if stem is None or path.suffix:
+            raise RunError(
+                f"no config file {name}; those in {folder.parent.name}/{folder.name} are: {', '.join(there)}"
+            )
+        path, methods = folder / f"{stem}.py", ",".join(filter(None, (name[len(stem) + 1 :], methods)))
+    get_config = runpy.run_path(str(path)).get("get_config")
+    if get_config is None:
+        raise RunError(f"{path} has no function get_config: it is not a config file")
+    if methods and not inspect.signature(get_config).parameters:
+        raise RunError(f"{path} takes no methods: leave out :{methods}")
+    try:
+        config = get_config(methods) if methods else get_config()
+    except ValueError as error:
+        raise RunError(f"{path}: {error}") from error
+    return complete(config), "_".join([path.stem, *filter(None, methods.split(","))])
+
+
+def complete(config: Config) -> Config:
+    """Returns `config` locked, every choice with all fields of its name: those that are missing have their defaults."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        for place, table in CHOICES.items():
+            block = block_at(config, place)
+            if block is not None and block.get("name") in table:
+                for field, default in defaults_of(table[block.name]).items():
+                    if field not in block:
+                        block[field] = default
+    return config.lock()
+
+
+def choose(config: Config, place: str, name: str) -> None:
+    """Changes the choice at `place` to `name`, in place: fields that both have keep their values.
+
+    Raises:
+      RunError: there is no such choice.
+    """
+    block, table = block_at(config, place), CHOICES[place]
+    if block is None:
+        raise RunError(f"this experiment's config has no {place}")
+    if name not in table:
+        raise RunError(f"{place}.name is {name!r}: choose from {', '.join(table)}")
+    fields = defaults_of(table[name]) | {field: block[field] for field in ALWAYS.get(place, ()) if field in block}
+    kept = {field: block[field] for field in fields if field in block}
+    if name == "ancestral" and config.loss.learned_variance:
+        fields["variance"] = "learned"
+    with config.unlocked():
+        for field in list(block):
+            del block[field]
+        block.update({"name": name, **fields, **kept})
+
+
+def change(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Returns a copy of `config` with fields changed by their full names, choices first.
+
+    Example:
+      change(config, {"process.name": "flow", "training.num_steps": 100})
+
+    Raises:
+      RunError: a field that does not exist, or a value of another type.
+    """
+    config = from_plain(plain(config))
+    for field, value in changes.items():
+        if field.removesuffix(".name") in CHOICES and field.endswith(".name"):
+            choose(config, field.removesuffix(".name"), value)
+    for field, value in changes.items():
+        check_field(config, field)
+        try:
+            config.update_from_flattened_dict({field: value})
+        except (TypeError, ValueError) as error:
+            old = flatten(plain(config))[field]
+            raise RunError(f"{field} is {value!r}: it must be like {old!r}") from error
+    return config
+
+
+def check_field(config: Config, field: str) -> None:
+    """Raises RunError, naming what there is, unless `config` has this field."""
+    fields = flatten(plain(config))
+    if field in fields:
+        return
+    place, _, last = field.rpartition(".")
+    if place in CHOICES and (block := block_at(config, place)) is not None:
+        own = [name for name in block if name != "name"]
+        has = f"it has {', '.join(own)}" if own else "it has no fields"
+        raise RunError(f"{last} is not a field of {place}.name={block.name}: {has}")
+    raise RunError(f"unknown config field {field}{nearest(field, fields)} (--help lists all)")
+
+
+def nearest(name: str, names: Any) -> str:
+    """Returns ": did you mean X?" for the most similar of `names`, "" where none is similar."""
+    last = {other.rpartition(".")[2]: other for other in names}
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=NEAR)
+    found = found or [last[one] for one in difflib.get_close_matches(name.rpartition(".")[2], list(last), 1, NEAR)]
+    return f": did you mean {found[0]}?" if found else ""
+
+
+def block_at(config: Config, place: str) -> Any:
+    """Returns the block at a dotted place; None where there is none."""
+    for name in place.split("."):
+        if name not in config or not hasattr(config[name], "items"):
+            return None
+        config = config[name]
+    return config
+
+
+def defaults_of(function: Any) -> dict[str, Any]:
+    """Returns the fields of a choice as a config holds them."""
+    fields = {name: default for name, default in fields_of(function).items() if default is not None}
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return fields | ({"dtype": "float32"} if "dtype" in fields else {})

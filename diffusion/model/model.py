@@ -1,0 +1,190 @@
+"""A diffusion model: a process, a prediction, a network, a condition and a space; its loss, its denoiser, its images.
+
+The parameters are the network's, or {"network": ..., "text": ...} where the condition has parameters of its own. A
+frozen text encoder is among them too, under `stop_gradient` and without an optimizer's moments: the loss is a function
+of its arguments alone, and a checkpoint is the whole experiment.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from diffusion import losses, predictions
+from diffusion.model.choices import Process, Sampling
+from diffusion.model.condition import Condition, Told
+from diffusion.model.space import Space
+from diffusion.samplers import Denoise
+from diffusion.training import Loss, Mean, run_key
+
+
+class Model(NamedTuple):
+    """All that loss and sampling depend on, but the parameters.
+
+    Attributes:
+      process: x_t, the distribution of training times, the grids.
+      prediction: what the network returns, one of `predictions.KINDS`.
+      network: a Flax module applied to (x_t, time, **told).
+      condition: what it is told.
+      space: of x_0.
+      learned_variance: whether its output holds v beside the prediction (Nichol & Dhariwal 2021).
+    """
+
+    process: Process
+    prediction: str
+    network: Any
+    condition: Condition
+    space: Space
+    learned_variance: bool = False
+
+
+def init(model: Model, key: jax.Array) -> Any:
+    """Returns the parameters that `key` draws."""
+    x_0, time = jnp.zeros((1, *model.space.shape)), jnp.zeros((1,))
+    empty = jnp.asarray(model.condition.read([None]))
+    if model.condition.init is None:
+        return model.network.init(key, x_0, time, **model.condition.of_request(None, empty))
+    text_key, network_key = jax.random.split(key)
+    text = model.condition.init(text_key)
+    told = model.condition.of_request(text, empty)
+    return {"network": model.network.init(network_key, x_0, time, **told), "text": text}
+
+
+def parts(model: Model, params: Any) -> tuple[Any, Any]:
+    """Returns the parameters of the network, and those of the condition; no gradient reaches frozen ones."""
+    if model.condition.init is None:
+        return params, None
+    text = jax.lax.stop_gradient(params["text"]) if model.condition.frozen else params["text"]
+    return params["network"], text
+
+
+def network_of(model: Model, params: Any, told: Told, **options: Any) -> predictions.Network:
+    """Returns (scaled x_t, time) -> output, or (output, v): the one call of the network, of training and sampling."""
+    of_network, _ = parts(model, params)
+
+    def network(x: jax.Array, time: jax.Array) -> Any:
+        output: Any = model.network.apply(of_network, x, time, **told, **options)
+        return tuple(jnp.split(output, 2, axis=-1)) if model.learned_variance else output
+
+    return network
+
+
+def make_loss(
+    model: Model,
+    weight: Callable[[jax.Array], Any],
+    draw: Callable[[jax.Array, int], jax.Array],
+    vlb_weight: float = 1e-3,
+) -> Loss:
+    """Returns loss(params, batch, key) -> (float32[B], metrics): DDPM's Algorithm 1, for any process.
+
+    Args:
+      model: its loss.
+      weight: time -> weight of the mean squared error of the network's output.
+      draw: (key, B) -> u in (0, 1), from which the process's quantile makes times.
+      vlb_weight: of the bound in L_hybrid, of a model with learned variance.
+    """
+    kind = model.prediction
+
+    def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, Mean]]:
+        time_key, eps_key, dropout_key, _ = jax.random.split(key, 4)
+        x_0 = model.space.encode(batch["image"])
+        eps = jax.random.normal(eps_key, x_0.shape)
+        u = draw(time_key, len(x_0))
+        time = model.process.quantile(u)
+        signal, noise = model.process.at(time)
+        x_t = predictions.diffuse(x_0, eps, signal, noise)
+        told = model.condition.of_batch(parts(model, params)[1], batch, key)
+        network = network_of(model, params, told, train=True, rngs={"dropout": dropout_key})
+        output, *v = as_tuple(network(predictions.network_input(kind, x_t, signal, noise), time))
+        total = losses.weighted_mse(weight(time), predictions.target(kind, x_0, eps, signal, noise), output)
+        if v and model.process.schedule is not None:
+            t = time.astype(jnp.int32) + 1
+            x_0_hat = predictions.to_x_0(kind, output, x_t, signal, noise)
+            total = losses.hybrid_loss(total, model.process.schedule, x_0, x_t, t, x_0_hat, v[0], vlb_weight)
+        return total, mean_by_part("loss", total, u)
+
+    return loss
+
+
+def as_tuple(output: Any) -> tuple[Any, ...]:
+    """Returns (output,) or (output, v)."""
+    return output if isinstance(output, tuple) else (output,)
+
+
+def mean_by_part(name: str, values: jax.Array, u: jax.Array, parts: int = 4) -> dict[str, Mean]:
+    """Returns `values` [B] as one `Mean` for each of `parts` equal ranges of u in (0, 1), least noise first."""
+    part = jnp.minimum((u * parts).astype(jnp.int32), parts - 1)
+    inside = [part == i for i in range(parts)]
+    return {  # chosen, not multiplied: a NaN remains in its own part
+        f"{name}_part_{i + 1}_of_{parts}": Mean(jnp.where(inside[i], values, 0.0), inside[i].astype(jnp.float32))
+        for i in range(parts)
+    }
+
+
+def make_denoise(model: Model, params: Any, told: Told) -> Denoise:
+    """Returns denoise(x_t, time) -> x_0_hat of the network with `params`, or `Denoised` with a learned variance."""
+    return predictions.denoiser(model.prediction, network_of(model, params, told), model.process.at)
+
+
+def guided(model: Model, sampling: Sampling, params: Any, rows: Any, away: Any) -> Denoise:
+    """Returns the denoiser that samples are drawn with: guided to `rows` and away from `away`, then thresholded.
+
+    Args:
+      model: its denoiser.
+      sampling: scale, interval, threshold.
+      params: of network and condition.
+      rows: of `condition.read`, [B, ...].
+      away: the same, for "no condition" or a negative prompt.
+
+    Raises:
+      ValueError: guidance of a model that has no condition.
+    """
+    if sampling.scale != 1.0 and model.condition.kind == "nothing":
+        raise ValueError(
+            f"sampling.guidance={sampling.scale:g} needs a condition to be guided to: train with "
+            "config.condition.name=classes, or leave guidance at 1"
+        )
+    text = parts(model, params)[1]
+    to, fro = (make_denoise(model, params, model.condition.of_request(text, x)) for x in (rows, away))
+    return sampling.guide(to, fro)
+
+
+def draw_noise(model: Model, seed: Any, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (keys [B], eps [B, ...]) of images number `index`: pure functions of the seed and the number."""
+    keys = jax.vmap(lambda i: jax.random.split(run_key(seed, "sample", i)))(index)
+    return keys[:, 1], jax.vmap(lambda key: jax.random.normal(key, model.space.shape))(keys[:, 0])
+
+
+# A way to use a model: (sampler, denoise, grid, keys [B], eps [B, ...], *x_0) -> x_0 [B, ...].
+Use = Callable[..., Any]
+
+
+def from_noise(sampler: Any, denoise: Denoise, grid: Any, keys: jax.Array, eps: jax.Array) -> jax.Array:
+    """Returns samples: the plainest `Use`, from noise to images."""
+    return sampler(denoise, grid.noise[0] * eps, grid, keys)
+
+
+def make_generate(
+    model: Model, sampling: Sampling, mesh: Mesh, use: Use = from_noise
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Returns generate(params, rows, away, seed, index int32[B], *images) -> (uint8 [B, ...], finite bool[B]).
+
+    It is jitted and spread over the mesh, which has to divide B. Image number i is a pure function of (params, its row,
+    seed, i), whatever batch it is made in. `finite` is False where x_0 held NaN or infinity.
+
+    Args:
+      model: with `sampling`, what draws.
+      sampling: sampler, grid, guidance, threshold.
+      mesh: the devices.
+      use: what is made of the noise and of `images`, uint8.
+    """
+
+    def generate(params: Any, rows: Any, away: Any, seed: Any, index: Any, *images: Any) -> tuple[jax.Array, jax.Array]:
+        keys, eps = draw_noise(model, seed, index)
+        denoise = guided(model, sampling, params, rows, away)
+        x_0 = use(sampling.sampler, denoise, sampling.grid, keys, eps, *map(model.space.encode, images))
+        return model.space.decode(x_0), jnp.isfinite(x_0).all(axis=range(1, x_0.ndim))
+
+    return jax.jit(generate, out_shardings=NamedSharding(mesh, PartitionSpec("data")))

@@ -1,0 +1,270 @@
+"""Prompts as a condition: a text encoder, learned words or the text tower of a CLIP, read by the network."""
+
+import hashlib
+import json
+import logging
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from tqdm import tqdm
+
+from diffusion.data import text
+from diffusion.data.batches import full_batches
+from diffusion.data.sources import Source
+from diffusion.files import cache_folder, replacing
+from diffusion.model import clip
+from diffusion.model.condition import Condition, Facts, Told
+from diffusion.model.config import from_plain
+from diffusion.networks.words import PADDING, Words
+from diffusion.training import digest
+from diffusion.training.checkpoints import open_existing
+
+MAX_WARNINGS = 5  # per call: whole data sets are read
+
+
+class Text(NamedTuple):
+    """What a network is told of prompts: features of their tokens, and of the whole."""
+
+    context: Float[Array, "B L D"]
+    pooled: Float[Array, "B P"]
+
+
+class TextEncoder(NamedTuple):
+    """From prompts to `Text`.
+
+    Attributes:
+      tokenize: prompts -> int32[N, L]; warns of what it leaves out. The empty prompt is "no condition".
+      init: key -> params.
+      encode: (params, ids int32[B, L]) -> `Text`.
+      context_width, pooled_width: D and P.
+      frozen: whether the parameters keep the values of `init`.
+      description: all that makes it again but its parameters, plain JSON, for the checkpoint.
+    """
+
+    tokenize: Callable[[Sequence[str]], np.ndarray]
+    init: Callable[[jax.Array], Any]
+    encode: Callable[[Any, Int[Array, "B L"]], Text]
+    context_width: int
+    pooled_width: int
+    frozen: bool
+    description: dict[str, Any]
+
+
+def words(facts: Facts, *, width: int = 96, length: int = 12, size: int = 0, dropout: float = 0.1) -> Condition:
+    """Returns the condition of prompts read by word embeddings that are learned with the network.
+
+    Args:
+      facts: the vocabulary, or the checkpoint's.
+      width: of an embedding.
+      length: words that are read of a prompt.
+      size: of the vocabulary, the most frequent words; 0: all. Applied to `facts.vocabulary` where a run starts.
+      dropout: share of the training captions that are hidden.
+    """
+    del size  # the vocabulary was made with it
+    return prompts(make_words(facts.stored.get("vocabulary", facts.vocabulary), width, length), dropout)
+
+
+def clip_text(facts: Facts, *, folder: str = "", precomputed: bool = False, dropout: float = 0.1) -> Condition:
+    """Returns the condition of prompts read by the frozen text tower of a trained CLIP.
+
+    Args:
+      facts: the tower's description where a checkpoint has it.
+      folder: work folder of experiments.clip, from which a run that starts takes the tower.
+      precomputed: features of all captions are made once, before training.
+      dropout: share of the training captions that are hidden.
+    """
+    del precomputed  # read by the data's side
+    return prompts(make_clip_text(folder, facts.stored or None), dropout)
+
+
+def prompts(encoder: TextEncoder, dropout: float) -> Condition:
+    """Returns the condition of prompts.
+
+    Training reads "text", token ids int32[B, L], or the features "context" and "pooled" of `with_features`.
+
+    Args:
+      encoder: reads them; its parameters are params["text"].
+      dropout: share of the training captions that are replaced by the empty one.
+
+    Raises:
+      ValueError: `dropout` is outside [0, 1].
+    """
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"condition.dropout is {dropout}: it has to lie in [0, 1]")
+    (empty,) = encoder.tokenize([""])
+
+    def read(requests: Sequence[str | None]) -> np.ndarray:
+        return encoder.tokenize(["" if prompt is None else prompt for prompt in requests])
+
+    def of_request(params: Any, ids: Any) -> Told:
+        return encoder.encode(params, jnp.asarray(ids))._asdict()
+
+    def of_batch(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Told:
+        drop_key = jax.random.split(key, 4)[2]  # the first two are the loss's own
+        hidden = jax.random.bernoulli(drop_key, dropout, (len(batch["image"]), 1))
+        if "text" in batch:
+            return of_request(params, jnp.where(hidden, empty, batch["text"]))
+        none = encoder.encode(params, jnp.asarray(empty[None]))
+        return {
+            "context": jnp.where(hidden[..., None], none.context, batch["context"]),
+            "pooled": jnp.where(hidden, none.pooled, batch["pooled"]),
+        }
+
+    return Condition(
+        kind="prompts",
+        read=read,
+        of_request=of_request,
+        of_batch=of_batch,
+        widths={"context_width": encoder.context_width, "pooled_width": encoder.pooled_width},
+        init=encoder.init,
+        frozen=encoder.frozen,
+        description=encoder.description,
+    )
+
+
+def with_features(source: Source, condition: Condition, params: Any, batch_size: int = 256) -> Source:
+    """Returns the same images, read with "context" and "pooled": features of their captions by a frozen encoder.
+
+    Computed once and kept in `cache_folder()/text`, keyed by captions, encoder and weights.
+
+    Args:
+      source: of captioned images.
+      condition: of prompts, frozen.
+      params: of its encoder.
+      batch_size: captions per call of the encoder.
+
+    Raises:
+      ValueError: the encoder is learned.
+    """
+    if not condition.frozen:
+        raise ValueError("condition.precomputed=True is for a frozen encoder: set condition.name=clip")
+    captions = source.captions
+    key = json.dumps([captions, condition.description, digest(params)])
+    stem = hashlib.sha256(key.encode()).hexdigest()[:32]
+    paths = [cache_folder() / "text" / f"{stem}_{name}.npy" for name in Text._fields]
+    if not all(path.exists() for path in paths):
+        encode = jax.jit(condition.of_request)
+        batches = list(full_batches(len(captions), batch_size))
+        found = [
+            jax.device_get(encode(params, condition.read([captions[row] for row in rows])))
+            for rows in tqdm(batches, desc="encoding captions", unit="batch", delay=5)
+        ]
+        for path, name in zip(paths, Text._fields, strict=True):
+            with replacing(path) as temporary:
+                np.save(temporary, np.concatenate([told[name] for told in found])[: len(captions)])
+    # Mapped, not read: features of many captions are larger than memory.
+    context, pooled = (np.load(path, mmap_mode="r") for path in paths)
+
+    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
+        batch = source.read(indices)
+        return {**batch, "context": context[batch["label"]], "pooled": pooled[batch["label"]]}
+
+    return source._replace(read=read)
+
+
+def make_words(vocabulary: Sequence[str], width: int, length: int) -> TextEncoder:
+    """Returns word embeddings that are learned with the network."""
+    module = Words(len(vocabulary) + 2, width)
+
+    def apply(params: Any, ids: jax.Array) -> Text:
+        output: Any = module.apply(params, ids)
+        return Text(*output)
+
+    return TextEncoder(
+        tokenize=partial(word_ids, vocabulary=vocabulary, length=length),
+        init=lambda key: module.init(key, jnp.zeros((1, length), jnp.int32)),
+        encode=apply,
+        context_width=width,
+        pooled_width=width,
+        frozen=False,
+        description={"vocabulary": list(vocabulary)},
+    )
+
+
+def frequent_words(captions: Iterable[str], size: int) -> list[str]:
+    """Returns the `size` words (0: all) that most captions have, in the order of the alphabet."""
+    counted = Counter(word for caption in captions for word in set(split_words(caption)))
+    most = sorted(counted, key=lambda word: (-counted[word], word))
+    return sorted(most[:size] if size else most)
+
+
+def split_words(prompt: str) -> list[str]:
+    """Returns the words of a prompt, in small letters."""
+    return re.findall(r"\w+", unicodedata.normalize("NFC", prompt).lower())
+
+
+def word_ids(prompts: Sequence[str], vocabulary: Sequence[str], length: int) -> Int[np.ndarray, "N L"]:
+    """Returns the words' places in the vocabulary plus 2, whatever their case; 1 is unknown, 0 fills up to `length`.
+
+    Warns of unknown words, and of prompts that are longer, which are cut; of a data set's, only of the first few.
+    """
+    known = {word: index for index, word in enumerate(vocabulary, 2)}
+    distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+    ids = np.full((len(distinct), length), PADDING, np.int32)
+    not_read = []
+    for prompt, row in zip(distinct, ids, strict=True):
+        words = split_words(prompt)
+        if unknown := [word for word in words if word not in known]:
+            not_read.append(f"unknown to the text encoder in {prompt!r}: {', '.join(unknown)}")
+        if len(words) > length:
+            not_read.append(f"{prompt!r} is longer than {length} words: what follows {words[length - 1]!r} is left out")
+        found = [known.get(word, 1) for word in words[:length]]
+        row[: len(found)] = found
+    for line in not_read[:MAX_WARNINGS]:
+        logging.warning(line)
+    if more := not_read[MAX_WARNINGS:]:
+        logging.warning("and %d more like these, in %d different prompts", len(more), len(distinct))
+    return ids[[distinct[prompt] for prompt in prompts]]
+
+
+def make_clip_text(folder: str, stored: Mapping[str, Any] | None) -> TextEncoder:
+    """Returns the frozen text tower of a CLIP: as Stable Diffusion 3 does, its last hidden states but one, and pooled.
+
+    Args:
+      folder: work folder of a run of experiments.clip.
+      stored: `description` of the encoder in a checkpoint, which then has its weights too; None where a run starts.
+
+    Raises:
+      ValueError: a run starts, and no folder is named.
+    """
+    trained = None
+    if stored is None:
+        if not folder:
+            raise ValueError(
+                "condition.name=clip reads a trained CLIP: name its work folder, --config.condition.folder=DIR"
+            )
+        trained = clip.open_clip(Path(folder))
+        with open_existing(Path(folder)) as checkpoints:
+            stored = {name: checkpoints.description()[name] for name in ("config", "vocabulary")}
+    config = from_plain(stored["config"])
+    tokenizer = text.from_json(stored["vocabulary"])
+    tower = clip.make_clip(config, tokenizer).text
+    length = config.text.length
+
+    def init(key: jax.Array) -> Any:
+        if trained is None:  # a checkpoint's: only shapes are needed
+            return tower.init(key, jnp.zeros((1, length), jnp.int32))
+        return {"params": trained.params["params"]["text"]}
+
+    def apply(params: Any, ids: jax.Array) -> Text:
+        features: Any = tower.apply(params, ids)
+        return Text(features.hidden[-2], features.embedding)
+
+    return TextEncoder(
+        tokenize=lambda prompts: text.encode(tokenizer, prompts, length),
+        init=init,
+        encode=apply,
+        context_width=tower.width,
+        pooled_width=tower.projection or tower.width,
+        frozen=True,
+        description=dict(stored),
+    )

@@ -1,0 +1,1 @@
+"""What can be done with a run: one file a mode, for every kind of run alike."""

@@ -1,0 +1,67 @@
+"""What a command asks for: `Task`, what an experiment knows that no other does, and `Call`, one use of it."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from jax.sharding import Mesh
+
+from diffusion.data.sources import Source
+from diffusion.evaluation import Measurement
+from diffusion.model import prompts
+from diffusion.model.config import Config
+from diffusion.runs.run import Run, load
+
+TRAIN, TEST = "train", "test"
+
+
+class Call(NamedTuple):
+    """One command: what to do is settled, nothing is done yet.
+
+    Attributes:
+      task: of the experiment.
+      config: of the run.
+      workdir: folder of the run.
+      mesh: the devices.
+      flags: of the command line.
+      stored: what is stored beside the run's weights; None where it starts.
+    """
+
+    task: "Task"
+    config: Config
+    workdir: Path
+    mesh: Mesh
+    flags: flags.FlagValues
+    stored: Mapping[str, Any] | None
+
+    def open(self, ema_length: float | None = None) -> Run:
+        """Returns the trained run of this call: --checkpoint's and --ema_length's weights."""
+        assert self.stored is not None
+        length = self.flags.ema_length if ema_length is None else ema_length
+        return load(self.workdir, self.stored, self.config, self.mesh, self.flags.checkpoint, length)
+
+
+def words_of_captions(config: Config, source: Source) -> list[str]:
+    """Returns the vocabulary of a run that starts: the most frequent words of the source's captions."""
+    return prompts.frequent_words(source.captions, config.condition.get("size", 0))
+
+
+class Task(NamedTuple):
+    """An experiment: its data, and its own questions.
+
+    Attributes:
+      name: of the experiment.
+      read: (config, split) -> its images, "train" or "test"; the test images are kept from training.
+      evaluate: (call, run) -> measurements, for the report; None: Fréchet distance and its kin.
+      score: (call, run) -> the one measurement that sweeps draw; None: the Fréchet distance.
+      examples: (config) -> prompts that previews show and that are drawn where none is given.
+      vocabulary: (config, training images) -> words that a run which starts learns.
+    """
+
+    name: str
+    read: Callable[[Config, str], Source]
+    evaluate: Callable[[Call, Run], list[Measurement]] | None = None
+    score: Callable[[Call, Run], Measurement] | None = None
+    examples: Callable[[Config], Sequence[str]] = lambda config: ()
+    vocabulary: Callable[[Config, Source], Iterable[str]] = words_of_captions

@@ -1,0 +1,40 @@
+"""--mode=check: what a run would need and whether its parts work, in under a minute and without beginning it."""
+
+import sys
+
+import jax
+
+from diffusion.model.config import make_settings
+from diffusion.runs.call import TRAIN, Call
+from diffusion.runs.train import describe, prepare
+from diffusion.training.dry_run import dry_run
+from diffusion.training.loop import draw_previews
+
+
+def check(call: Call) -> None:
+    """Prints the findings of a dry run; pictures of samples after one step remain in its check/."""
+    config = call.config
+    source = call.task.read(config, TRAIN)
+    vocabulary = [] if call.stored else list(call.task.vocabulary(config, source))
+    model, _ = describe(call.task.name, config, source, call.stored, vocabulary)
+    examples = list(call.task.examples(config))
+    experiment = prepare(config, model, source, call.workdir, call.mesh, call.stored, examples)
+    folder = call.workdir / "check"
+    found = dry_run(
+        experiment,
+        make_settings(config),
+        mesh=call.mesh,
+        num_examples=source.num_examples,
+        folder=folder / "checkpoints",
+    )
+    shape = "x".join(map(str, source.image_shape))
+    lines = [f"data         {source.name} {source.split}, {source.num_examples} images {shape}, {source.fingerprint}"]
+    lines += found.lines
+    if experiment.preview:
+        draw_previews(experiment, found.state, folder / "samples")
+        lines.append(f"samples      {folder / 'samples_ema.png'}")
+    if jax.process_index() == 0:
+        print("\n".join(lines))
+        for line in found.warnings:
+            print(f"warning: {line}", file=sys.stderr)
+        print(f"{len(found.warnings)} warning(s)" if found.warnings else "nothing to warn of")

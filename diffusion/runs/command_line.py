@@ -1,0 +1,174 @@
+"""The command line of every experiment: flags, configs, the work folder, errors in one line."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from diffusion.files import cache_folder
+from diffusion.model import formats
+from diffusion.model.config import Config, from_plain, plain
+from diffusion.model.fields import CHOICES, check_field, choose, load, nearest
+from diffusion.runs.call import Call, Task
+from diffusion.runs.run import check_changes
+from diffusion.runs.train import stored_in
+from diffusion.training import RunError, check_seed, make_mesh, processes, workdir
+from diffusion.training.checkpoints import open_existing
+from diffusion.training.errors import one_line
+
+Mode = Callable[[Call], None]
+BEGIN = ("train", "check", "import")  # modes that need no checkpoint
+
+
+def run_to_end(work: Callable[[], None]) -> NoReturn:
+    """Does `work` and exits: 0, or after what a user can mend one line and 1; --traceback shows where it came from."""
+    try:
+        work()
+    except (RunError, ValueError, OSError, flags.Error) as error:
+        if "--traceback" in sys.argv:
+            traceback.print_exc()
+        line = "error: " + " ".join(str(error).split())
+        line += "" if isinstance(error, RunError) else " (--traceback shows where)"
+        processes.leave(1, line)
+        sys.exit(line)
+    except KeyboardInterrupt:
+        processes.leave(130)
+        sys.exit(130)
+    except Exception as error:
+        if processes.peer_died(error):
+            reason = f"another process of this run has ended ({one_line(error, 200)})"
+            processes.leave(1, f"error: {reason}; the same command resumes from the newest checkpoint")
+        traceback.print_exc()
+        processes.leave(1)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def define_flags(values: flags.FlagValues, modes: dict[str, Mode]) -> None:
+    """Defines the flags of every experiment."""
+    flags.DEFINE_string("config", None, "config file: FILE, NAME, with methods FILE:METHOD,METHOD", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder of the run; default: runs/CONFIG", flag_values=values)
+    flags.DEFINE_enum("mode", "train", list(modes), "what to do", flag_values=values)
+    flags.DEFINE_integer("num_samples", None, "how many samples", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of the samples (the training's is config.seed)", flag_values=values)
+    flags.DEFINE_integer("checkpoint", None, "use the one of this step, not the newest", flag_values=values)
+    flags.DEFINE_float(
+        "ema_length",
+        None,
+        "use the power-function average of this relative length, not the run's own (Karras et al. 2024)",
+        flag_values=values,
+    )
+    flags.DEFINE_string("out", None, "samples as .npz (default: in the work folder)", flag_values=values)
+    flags.DEFINE_string("sampler", None, "in place of config.sampling.sampler.name", flag_values=values)
+    flags.DEFINE_integer("steps", None, "in place of config.sampling.num_steps", lower_bound=1, flag_values=values)
+    flags.DEFINE_bool("traceback", False, "show where an error comes from", flag_values=values)
+
+
+def parse(
+    argv: list[str],
+    task: Task,
+    doc: str | None,
+    configs: Path,
+    default_config: str,
+    modes: dict[str, Mode],
+    values: flags.FlagValues,
+) -> tuple[Call, str]:
+    """Returns what `argv` asks for and its mode.
+
+    Args:
+      argv: the program's name and its arguments.
+      task: of the experiment.
+      doc: its docstring, shown by --help.
+      configs: folder of config files.
+      default_config: stem of the one without --config.
+      modes: what --mode can name.
+      values: where the flags of the modes are defined; those of every experiment are added.
+
+    Raises:
+      RunError: unknown flag, config field or config file; a bad value; a work folder that does not fit.
+    """
+    define_flags(values, modes)
+    if {"--help", "-h"} & set(argv):
+        config, _ = load(default_config, configs)
+        print(f"{doc}\nFlags:\n{values.get_help()}\n\nConfig ({default_config}), --config.FIELD=VALUE:")
+        for name, value in workdir.flatten(plain(config)).items():
+            print(f"  {name} = {value}")
+        raise SystemExit(0)
+    rest = values(argv, known_only=True)
+    check_seed(values.seed)
+    begins = values.mode in BEGIN
+    config, name = load(values.config or default_config, configs)
+    folder = Path(values.workdir).expanduser() if values.workdir else Path("runs") / name
+    if begins and (values.checkpoint is not None or values.ema_length is not None):
+        flag = "--checkpoint" if values.checkpoint is not None else "--ema_length"
+        raise RunError(f"{flag} is for the use of a trained model, not for --mode={values.mode}")
+
+    if begins:
+        stored = stored_in(folder) if values.mode != "import" else None
+        config = override(config, rest, values)
+        check_seed(config.seed)
+        if values.mode != "import":  # which refuses any folder that exists
+            workdir.check(folder, task.name, plain(config), formats.current)
+    else:
+        with open_existing(folder, values.checkpoint) as checkpoints:
+            stored = formats.current(checkpoints.description())
+        if stored["experiment"] != task.name:
+            raise RunError(f"{folder} holds experiment {stored['experiment']}, not {task.name}")
+        old = from_plain(stored["config"])
+        if values.config is not None:
+            check_changes(folder, old, config)
+        config = override(config if values.config is not None else old, rest, values)
+        check_changes(folder, old, config)
+    use_compilation_cache()
+    processes.join()
+    return Call(task, config, folder, make_mesh(), values, stored), values.mode
+
+
+def override(config: Config, arguments: list[str], known: flags.FlagValues) -> Config:
+    """Returns `config` changed by `--config.FIELD=VALUE` arguments, --sampler and --steps.
+
+    A choice's name is applied first, so that the fields of that name can be given too.
+
+    Raises:
+      RunError: a field or flag that does not exist (names the nearest), or a value that is not of the field's type.
+    """
+    config = from_plain(plain(config))
+    fields = [argument for argument in arguments[1:] if argument.startswith("-")]  # not the value of the flag before
+    for argument in fields:
+        name, _, value = argument.lstrip("-").partition("=")
+        place = name.removeprefix("config.").removesuffix(".name")
+        if name == f"config.{place}.name" and place in CHOICES:
+            choose(config, place, value)
+    if known.sampler is not None:
+        choose(config, "sampling.sampler", known.sampler)
+    for argument in fields:
+        name = argument.lstrip("-").split("=")[0]
+        if not name.startswith("config."):
+            names = [*known, *(f"config.{field}" for field in workdir.flatten(plain(config)))]
+            near = nearest(name, names).replace("you mean ", "you mean --")
+            raise RunError(f"unknown flag {argument.split('=')[0]}{near} (--help lists all)")
+        check_field(config, name.removeprefix("config."))
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
+    try:
+        unused = values(arguments)[1:]
+    except (flags.Error, TypeError, ValueError) as error:
+        raise RunError(str(error)) from error
+    if unused:
+        raise RunError(f"unexpected argument {unused[0]!r}: flags look like --name=value (--help lists all)")
+    if known.steps is not None:
+        config.sampling.num_steps = known.steps
+    return config
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, so that the second start is fast. JAX_COMPILATION_CACHE_DIR moves it."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

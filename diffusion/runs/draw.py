@@ -1,0 +1,115 @@
+"""Drawing: from a model, weights and requests to uint8 images, batch by batch over all devices."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from diffusion.data.batches import full_batches
+from diffusion.data.samples import load_samples, save_samples
+from diffusion.model.choices import make_sampling
+from diffusion.model.config import Config, plain, round_up
+from diffusion.model.model import Model, Use, from_noise, make_generate
+
+Programs = dict[str, Callable[..., Any]]  # compiled by what they depend on
+
+
+class Painter(NamedTuple):
+    """What draws: a model with weights, as a config samples it, on some devices.
+
+    Attributes:
+      model: of the weights.
+      params: averaged or raw.
+      config: its `sampling` is followed.
+      mesh: the devices.
+      programs: what was compiled before, for the next call.
+    """
+
+    model: Model
+    params: Any
+    config: Config
+    mesh: Mesh
+    programs: Programs
+
+
+def draw(
+    painter: Painter,
+    requests: Sequence[Any],
+    index: np.ndarray,
+    seed: int,
+    *,
+    images: Sequence[np.ndarray] = (),
+    negative: str | None = None,
+    use: Use = from_noise,
+    folder: Path | None = None,
+    progress: str = "sampling",
+) -> np.ndarray:
+    """Returns uint8 [N, ...]: what `use` makes of each request, the same whatever the devices or batches.
+
+    Args:
+      painter: what draws.
+      requests: N prompts, class numbers or None.
+      index: int[N], which noise of the seed each is made from.
+      seed: of the noise.
+      images: arrays uint8 [N, H, W, C] that `use` begins with.
+      negative: prompt that guidance leads away from; None: no condition.
+      use: see `diffusion.model.model.Use`.
+      folder: batches are written there as they are made, and read from there where an interrupted call has left them.
+        The caller removes it.
+      progress: title of the progress bar.
+
+    Raises:
+      ValueError: requests that do not exist, or samples that are not finite.
+    """
+    model, params, config, mesh, programs = painter
+    key = json.dumps([plain(config)["sampling"], use.__qualname__])
+    generate = programs.get(key)
+    if generate is None:
+        generate = make_generate(model, make_sampling(config, model.process), mesh, use)
+        if "<locals>" not in use.__qualname__:  # a closure may be another one next time
+            programs[key] = generate
+    rows = model.condition.read(requests)
+    (away,) = model.condition.read([negative])
+    batch_size = round_up(min(config.sampling.batch_size, len(rows)), mesh.size)
+    found = []
+    batches = list(full_batches(len(rows), batch_size))
+    for number, batch in enumerate(tqdm(batches, desc=progress, unit="batch", file=sys.stderr, delay=1)):
+        path = folder and folder / f"{number * batch_size:08d}_{batch_size}.npz"
+        if path and everywhere(path.exists()):
+            found.append(load_samples(path))
+            continue
+        begun = (array[batch] for array in images)
+        drawn = generate(params, rows[batch], np.stack([away] * batch_size), np.uint32(seed), index[batch], *begun)
+        image, finite = (multihost_utils.process_allgather(array, tiled=True) for array in drawn)
+        refuse_not_finite(finite)
+        found.append(image)
+        if path and jax.process_index() == 0:
+            save_samples(path, image)
+    return np.concatenate(found)[: len(rows)]
+
+
+def refuse_not_finite(finite: np.ndarray) -> None:
+    """Raises ValueError, with the count, unless every sample is finite."""
+    if not finite.all():
+        raise ValueError(
+            f"{np.sum(~finite)} of {len(finite)} samples are not finite (NaN or infinity): the weights cannot be used, "
+            "or not with this sampling.guidance, threshold and grid"
+        )
+
+
+def everywhere(flag: bool) -> bool:
+    """Returns what the first process found, for all must do the same."""
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag))) if jax.process_count() > 1 else flag
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes the batches that `draw` wrote."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,146 @@
+"""--mode=evaluate: samples scored against the training images, beside images never seen."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from diffusion import evaluation
+from diffusion.data.sources import Source
+from diffusion.evaluation import Extractor, Measurement, ReferenceSet
+from diffusion.runs import likelihood
+from diffusion.runs.call import TEST, TRAIN, Call
+from diffusion.runs.report import REAL, finish_run, made_by
+from diffusion.runs.run import Run
+from diffusion.runs.sample import draw_samples
+from diffusion.training import check_seed
+
+TITLES = {
+    "fid": "Fréchet distance",
+    "kid": "kernel distance",
+    "inception_score": "inception score",
+    "precision_recall": "precision and recall",
+}
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of this mode."""
+    flags.DEFINE_list(
+        "metrics",
+        None,
+        f"evaluate: of {', '.join(evaluation.METRICS)}, bits_per_dim, in place of the config's",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("num_seeds", 1, "evaluate: seeds, from --seed on", lower_bound=1, flag_values=values)
+
+
+def evaluate(call: Call, run: Run | None = None) -> None:
+    """Measures the run as its experiment asks, or as any images can be; writes report.json, report.md and pictures."""
+    run = run or call.open()
+    measurements = (call.task.evaluate or of_images)(call, run)
+    finish_run(run.workdir, run.experiment, run.step, measurements)
+
+
+def of_images(call: Call, run: Run) -> list[Measurement]:
+    """Returns the scores of samples against the training images, and draws those nearest to them.
+
+    Beside the Fréchet distance is that of held-out real images at the same count, and of small images with classes the
+    share of each, counted by a classifier of the real ones.
+    """
+    settings, asked = run.config.evaluation, call.flags
+    names = list(asked.metrics or settings.metrics)
+    metrics = [name for name in names if name != "bits_per_dim"]
+    extractor = evaluation.make_extractor(settings.features, settings.weights)
+    evaluation.check_names(metrics, extractor)  # before hours of sampling
+    train, test = (call.task.read(call.config, split) for split in (TRAIN, TEST))
+    num_samples = asked.num_samples or settings.num_samples
+    seeds = [check_seed(seed) for seed in range(asked.seed, asked.seed + asked.num_seeds)]
+    if asked.out and len(seeds) > 1:
+        raise ValueError(f"--out is one file, but there are {len(seeds)} seeds: leave it out")
+    requests, index = run.requests(num_samples), np.arange(num_samples)
+    sets = [draw_samples(run, requests, index, seed, out=asked.out) for seed in seeds]
+    bits: list[Measurement] = []
+    if "bits_per_dim" in names:
+        bits = likelihood.measure(run, test, settings.likelihood_images, settings.bound_terms, settings.ode_steps)
+    if jax.process_index() != 0:
+        return []
+    reference = evaluation.reference_set(train, extractor)
+    measurements = score(run, sets, seeds, metrics, extractor, reference)
+    if "fid" in metrics:
+        measurements += beside_held_out(run, sets[0], seeds[:1], test, extractor, reference)
+    real = train.read(np.arange(train.num_examples))["image"]
+    evaluation.draw_nearest(sets[0], real, run.workdir / "nearest.png")
+    return [*measurements, *shares(run, sets[0], seeds[:1], train, test), *bits]
+
+
+def score(
+    run: Run,
+    sets: list[np.ndarray],
+    seeds: list[int],
+    metrics: list[str],
+    extractor: Extractor,
+    reference: ReferenceSet,
+) -> list[Measurement]:
+    """Returns each metric of `sets` of samples, one per seed, over all seeds."""
+    made: dict[str, Any] = {"features": extractor.name, "reference": reference.reference, "seeds": seeds}
+    scores = [evaluation.compare(samples, extractor, reference, metrics) for samples in sets]
+    measurements = []
+    for name in metrics:
+        count = scores[0][name].num_samples
+        note = evaluation.bias_note(reference, count) if name == "fid" else ""
+        value = evaluation.over_seeds([one[name].value for one in scores])
+        measurements.append(Measurement(TITLES[name], value, count, note=note, **made, **made_by(run)))
+    return measurements
+
+
+def beside_held_out(
+    run: Run,
+    samples: np.ndarray,
+    seeds: list[int],
+    test: Source,
+    extractor: Extractor,
+    reference: ReferenceSet,
+) -> list[Measurement]:
+    """Returns the Fréchet distance of unseen real images at the same count, and the samples' over it."""
+    held_out = test.read(np.arange(test.num_examples))["image"]
+    found = evaluation.held_out_score(samples, held_out, reference, extractor)
+    what: dict[str, Any] = {"features": extractor.name, "reference": reference.reference}
+    unseen = {**what, **REAL, "sampler": f"real images, {test.name} {test.split}"}
+    note = f"1 is as good as unseen images; both over {found.count} images"
+    made = {**what, **made_by(run), "seeds": seeds, "note": note}
+    return [
+        Measurement("Fréchet distance of held-out real images", found.held_out, found.count, **unseen),
+        Measurement("samples' Fréchet distance over theirs", found.ratio, found.count, **made),
+    ]
+
+
+def shares(run: Run, samples: np.ndarray, seeds: list[int], train: Source, test: Source) -> list[Measurement]:
+    """Returns the share of each class among the samples, of images small enough for a machine on pixels to read."""
+    if train.num_classes is None or np.prod(train.image_shape) > 256:
+        return []
+    real, held_out = (source.read(np.arange(source.num_examples)) for source in (train, test))
+    classify = evaluation.fit_classifier(real["image"], real["label"])
+    right = float(np.mean(classify(held_out["image"]) == held_out["label"]))
+    found = evaluation.class_shares(classify(samples), train.num_classes)
+    named: Mapping[str, float] = {str(number): float(share) for number, share in enumerate(found)}
+    made: dict[str, Any] = {
+        "features": evaluation.PIXELS.name,
+        "reference": evaluation.reference_of(train),
+        "seeds": seeds,
+        "note": f"counted by a support vector machine that reads {right:.1%} of the held-out images",
+    }
+    return [Measurement("share of each class", named, len(samples), **made, **made_by(run))]
+
+
+def frechet_distance(call: Call, run: Run) -> Measurement:
+    """Returns the Fréchet distance of --num_samples samples of one seed: what sweeps draw of images."""
+    settings, asked = run.config.evaluation, call.flags
+    extractor = evaluation.make_extractor(settings.features, settings.weights)
+    train = call.task.read(call.config, TRAIN)
+    num_samples = asked.num_samples or settings.num_samples
+    samples = draw_samples(run, run.requests(num_samples), np.arange(num_samples), asked.seed)
+    reference = evaluation.reference_set(train, extractor)
+    (measured,) = score(run, [samples], [asked.seed], ["fid"], extractor, reference)
+    return measured

@@ -1,0 +1,66 @@
+"""The table of modes, and `main`: what runs when an experiment is run."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from absl import flags
+
+from diffusion.runs import command_line, edit, evaluate, sample, sweep, weights
+from diffusion.runs.call import Task
+from diffusion.runs.check import check
+from diffusion.runs.command_line import Mode
+from diffusion.runs.likelihood import likelihood
+from diffusion.runs.train import run_training
+
+MODES: dict[str, Mode] = {
+    "train": run_training,
+    "check": check,
+    "sample": sample.sample,
+    "evaluate": evaluate.evaluate,
+    "sweep": sweep.sweep,
+    "likelihood": likelihood,
+    "interpolate": edit.interpolate,
+    "inpaint": edit.inpaint,
+    "img2img": edit.img2img,
+    "progressive": edit.progressive,
+    "import": weights.import_weights,
+    "export": weights.export_weights,
+}
+FLAGS = (sample, evaluate, sweep, edit, weights)  # modules that define flags of their modes
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of all modes."""
+    for module in FLAGS:
+        module.define_flags(values)
+
+
+def main(
+    file: str,
+    doc: str | None,
+    task: Task,
+    *,
+    config: str,
+    modes: dict[str, Mode] = MODES,
+    extra_flags: Callable[[flags.FlagValues], None] = define_flags,
+) -> NoReturn:
+    """Runs the experiment in `file` as the command line says; never returns.
+
+    Args:
+      file: the experiment module's `__file__`; config files are in configs/ beside it.
+      doc: its docstring, shown by --help.
+      task: its data and its own questions.
+      config: stem of the config file without --config.
+      modes: what --mode can name; "train" is the default.
+      extra_flags: defines the flags of these modes.
+    """
+
+    def work() -> None:
+        values = flags.FlagValues()
+        extra_flags(values)
+        call, mode = command_line.parse(sys.argv, task, doc, Path(file).parent / "configs", config, modes, values)
+        modes[mode](call)
+
+    command_line.run_to_end(work)

@@ -1,0 +1,116 @@
+"""Pictures that people give and are given: files to begin with, masks, rows of images, films."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusion.data.images import image_grid, save_labelled_png, save_png
+from diffusion.data.pictures import decode
+from diffusion.files import replacing
+
+MASKS = ("left", "right", "top", "bottom", "center")
+
+
+def read_pictures(paths: Sequence[str], shape: tuple[int, int, int]) -> np.ndarray:
+    """Returns picture files as uint8[N, H, W, C] of this shape, cropped and resized where theirs differ.
+
+    Raises:
+      ValueError: one is missing, or not a picture.
+    """
+    height, width, channels = shape
+    return np.stack([decode(Path(path).expanduser(), channels=channels, size=(height, width)) for path in paths])
+
+
+def read_mask(name: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """Returns bool[H, W, 1], True where an image is to be filled in.
+
+    Args:
+      name: one of MASKS, or a picture file, white there.
+      shape: (height, width, channels) of the image.
+
+    Raises:
+      ValueError: it is neither, or there is nothing to fill in.
+    """
+    height, width, _ = shape
+    hidden = np.zeros((height, width, 1), bool)
+    parts = {
+        "left": np.s_[:, : width // 2],
+        "right": np.s_[:, width // 2 :],
+        "top": np.s_[: height // 2],
+        "bottom": np.s_[height // 2 :],
+        "center": np.s_[height // 4 : -(height // 4), width // 4 : -(width // 4)],
+    }
+    if name in parts:
+        hidden[parts[name]] = True
+    elif Path(name).expanduser().is_file():
+        hidden = read_pictures([name], (height, width, 1))[0] > 127
+    else:
+        raise ValueError(f"--mask={name} is no file: choose {', '.join(MASKS)} or a PNG")
+    if not hidden.any():
+        raise ValueError(f"--mask={name} leaves nothing to fill in: paint that white, and the rest black")
+    return hidden
+
+
+def write_rows(
+    out: Path, blocks: list[np.ndarray], columns: str, labels: Sequence[str] | None, rows: np.ndarray, **arrays: Any
+) -> None:
+    """Writes rows [R, K, H, W, C] as `arr_0` [R * K, H, W, C] with `arrays`, and blocks side by side as a picture.
+
+    Args:
+      out: an .npz.
+      blocks: uint8 [R, K_i, H, W, C] each.
+      columns: what they show, to be printed.
+      labels: of the rows; None for none.
+      rows: the images to store.
+      **arrays: what is stored beside them.
+    """
+    if jax.process_index() != 0:
+        return
+    with replacing(out) as temporary:
+        np.savez(temporary, allow_pickle=False, arr_0=rows.reshape(-1, *rows.shape[2:]), **arrays)
+    picture = out.with_suffix(".png")
+    if labels is not None:
+        save_labelled_png(picture, np.concatenate(blocks, axis=1), labels)
+    else:
+        save_png(picture, side_by_side(blocks), smallest_side=1)
+    print(f"columns: {columns}\npicture: {picture}\nimages:  {out}")
+
+
+def side_by_side(blocks: list[np.ndarray], smallest_side: int = 64) -> np.ndarray:
+    """Returns blocks [R, K, H, W, C] in R rows, white between blocks; images are enlarged to see their pixels."""
+    factor = -(-smallest_side // min(blocks[0].shape[2:4]))
+    parts = []
+    for block in blocks:
+        image = block.reshape(-1, *block.shape[2:]).repeat(factor, axis=1).repeat(factor, axis=2)
+        table = image_grid(image, columns=block.shape[1], separator=4)
+        parts += [table, np.full((table.shape[0], 12, table.shape[2]), 255, np.uint8)]
+    return np.concatenate(parts[:-1], axis=1)
+
+
+def save_gif(path: str | Path, films: np.ndarray, *, seconds: float = 3.0, smallest_side: int = 480) -> None:
+    """Writes films as one GIF, in a grid; it rests on the last frame.
+
+    Args:
+      path: of the file.
+      films: uint8[N, num_frames, H, W, C], as `Run.sample(trajectory=True)` returns them.
+      seconds: that the film takes before it rests for as long.
+      smallest_side: in pixels, to which small pictures are enlarged by a whole factor.
+
+    Example:
+      save_gif("digits.gif", run.sample(16, trajectory=True))
+    """
+    from PIL import Image
+
+    frames = []
+    for frame in range(films.shape[1]):
+        grid = image_grid(films[:, frame])
+        factor = -(-smallest_side // min(grid.shape[:2]))
+        grid = grid.repeat(factor, axis=0).repeat(factor, axis=1)
+        frames.append(Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid))
+    each = int(1000 * seconds / len(frames))
+    durations = [each] * (len(frames) - 1) + [int(1000 * seconds)]
+    with replacing(path) as temporary:
+        frames[0].save(temporary, "gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)

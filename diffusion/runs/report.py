@@ -1,0 +1,44 @@
+"""What every evaluation ends in: report.json, report.md and the curves in the run's folder, and the report printed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from diffusion import evaluation
+from diffusion.evaluation import Measurement
+
+
+def made_by(run: Any) -> dict[str, Any]:
+    """Returns the fields of a `Measurement` that say how a run's samples come to be."""
+    settings = run.config.sampling
+    grid = "" if settings.grid == "uniform" else f", {settings.grid} grid"
+    guided = "" if settings.guidance == 1.0 else f", guidance {settings.guidance:g}"
+    return {
+        "sampler": settings.sampler.name + grid + guided,
+        "num_steps": settings.num_steps,
+        "ema": run.average,
+    }
+
+
+REAL: dict[str, Any] = {"sampler": "real images", "num_steps": None, "seeds": [], "ema": None}
+
+
+def finish(folder: Path, title: str, measurements: Sequence[Measurement], about: dict[str, Any]) -> None:
+    """Writes the report into `folder` and prints it, once for all processes."""
+    if jax.process_index() != 0:
+        return
+    evaluation.write_report(folder, title, measurements, about)
+    print((folder / "report.md").read_text(encoding="utf-8"), end="")
+
+
+def finish_run(workdir: Path, experiment: str, step: int, measurements: Sequence[Measurement]) -> None:
+    """Writes the report of a run after `step` steps, and the curves of its training where there was one."""
+    if jax.process_index() != 0:
+        return
+    course = workdir / "metrics.jsonl"
+    if course.exists() and course.stat().st_size:  # an imported model has none
+        evaluation.draw_curves(course, workdir / "curves.png")
+    about = {"experiment": experiment, "steps trained": step, "device": jax.devices()[0].device_kind}
+    finish(workdir, f"{experiment} after {step} steps", measurements, about)

@@ -1,0 +1,160 @@
+"""--mode=import and --mode=export: published U-Nets as runs of ours, and our runs as pipelines of diffusers.
+
+    python -m experiments.cifar10 --mode=import --weights=ddpm-cifar10-32 --workdir=runs/published
+    python -m experiments.cifar10 --mode=sample --workdir=runs/published
+    python -m experiments.cifar10 --mode=export --workdir=runs/ddpm --weights=my-ddpm
+
+`--weights` is a folder as diffusers publishes it: the whole pipeline's, or its network's (config.json and
+diffusion_pytorch_model.safetensors). An import computes in float32.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from diffusion.model.choices import SAMPLERS, fields_of
+from diffusion.model.config import Config, make_settings, plain
+from diffusion.model.experiment import abstract_batch, make_learner, make_model
+from diffusion.model.fields import choose, complete
+from diffusion.pretrained import folder, pipeline, unet
+from diffusion.runs.call import Call
+from diffusion.training import Checkpoints, Experiment, RunError, check_finite, init_state, workdir
+from diffusion.training.checkpoints import provenance
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flag of these modes."""
+    flags.DEFINE_string("weights", None, "import, export: a published folder", flag_values=values)
+
+
+def published_folder(call: Call) -> Path:
+    """Returns --weights. Raises RunError where it is missing."""
+    if not call.flags.weights:
+        raise RunError("--weights is missing: name the published folder to read, or to write")
+    return Path(call.flags.weights).expanduser()
+
+
+def import_weights(call: Call) -> None:
+    """Makes --workdir a run at step 0 whose raw and averaged weights both are the published ones."""
+    published = published_folder(call)
+    network, params, fields = unet.load_unet(published)
+    chain = pipeline.load_chain(published) or pipeline.Chain()
+    shape = unet.network_of(fields)[1]
+    config = call.config.copy_and_resolve_references().unlock()
+    describe(config, network, chain, shape)
+    config.network.dropout = fields.get("dropout", config.network.dropout)
+    config.training.ema_profiles = ()  # of the training that led here nothing is known
+    config.evaluation.after_training = False
+    config = complete(config)
+    model = make_model(config, shape, network.num_classes)
+    files = folder.weights_files(unet.unet_folder(published))
+    facts = {"image_shape": list(shape), "num_classes": network.num_classes, "condition": {}}
+    batch = abstract_batch(config, model)
+    write_run(
+        call.workdir, call.task.name, config, make_learner(config, model), batch, {"params": params}, files, facts
+    )
+
+
+def describe(config: Config, network: Any, chain: pipeline.Chain, image_shape: tuple[int, int, int]) -> None:
+    """Changes a config into that of a published network and chain.
+
+    Raises:
+      RunError: the network and the chain do not belong together.
+    """
+    learned = chain.variance == "learned"
+    if network.out_channels != (1 + learned) * image_shape[-1]:
+        raise RunError(
+            f"a network from {image_shape[-1]} to {network.out_channels} channels does not fit a scheduler whose "
+            f"variance is {chain.variance}"
+        )
+    choose(config, "network", "unet")
+    for field in config.network:
+        if field not in ("name", "dtype", "remat"):
+            value = getattr(network, field)
+            config.network[field] = 0 if field == "head_channels" and value is None else value
+    config.network.dtype = "float32"
+    config.condition = {"name": "nothing"} if network.num_classes is None else {"name": "classes", "dropout": 0.1}
+    choose(config, "process", "ddpm")
+    for field in ("beta", "first", "last", "num_steps"):
+        config.process[field] = getattr(chain, field)
+    config.loss.prediction, config.loss.learned_variance = chain.prediction, learned
+    choose(config, "sampling.sampler", "ancestral")
+    config.sampling.sampler.variance = chain.variance
+    config.sampling.update(num_steps=chain.num_steps, grid="uniform", threshold="clip" if chain.clip else "none")
+
+
+def write_run(
+    run_folder: Path,
+    name: str,
+    config: Config,
+    experiment: Experiment,
+    batch: dict[str, Any],
+    params: Any,
+    files: list[Path],
+    facts: dict[str, Any],
+) -> None:
+    """Makes `run_folder` a work folder of experiment `name` at step 0, its raw and averaged weights both `params`.
+
+    Args:
+      run_folder: must not exist yet.
+      name: of the experiment.
+      config: of the run; it describes the network of `params`.
+      experiment: all but its first parameters is taken from it.
+      batch: the shapes of one.
+      params: arrays.
+      files: where they are from; names and checksums are kept in the checkpoint.
+      facts: what else is stored beside the weights, plain JSON.
+
+    Raises:
+      RunError: weights that are not finite.
+    """
+    params = jax.tree.map(jnp.asarray, params)
+    check_finite(params, f"the weights in {files[0].parent}")
+    begun = experiment._replace(init=lambda key: params)
+    state = init_state(begun, config.seed, batch, make_settings(config).ema_profiles)
+    origin = [{"file": file.name, "sha256": file_digest(file)} for file in files]
+    described = {"experiment": name, "config": plain(config), **facts, "provenance": provenance(), "weights": origin}
+    with folder.new_folder(run_folder) as temporary:
+        workdir.claim(temporary, name, plain(config))
+        (temporary / "metrics.jsonl").touch()
+        with Checkpoints(temporary / "checkpoints") as checkpoints:
+            checkpoints.save(0, state, described)
+    read = ", ".join(f"{one['file']} (sha256 {one['sha256']})" for one in origin)
+    print(f"{run_folder} is now a run of experiments.{name} with the weights of {files[0].parent}: {read}")
+
+
+def file_digest(path: Path) -> str:
+    """Returns the sha256 of a file."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def export_weights(call: Call) -> None:
+    """Writes the averaged weights of a run, and its chain, as a pipeline's folder."""
+    published, run = published_folder(call), call.open()
+    config, network = run.config, run.model.network
+    if config.process.name != "ddpm" or config.network.name != "unet" or run.model.condition.kind == "prompts":
+        raise RunError(
+            f"{run.workdir} has process {config.process.name}, network {config.network.name} and condition "
+            f"{config.condition.name}: a DDPMPipeline holds a U-Net without prompts on process ddpm"
+        )
+    if config.sampling.threshold not in ("clip", "none"):
+        raise RunError("a DDPMPipeline clips or does not: add --config.sampling.threshold=clip (or none)")
+    process = config.process
+    variance = config.sampling.sampler.get("variance", fields_of(SAMPLERS["ancestral"])["variance"])
+    chain = pipeline.Chain(
+        num_steps=process.num_steps,
+        beta=process.beta,
+        first=process.first,
+        last=process.last,
+        prediction=config.loss.prediction,
+        variance="learned" if config.loss.learned_variance else variance,
+        clip=config.sampling.threshold == "clip",
+    )
+    params = jax.device_get(run.params["params"])
+    pipeline.save_pipeline(published, network, params, run.model.space.image_shape[:2], chain)
+    print(f"{published}: the averaged weights of {run.workdir} after {run.step} steps")
