@@ -108,7 +108,10 @@ def learned_variance(schedule: Schedule, v: Images, t: Steps) -> Float[Array, "B
 def normal_kl(p: Normal, q: Normal) -> Float[Array, "..."]:
     """Returns KL(p || q) in nats, number by number; infinite where a variance is 0."""
     excess = (p.variance - q.variance) / q.variance
-    return 0.5 * (excess - jnp.log1p(excess) + (p.mean - q.mean) ** 2 / q.variance)
+    # Near -1 excess has lost the ratio's digits, which the logarithms have; near 0 it is the other way round.
+    far = excess < -0.5
+    log_ratio = jnp.where(far, jnp.log(p.variance) - jnp.log(q.variance), jnp.log1p(jnp.where(far, 0, excess)))
+    return 0.5 * (excess - log_ratio + (p.mean - q.mean) ** 2 / q.variance)
 
 
 def decoder_log_likelihood(x_0: Float[Array | np.ndarray, "..."], p: Normal) -> Float[Array, "..."]:

@@ -27,10 +27,12 @@ class Denoised(NamedTuple):
     Attributes:
       x_0_hat: the clean images.
       v: the learned variance (`gaussian.learned_variance`), or None.
+      unclipped: x_0_hat before it was clipped, for samplers to take eps_hat from, or None if they take it from x_0_hat.
     """
 
     x_0_hat: Array
     v: Array | None = None
+    unclipped: Array | None = None
 
     def plain(self) -> "Array | Denoised":
         """Returns x_0_hat itself if it is all there is: the simplest form that a `Denoise` may return."""

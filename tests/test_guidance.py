@@ -83,9 +83,9 @@ def test_a_learned_variance_passes_through():
         clip(with_v),
         dynamic_threshold(with_v),
     ):
-        x_0_hat, v = denoise(X, jnp.float32(0.5))
-        assert x_0_hat.shape == X.shape
-        np.testing.assert_array_equal(v, X)
+        output = denoise(X, jnp.float32(0.5))
+        assert output.x_0_hat.shape == X.shape
+        np.testing.assert_array_equal(output.v, X)
 
 
 def test_interval():

@@ -226,7 +226,7 @@ def test_jit_and_vmap():
         (lambda: karras_grid(5, sigma_min=0.0), "sigma_min"),
         (lambda: karras_grid(5, sigma_min=2.0, sigma_max=1.0), "sigma_min"),
         (lambda: make_schedule(np.asarray([0.1, 0.0])), r"\(0, 1\)"),
-        (lambda: make_schedule(np.asarray([0.1, 1.0])), r"\(0, 1\)"),
+        (lambda: make_schedule(np.asarray([1.0, 0.1])), r"\(0, 1\)"),
         (lambda: make_schedule(np.asarray([0.1, -0.1])), r"\(0, 1\)"),
         (lambda: make_schedule(np.asarray([0.1, np.nan])), r"\(0, 1\)"),
         (lambda: make_schedule(linear_beta(10, 1e-4, 1.5)), r"\(0, 1\)"),

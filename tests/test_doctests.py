@@ -1,0 +1,41 @@
+"""The examples in the papers' docstrings: every public function has one, and it prints what it shows.
+
+In the examples np is NumPy and jnp is jax.numpy, and the names of the module itself are there.
+"""
+
+import doctest
+import importlib
+import inspect
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+MODULES = [
+    "averages", "chains", "contrastive", "editing", "flow", "gaussian", "grids", "guidance", "likelihood", "losses",
+    "metrics", "multistep", "predictions", "randomness", "samplers", "schedules", "types", "weightings",
+]  # fmt: skip
+
+
+def examples(module):
+    """Name -> doctests of each public function and class that the module defines."""
+    finder, names = doctest.DocTestFinder(), {**vars(module), "np": np, "jnp": jnp}
+    for name, value in vars(module).items():
+        public = not name.startswith("_") and inspect.getmodule(value) is module
+        if public and (inspect.isroutine(value) or inspect.isclass(value)):
+            # Under pytest a function is wrapped to check its shapes: the one inside has the lines.
+            yield name, value, finder.find(inspect.unwrap(value), name, module=False, globs=names.copy())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    module = importlib.import_module(f"diffusion.{name}")
+    without = []
+    for name, value, tests in examples(module):
+        if inspect.isroutine(value) and not name.startswith("check_") and not any(test.examples for test in tests):
+            without.append(name)
+        for test in tests:
+            output = []
+            failures, _ = doctest.DocTestRunner(verbose=False).run(test, out=output.append)
+            assert not failures, "".join(output)
+    assert not without, f"no example in {', '.join(without)}"
