@@ -152,7 +152,7 @@ def test_full_batches_cover_everything_once_and_are_full(count, batch_size):
 # --- arrays
 
 
-def test_array_source_tells_what_is_wrong():
+def test_array_source_names_what_is_wrong():
     good, label = np.zeros((30, 4, 4, 3), np.uint8), np.zeros(30, np.int64)
     nan = good / 127.5 - 1
     nan[17, 2, 1, 0] = np.nan
@@ -173,7 +173,7 @@ def test_array_source_tells_what_is_wrong():
         assert "\n" not in str(error.value) and "set (train)" in str(error.value)
 
 
-def test_fingerprint_says_which_data_it_is():
+def test_fingerprint_identifies_the_data():
     image, label = np.random.RandomState(0).randint(0, 256, (9, 4, 4, 3), np.uint8), np.arange(9)
     one = array_source(image, label, "a", "train", 9).fingerprint
     assert one == array_source(image.copy(), label.astype(np.uint8), "b", "test", 9).fingerprint
@@ -257,12 +257,12 @@ def test_labelled_grid_keeps_the_pictures_and_writes_every_label_within_its_row(
 
 
 def test_wrapped_lines_hold_every_word_and_are_no_wider_than_asked():
-    said = "a large green eight to the left of " + "w" * 25 + " and\nno  more"
-    lines = wrap(said, 10, len)
+    texts = "a large green eight to the left of " + "w" * 25 + " and\nno  more"
+    lines = wrap(texts, 10, len)
     assert lines == ["a large", "green", "eight to", "the left", "of", "w" * 10, "w" * 10, "wwwww and", "no more"]
-    assert wrap(said, 10, len, most=9) == lines and wrap("", 10, len) == [""]
-    assert wrap(said, 10, len, most=8) == [*lines[:7], "wwwww and…"]
-    assert wrap(said, 10, len, most=6) == [*lines[:5], "w" * 9 + "…"]
+    assert wrap(texts, 10, len, most=9) == lines and wrap("", 10, len) == [""]
+    assert wrap(texts, 10, len, most=8) == [*lines[:7], "wwwww and…"]
+    assert wrap(texts, 10, len, most=6) == [*lines[:5], "w" * 9 + "…"]
 
 
 def test_wrapping_costs_no_more_than_the_text_is_long():
@@ -272,9 +272,9 @@ def test_wrapping_costs_no_more_than_the_text_is_long():
         measured.append(len(text))
         return len(text)
 
-    for said in ("word " * 10_000, "w" * 50_000):
+    for texts in ("word " * 10_000, "w" * 50_000):
         measured.clear()
-        assert len(wrap(said, 20, measure)) == 12
+        assert len(wrap(texts, 20, measure)) == 12
         assert sum(measured) < 2 * 50_000  # not its square, of which a prompt of 2,000 characters took 14 s
 
 

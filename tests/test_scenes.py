@@ -71,7 +71,7 @@ def test_every_word_of_the_caption_is_true_of_the_picture(split, canvas):
             assert [one.place] == places == [place_of(first.box, canvas)]
 
 
-def test_the_examples_of_the_docstring_are_said():
+def test_the_examples_of_the_docstring_occur():
     said = {one.caption for one in made("train", 16, 1500)}
     shapes = [
         "in the top right corner",
@@ -122,7 +122,7 @@ def test_scenes_are_a_pure_function_of_seed_split_and_index():
     assert captioned.fingerprint != scenes("test", 16, 50, seed=1).fingerprint
 
 
-def test_digits_are_what_they_are_said_to_be():
+def test_digits_are_those_of_the_caption():
     atlas = scenes_module._atlas("train", 16)
     source = scenes_module.digits("train")
     label = source.read(np.arange(source.num_examples))["label"]

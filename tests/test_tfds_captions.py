@@ -112,7 +112,7 @@ def test_captions_are_read_once(prepared, monkeypatch):
     assert "tensorflow" not in sys.modules
 
 
-def test_sets_without_captions_are_told(prepared):
+def test_sets_without_captions_are_refused(prepared):
     folder, _ = prepared
     with pytest.raises(ValueError, match=r"pairs/none/1.0.0 has no captions: none of its features image, note is one"):
         tfds_captions("pairs/none", "train", folder, 6)

@@ -1,7 +1,7 @@
-"""Which images make batch number `step`: a pure function of (seed, step), so a run's place in the data is its step.
+"""Which images make batch number `step`: a pure function of (seed, step), so the position in the data is the step.
 
-Every epoch is a fresh permutation of the whole set and the epochs follow each other without a gap, so an image is seen
-exactly once an epoch whatever the batch size. NumPy's RandomState is used because its streams are frozen for good.
+Every epoch is a new permutation of the whole set, and epochs follow each other without a gap: an image is seen exactly
+once per epoch whatever the batch size. NumPy's RandomState is used because its streams are frozen.
 """
 
 import functools
@@ -32,7 +32,7 @@ def _coins(seed: int, epoch: int, num_examples: int) -> Bool[np.ndarray, "num_ex
 
 
 def _rows(of_epoch: Callable[[int, int, int], np.ndarray], seed: int, step: int, batch_size: int, num_examples: int):
-    """Positions step * B .. step * B + B - 1 of the stream of epochs, in which each is `of_epoch(seed, epoch, N)`."""
+    """Returns positions step * B .. step * B + B - 1 of the stream of epochs `of_epoch(seed, epoch, N)`."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be in 0..2^64-1, not {seed}")
     if step < 0:
@@ -47,7 +47,7 @@ def _rows(of_epoch: Callable[[int, int, int], np.ndarray], seed: int, step: int,
 
 
 def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> Int64[np.ndarray, "B"]:
-    """The images of batch number `step` (from 0): a pure function of its arguments.
+    """Returns the images of batch number `step` (from 0), a pure function of the arguments.
 
     Raises:
       ValueError: if the batch is larger than the data set, the step negative or the seed not in 0..2^64-1.
@@ -56,7 +56,7 @@ def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> I
 
 
 def batch_flips(seed: int, step: int, batch_size: int, num_examples: int) -> Bool[np.ndarray, "B"]:
-    """Which images of batch number `step` are mirrored, each with probability 1/2: a pure function of its arguments."""
+    """Returns which images of batch number `step` are mirrored, each with probability 1/2, likewise a pure function."""
     return _rows(_coins, seed, step, batch_size, num_examples)
 
 
@@ -82,12 +82,22 @@ def make_batches(
     num_threads: int = 4,
     prefetch: int = 16,
 ) -> Generator[dict[str, np.ndarray], None, None]:
-    """Batches {"image": uint8[B/P, H, W, C], "label": int32[B/P]} from number `start_step` on, read ahead in threads.
+    """Yields batches {"image": uint8[B/P, H, W, C], "label": int32[B/P]}, read ahead in threads.
 
-    `batch_size` is the global one: process p of P reads and returns only rows [p * B/P, (p + 1) * B/P) of it, so the
-    global batch does not depend on the number of processes. Without `num_steps` the batches never end. An error while
-    reading is raised here, by the `next` that should have given that batch. At most `prefetch` batches are held.
-    `close()` ends the reading threads; left open, they can keep the interpreter from exiting.
+    An error while reading is raised by the `next` that would have returned that batch. `close()` ends the threads; left
+    open, they can keep the interpreter from exiting.
+
+    Args:
+      source: of the images.
+      seed: of the order and of the flips.
+      batch_size: B, of all processes together.
+      start_step: number of the first batch.
+      num_steps: how many batches; None: without end.
+      flip: mirror half of the images.
+      process_index: p; process p returns rows [p * B/P, (p + 1) * B/P) of every batch, and reads no others.
+      process_count: P. The global batch does not depend on it.
+      num_threads: that read.
+      prefetch: batches that are held at most.
 
     Raises:
       ValueError: if the processes do not divide the batch, or the batch is larger than the data set.

@@ -110,7 +110,7 @@ def _each(
         except ValueError as error:
             if skip_broken:
                 return None
-            advice = "mend it, or skip such files with skip_broken (--config.data.skip_broken=True)"
+            advice = "repair it, or skip such files with skip_broken (--config.data.skip_broken=True)"
             raise ValueError(f"{place}{error}: {advice}") from error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(desc=title, total=len(files), delay=2) as bar:

@@ -1,4 +1,4 @@
-"""Images as people and files hold them (uint8) and as networks see them ([-1, 1]); grids of them as PNG."""
+"""Images in files (uint8) and in networks ([-1, 1]), and grids of images as PNG files."""
 
 import math
 import os
@@ -14,12 +14,22 @@ FONT_SIZE = 12  # of labels, in pixels
 
 
 def to_float(image: UInt8[Array | np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
-    """x / 127.5 - 1, from 0..255 to [-1, 1] in the default float type: DDPM, section 3.3. May be jitted."""
+    """Returns x / 127.5 - 1 in the default float type: 0..255 become [-1, 1] (DDPM, section 3.3). May be jitted.
+
+    Example:
+      >>> print(to_float(np.array([0, 255], np.uint8)))
+      [-1.  1.]
+    """
     return jnp.asarray(image).astype(jnp.result_type(float)) / 127.5 - 1.0
 
 
 def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[Array, "*shape"]:
-    """From [-1, 1] to the nearest of 0..255; what lies outside is clipped. Undoes `to_float`. May be jitted."""
+    """Returns the nearest of the levels 0..255 to x in [-1, 1], clipped outside. Inverts `to_float`. May be jitted.
+
+    Example:
+      >>> print(to_uint8(np.array([-1.0, 0.999, 7.0])))
+      [  0 255 255]
+    """
     return jnp.clip(jnp.round((jnp.asarray(x) + 1.0) * 127.5), 0.0, 255.0).astype(jnp.uint8)
 
 
@@ -31,7 +41,7 @@ def check_uint8_images(image: np.ndarray, what: str = "images") -> None:
             if bad.any():
                 first = np.argwhere(bad)[0]
                 raise ValueError(
-                    f"{what} hold {image[tuple(first)]} at example {first[0]}: mend or leave out that example"
+                    f"{what} hold {image[tuple(first)]} at example {first[0]}: repair or remove that example"
                 )
             ends = f" in [{image.min():.4g}, {image.max():.4g}]"
         else:
@@ -46,7 +56,16 @@ def check_uint8_images(image: np.ndarray, what: str = "images") -> None:
 
 
 def image_grid(image: np.ndarray, columns: int | None = None, separator: int = 1) -> UInt8[np.ndarray, "h w C"]:
-    """Lays uint8[N, H, W, C] out in rows of `columns` (default: near a square), `separator` mid-grey pixels between."""
+    """Returns images uint8[N, H, W, C] side by side, in rows.
+
+    Args:
+      image: of any size.
+      columns: images per row; None: nearly a square.
+      separator: mid-grey pixels between images.
+
+    Raises:
+      ValueError: if images are not uint8, or there is no column.
+    """
     check_uint8_images(image)
     count, height, width, channels = image.shape
     columns = math.ceil(math.sqrt(count)) if columns is None else columns
@@ -64,12 +83,16 @@ def image_grid(image: np.ndarray, columns: int | None = None, separator: int = 1
 def labelled_grid(
     image: np.ndarray, labels: Sequence[str], smallest_side: int = 64, width: int = 1000
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Lays uint8[N, K, H, W, C] out as N rows of K pictures with the label of each beneath, for people to look at.
+    """Returns groups of images uint8[N, K, H, W, C] as a picture: each group of K in a row, its label beneath.
 
-    Small pictures are enlarged to `smallest_side`; as many rows stand beside each other as fit in `width` pixels.
+    Args:
+      image: of any size.
+      labels: N texts, broken into lines; of very long ones the end is left out.
+      smallest_side: to which small images are enlarged, by a whole factor.
+      width: of the picture; as many groups are put side by side as fit.
 
     Raises:
-      ValueError: images are not uint8, or there is not one label for each row.
+      ValueError: images are not uint8, or there is not one label for each group.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -96,7 +119,7 @@ def labelled_grid(
 
 
 def wrap(text: str, width: float, measure: Callable[[str], float], most: int = 12) -> list[str]:
-    """Breaks a text into lines between words; a word that is wider than a line is broken itself.
+    """Returns the lines of a text broken between words, and within a word that is wider than a line.
 
     Args:
       text: white space within it counts as one blank.
@@ -129,9 +152,13 @@ def wrap(text: str, width: float, measure: Callable[[str], float], most: int = 1
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray, smallest_side: int = 256) -> None:
-    """Writes uint8[H, W, C] as a PNG; a small picture is enlarged by a whole factor so that every pixel can be seen.
+    """Writes uint8[H, W, C] as a PNG file, a small picture enlarged.
 
-    The factor is the least that brings the shorter side to `smallest_side`, the pixels stay square and sharp.
+    Args:
+      path: of the file.
+      image: with 1, 3 or 4 channels.
+      smallest_side: the picture is enlarged by the least whole factor that brings its shorter side to this; pixels stay
+        square and sharp.
     """
     from PIL import Image
 
@@ -143,5 +170,5 @@ def save_png(path: str | os.PathLike, image: np.ndarray, smallest_side: int = 25
 
 
 def save_labelled_png(path: str | os.PathLike, image: np.ndarray, labels: Sequence[str]) -> None:
-    """Writes the `labelled_grid` of uint8[N, K, H, W, C] as a PNG."""
+    """Writes the `labelled_grid` of uint8[N, K, H, W, C] as a PNG file."""
     save_png(path, labelled_grid(image, labels), smallest_side=1)

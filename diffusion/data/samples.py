@@ -11,7 +11,7 @@ from diffusion.files import replacing
 
 
 def save_samples(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Writes uint8[N, H, W, C] whole or not at all.
+    """Writes uint8[N, H, W, C] to an .npz file, atomically.
 
     Raises:
       ValueError: if the path does not end in .npz or the images are not uint8 of that shape.
@@ -24,16 +24,16 @@ def save_samples(path: str | os.PathLike, image: np.ndarray) -> None:
 
 
 def load_samples(path: str | os.PathLike) -> UInt8[np.ndarray, "N H W C"]:
-    """Reads such a file, also one made elsewhere; nothing in it is ever executed.
+    """Returns the images of an .npz file of samples; nothing in the file is executed.
 
     Raises:
-      ValueError: with one line that names the file, if it is missing, not a whole .npz, or holds something else.
+      ValueError: with one line that names the file, if it is missing, truncated, or holds something else.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
             image = arrays["arr_0"]
     except KeyError as error:
-        raise ValueError(f"{path} has no array arr_0, where the convention of ADM has the images") from error
+        raise ValueError(f"{path} has no array arr_0, which holds the images by the convention of ADM") from error
     except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is not a whole .npz file of samples ({reason})") from error

@@ -1,8 +1,8 @@
-"""Captioned scenes: one to three of scikit-learn's handwritten digits in named colours, sizes and places.
+"""Captioned scenes: one to three handwritten digits of scikit-learn in named colours, sizes and places.
 
-Every word of a caption can be checked in the picture: the digits lie apart from each other on a plain dark background,
-and what a scene holds is known. A *combination* is the set of (colour, digit) that a picture shows. A fifth of all
-combinations is never in the training scenes, whatever the sizes, the places, the counts and the wording.
+Every word of a caption can be checked in the picture: the digits do not touch, the background is plain and dark, and
+the content of a scene is known. A *combination* is the set of (colour, digit) that a picture shows. A fifth of all
+combinations never occurs in the training scenes, whatever the sizes, places, counts and wording.
 """
 
 import functools
@@ -28,7 +28,7 @@ COLOURS = {
 }
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PLURALS = (*(f"{name}s" for name in DIGITS[:6]), "sixes", "sevens", "eights", "nines")
-# Sides of a digit's square, and the least gap between two, in sixteenths of the canvas.
+# Side of the square of a digit, and the smallest gap between two, in sixteenths of the canvas.
 SIZES = {"small": 6, "medium": 7, "large": 9}
 GAP = 1
 RELATIONS = ("to the left of", "to the right of", "above", "below")
@@ -42,7 +42,7 @@ KINDS = ("single", "position", "size", "colours", "relation", "counting")
 BRIGHTEST_BACKGROUND = 32
 
 Pick = Callable[[int], int]  # n -> one of 0..n-1
-Words = tuple[str, int]  # what of a digit is said: its colour and which it is
+Words = tuple[str, int]  # the colour of a digit, and which digit it is
 
 
 class Box(NamedTuple):
@@ -64,10 +64,15 @@ class Object(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What a picture shows and how it is described.
+    """The content of a picture, and its description.
 
-    `objects` stand in the order of the caption. `relation` is between the first and the second, where the caption says
-    one; `place` is the first one's, likewise. A size is said where it is not medium.
+    Attributes:
+      caption: names the objects, with every size that is not medium.
+      kind: one of `KINDS`.
+      objects: in the order of the caption.
+      relation: of the first object to the second, where the caption names one.
+      place: of the first object, where the caption names one.
+      background: grey level.
     """
 
     caption: str
@@ -75,14 +80,14 @@ class Scene(NamedTuple):
     objects: tuple[Object, ...]
     relation: str | None
     place: str | None
-    background: int  # its grey level
+    background: int
 
 
 def scene(seed: int, split: str, index: int, canvas: int = 16, kinds: Sequence[str] = KINDS) -> Scene:
-    """Scene number `index` of a split: a pure function of its arguments.
+    """Returns scene number `index` of a split, a pure function of the arguments.
 
-    "train" has training digits; "test" and "held_out" have digits of the test split, "test" in combinations that
-    training scenes may show, "held_out" in those that they never do. All kinds are equally frequent:
+    "train" shows training digits; "test" and "held_out" show digits of the test split, "test" in combinations that
+    occur in training scenes, "held_out" in those that never do. All kinds are equally frequent:
 
       single     "a blue four", anywhere
       position   "a blue four in the top right corner": nine places
@@ -102,7 +107,7 @@ def scene(seed: int, split: str, index: int, canvas: int = 16, kinds: Sequence[s
         raise ValueError(f"scenes of kind {', '.join(kinds) or 'none'}: choose among {', '.join(KINDS)}")
     pick = functools.partial(_pick, _numbers(seed, split, index))
     kind = kinds[pick(len(kinds))]
-    while True:  # the kind stays, so that it is as frequent in one split as in another
+    while True:  # the kind is kept: it is as frequent in one split as in another
         words, sizes, relation, place = _content(kind, pick)
         if held_out(words) == (split == "held_out"):
             break
@@ -118,10 +123,10 @@ def scene(seed: int, split: str, index: int, canvas: int = 16, kinds: Sequence[s
 
 
 def held_out(words: Sequence[Words]) -> bool:
-    """Whether this combination, whatever the order and the count, is kept from the training scenes: a fifth are.
+    """Returns whether this combination, whatever the order and the count, is held out of training: a fifth are.
 
-    Of the 80 combinations of one kind of digit two in each colour are, and every digit in one or two colours; those of
-    two kinds are told by a hash.
+    Of the 80 combinations of one kind of digit, two in each colour are held out, and every digit in one or two colours;
+    those of two kinds are chosen by a hash.
     """
     combination = sorted(set(words))
     if len(combination) == 1:
@@ -131,7 +136,7 @@ def held_out(words: Sequence[Words]) -> bool:
 
 
 def draw(scene: Scene, split: str, canvas: int = 16) -> UInt8[np.ndarray, "canvas canvas 3"]:
-    """The picture of a scene."""
+    """Returns the picture of a scene."""
     atlas = _atlas("train" if split == "train" else "test", canvas)
     image = np.full((canvas, canvas, 3), scene.background, np.float32)
     for digit in scene.objects:
@@ -145,10 +150,10 @@ def draw(scene: Scene, split: str, canvas: int = 16) -> UInt8[np.ndarray, "canva
 def scenes(
     split: str, canvas: int = 16, num_examples: int = 50_000, seed: int = 0, kinds: Sequence[str] = KINDS
 ) -> Source:
-    """Scenes 0..num_examples - 1 of a split, drawn once and held in memory; number i is `scene(seed, split, i, ...)`.
+    """Returns scenes 0..num_examples - 1 of a split, drawn once and held in memory.
 
     Raises:
-      ValueError: as `scene`, or no scene is asked for.
+      ValueError: as `scene`, or if `num_examples` is below 1.
     """
     if num_examples < 1:
         raise ValueError(f"a source needs at least 1 scene, not {num_examples}")
@@ -162,7 +167,7 @@ def scenes(
 
 
 def relation_holds(relation: str, first: Box, second: Box) -> bool:
-    """Whether `first` is where `relation` says, seen from `second`: wholly beside it, and more so than askew."""
+    """Returns whether `first` is in `relation` to `second`: clear of it, and farther along that axis than across."""
     right, down = (
         (first.left + first.side / 2) - (second.left + second.side / 2),
         (first.top + first.side / 2) - (second.top + second.side / 2),
@@ -174,13 +179,13 @@ def relation_holds(relation: str, first: Box, second: Box) -> bool:
 
 
 def place_of(box: Box, canvas: int) -> str:
-    """The one of the nine places that the box's middle lies in."""
+    """Returns the one of the nine places in which the centre of the box lies."""
     column, row = (int(3 * (start + box.side / 2) / canvas) for start in (box.left, box.top))
     return PLACES[row][column]
 
 
 def _numbers(seed: int, split: str, index: int) -> Iterator[float]:
-    """Endless random numbers in [0, 1) of this scene."""
+    """Yields random numbers in [0, 1) for this scene, without end."""
     random = np.random.RandomState([zlib.crc32(split.encode()), seed & 0xFFFFFFFF, seed >> 32, index])
     while True:
         yield from random.random_sample(32).tolist()  # one by one would take most of a scene's time
@@ -191,7 +196,7 @@ def _pick(numbers: Iterator[float], n: int) -> int:
 
 
 def _content(kind: str, pick: Pick) -> tuple[list[Words], list[str], str, str | None]:
-    """The digits, their sizes, how the first lies to the second (said or not), and the place of the only one."""
+    """Returns the digits, their sizes, the relation of the first to the second, and the place of a single one."""
     colours = tuple(COLOURS)
     words = [(colours[pick(len(colours))], pick(10)) for _ in range(2)]
     relation, place, sizes = RELATIONS[pick(4)], PLACES[pick(3)][pick(3)], ["medium", "medium"]
@@ -224,7 +229,7 @@ def _caption(kind: str, words: list[Words], sizes: list[str], relation: str | No
 
 
 def _layout(sizes: list[str], relation: str, place: str | None, canvas: int, pick: Pick) -> list[Box]:
-    """Squares at random places that leave a gap between them and agree with the relation or the place."""
+    """Returns squares at random places, with a gap between them, that agree with the relation or the place."""
     unit = canvas // 16
     gap, sides = GAP * unit, [SIZES[size] * unit for size in sizes]
     side, *others = sides
@@ -240,7 +245,7 @@ def _layout(sizes: list[str], relation: str, place: str | None, canvas: int, pic
         one = pick(canvas - sum(sides) - gap + 1)
         other = one + sides[0] + gap
         other += pick(canvas - sides[1] - other + 1)
-        # Askew by a quarter of the canvas at most, so that nobody would say "above" of what is to the left.
+        # Offset across by at most a quarter of the canvas, so that "to the left of" is not also "above".
         across = pick(canvas - sides[0] + 1)
         middle = across + (sides[0] - sides[1]) // 2
         lowest, highest = max(0, middle - canvas // 4), min(canvas - sides[1], middle + canvas // 4)

@@ -1,4 +1,4 @@
-"""Where images come from: a `Source` reads them by index. From arrays, and the digits that scikit-learn ships."""
+"""Where images come from: a `Source` reads them by index. Sources of arrays, and of the digits of scikit-learn."""
 
 import hashlib
 from collections.abc import Callable
@@ -14,10 +14,18 @@ LARGEST_IN_MEMORY = 2 * 2**30  # bytes of decoded images
 class Source(NamedTuple):
     """Labelled images that can be read in any order.
 
-    `read(indices: int64[B])` gives fresh arrays {"image": uint8[B, H, W, C], "label": int32[B]} and may be called from
-    several threads. A set without labels has `num_classes` None and label 0 everywhere. The `fingerprint` says exactly
-    which data this is and belongs in every report: "sha256:..." over all pixels and labels of a set held in memory,
-    "files-sha256:..." over names, sizes and descriptions of the files of a set that is read from disk.
+    Attributes:
+      name: of the data set.
+      split: of the data set.
+      num_examples: N.
+      image_shape: (H, W, C).
+      num_classes: of the labels; None for a set without labels, whose label is 0 everywhere.
+      read: indices int64[B] -> {"image": uint8[B, H, W, C], "label": int32[B]}, new arrays; may be called from several
+        threads.
+      fingerprint: which data this is, for reports. "sha256:..." covers all pixels and labels, "files-sha256:..." the
+        names, sizes and descriptions of files that are decoded as they are read; captions are covered by both.
+      captions: of a captioned set, whose label is the row of the image's caption here.
+      class_names: of the labels, where they have names.
     """
 
     name: str
@@ -27,8 +35,8 @@ class Source(NamedTuple):
     num_classes: int | None
     read: Callable[[np.ndarray], dict[str, np.ndarray]]
     fingerprint: str
-    captions: tuple[str, ...] = ()  # of a captioned set, whose label is the row of the image's caption here
-    class_names: tuple[str, ...] = ()  # of the labels, where they have names
+    captions: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
 
 def array_source(
@@ -80,10 +88,11 @@ def array_source(
 
 
 def digits(split: str) -> Source:
-    """The 1,797 handwritten digits that scikit-learn ships (8x8x1, 16 grey levels): no download.
+    """Returns a split of the 1,797 handwritten digits in scikit-learn (8x8x1, 16 grey levels), without a download.
 
-    "test" is a fixed hold-out of 500, 50 of every class; "train" is the other 1,297. Alpaydin and Kaynak, Optical
-    recognition of handwritten digits, UCI Machine Learning Repository, 1998.
+    "test" is a fixed hold-out of 500, 50 of every class; "train" is the other 1,297.
+
+    Source: Alpaydin and Kaynak, Optical recognition of handwritten digits, UCI Machine Learning Repository, 1998.
 
     Raises:
       ValueError: if `split` is neither.

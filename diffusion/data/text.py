@@ -1,8 +1,8 @@
 """Texts as token ids: CLIP's byte-pair encoding from its public files, and small vocabularies trained from captions.
 
-Both turn any Unicode into tokens, and every text stands between a start and an end token. CLIP's cleans texts as
-transformers does (Unicode NFC, white space to one space, lower case); OpenAI's own code also mends mojibake and HTML
-entities (ftfy, html.unescape) first.
+Both encode any Unicode, and put every text between a start and an end token. Texts are normalised as by transformers
+(Unicode NFC, white space to one space, lower case); OpenAI's code also repairs mojibake and HTML entities (ftfy,
+html.unescape) first.
 """
 
 import gzip
@@ -25,7 +25,7 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 
 
 def clip_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """CLIP's tokenizer from its merges: OpenAI's bpe_simple_vocab_16e6.txt.gz, or a merges.txt of 48,894 merges.
+    """Returns CLIP's tokenizer from its merges: OpenAI's bpe_simple_vocab_16e6.txt.gz, or a merges.txt of 48,894.
 
     Raises:
       ValueError: if the file cannot be read or holds no merges.
@@ -45,10 +45,10 @@ def clip_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 
 def read_tokenizer(folder: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a published CLIP: from vocab.json and merges.txt, or tokenizer.json, of its folder.
+    """Returns the tokenizer of a published CLIP, from vocab.json and merges.txt, or tokenizer.json, in its folder.
 
     Raises:
-      ValueError: if neither is there, or they are not whole.
+      ValueError: if neither is there, or they are damaged.
     """
     folder = Path(folder)
     try:
@@ -63,20 +63,20 @@ def read_tokenizer(folder: str | os.PathLike) -> Tokenizer:
             f"{folder} holds no tokenizer ({error}): copy vocab.json and merges.txt, or tokenizer.json, there"
         ) from error
     except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"the tokenizer files in {folder} are not whole ({error}): copy them again") from error
+        raise ValueError(f"the tokenizer files in {folder} are damaged ({error}): copy them again") from error
     return tokenizer
 
 
 def train_tokenizer(captions: Iterable[str], size: int = 512) -> Tokenizer:
-    """A byte-pair encoding of at most `size` tokens of these captions: all bytes, then what is merged most often.
+    """Returns a byte-pair encoding of at most `size` tokens for captions: all bytes, then the most frequent merges.
 
-    No text is unknown to it: what the captions never said falls into bytes. Its start is token 0, its end 1.
+    It encodes any text, words that are not in the captions as bytes. Its start is token 0, its end 1.
 
     Raises:
-      ValueError: if `size` has no room for the bytes.
+      ValueError: if `size` is too small for the bytes.
     """
     if size < 258:
-        raise ValueError(f"a vocabulary of {size}: 256 bytes, a start and an end need at least 258")
+        raise ValueError(f"a vocabulary of {size} is too small: 256 bytes, a start and an end need at least 258")
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = _normalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -91,9 +91,9 @@ def train_tokenizer(captions: Iterable[str], size: int = 512) -> Tokenizer:
 
 
 def to_json(tokenizer: Tokenizer) -> str:
-    """The whole tokenizer as text, to be kept beside weights that were trained with it.
+    """Returns the tokenizer as JSON, to be stored with weights that were trained with it.
 
-    Start and end, which `encode` sets itself, are told in it to other readers.
+    The start and the end, which `encode` adds itself, are in it for other readers.
     """
     whole = Tokenizer.from_str(tokenizer.to_str())
     if whole.post_processor is None:
@@ -103,7 +103,7 @@ def to_json(tokenizer: Tokenizer) -> str:
 
 
 def from_json(text: str) -> Tokenizer:
-    """The tokenizer that `to_json` wrote, or a tokenizer.json; its own truncation and padding are turned off.
+    """Returns the tokenizer of `to_json`, or of a tokenizer.json, with its own truncation and padding turned off.
 
     Raises:
       ValueError: if it is not one, or has no start and end of text.
@@ -120,23 +120,29 @@ def from_json(text: str) -> Tokenizer:
 
 
 def end_of_text(tokenizer: Tokenizer) -> int:
-    """The id that ends every text. Raises ValueError if the tokenizer has none."""
+    """Returns the id that ends every text. Raises ValueError if the tokenizer has none."""
     return _id_of(tokenizer, END)
 
 
 def encode(
     tokenizer: Tokenizer, texts: Sequence[str], length: int = 77, padding: int | None = None
 ) -> Int32[np.ndarray, "N length"]:
-    """Token ids, each text between start and end, then `padding`: by default the end, as OpenAI's in transformers.
+    """Returns token ids, each text between start and end, then padding.
 
-    OpenCLIP's towers are padded with 0. A text that is too long loses its last tokens, not its end, and one warning
-    says of the first such text from where on, and how many there are.
+    Texts that are too long are truncated before their end token. One warning counts them, and quotes what is lost of
+    the first.
+
+    Args:
+      tokenizer: of this module.
+      texts: N of them.
+      length: of every row.
+      padding: id after the end of a text; None: the end, as for OpenAI's weights in transformers. OpenCLIP pads with 0.
 
     Raises:
-      ValueError: if `length` has no room for a start and an end.
+      ValueError: if `length` is too small for a start and an end.
     """
     if length < 2:
-        raise ValueError(f"texts of {length} tokens: a start and an end need 2")
+        raise ValueError(f"a length of {length} tokens is too short: a start and an end need 2")
     end = end_of_text(tokenizer)
     ids = np.full((len(texts), length), end if padding is None else padding, np.int32)
     ids[:, 0] = _id_of(tokenizer, START)
@@ -150,7 +156,7 @@ def encode(
         text, encoding = texts[cut[0]], encodings[cut[0]]
         start = encoding.offsets[room][0]
         warnings.warn(
-            f"a text of {len(encoding.ids)} tokens is cut to the {room} there is room for; not read: "
+            f"a text of {len(encoding.ids)} tokens is truncated to {room}; not read: "
             f"{text[start : start + 80]!r}" + (f" (and {len(cut) - 1} more of {len(texts)} texts)" if cut[1:] else ""),
             stacklevel=2,
         )
@@ -158,19 +164,19 @@ def encode(
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocabulary_size: int, end: int) -> None:
-    """Raises ValueError unless the tokenizer and a text tower belong together: no id too large, the same end."""
+    """Raises ValueError unless a tokenizer fits a text tower: no id is too large, and both have the same end."""
     size = tokenizer.get_vocab_size()
     if size > vocabulary_size or end_of_text(tokenizer) != end:
         raise ValueError(
-            f"the tokenizer has {size} tokens and ends texts with {end_of_text(tokenizer)}, the weights have room for "
-            f"{vocabulary_size} and look for {end}: take the tokenizer files that came with these weights"
+            f"the tokenizer has {size} tokens and ends texts with {end_of_text(tokenizer)}, the weights have "
+            f"{vocabulary_size} and end with {end}: use the tokenizer files that were published with these weights"
         )
 
 
 def _id_of(tokenizer: Tokenizer, word: str) -> int:
     number = tokenizer.token_to_id(word)
     if number is None:
-        raise ValueError(f"a tokenizer without {word}: it is not one of CLIP's")
+        raise ValueError(f"the tokenizer has no token {word}: it is not one of CLIP's")
     return number
 
 
@@ -188,7 +194,7 @@ def _clip(vocabulary: Mapping[str, int], merges: list[tuple[str, ...]]) -> Token
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    # Written in a text they are not words but the tokens themselves, as in transformers.
+    # Written in a text they are the tokens themselves, as in transformers.
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in (START, END)])
     _id_of(tokenizer, START)
     _id_of(tokenizer, END)
@@ -196,6 +202,6 @@ def _clip(vocabulary: Mapping[str, int], merges: list[tuple[str, ...]]) -> Token
 
 
 def _byte_symbols() -> list[str]:
-    """A visible character for each byte, in the order of GPT-2's released code: those that are visible come first."""
+    """Returns a visible character per byte, in the order of GPT-2's released code: bytes that are visible first."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [*map(chr, visible), *(chr(256 + i) for i in range(256 - len(visible)))]

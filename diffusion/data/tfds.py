@@ -1,7 +1,7 @@
 """Image sets prepared by TensorFlow Datasets, read without TensorFlow.
 
-Only array_record files can be read in any order. They are found by looking into the data folder, never by asking TFDS
-for the set by name: it would search the network for minutes where there is none.
+Only array_record files can be read in any order. They are found by listing the data folder, never through the names of
+TFDS, which searches the network for minutes where there is none.
 """
 
 import contextlib
@@ -31,13 +31,16 @@ def tfds_source(
     image_size: Size | None = None,
     channels: int | None = None,
 ) -> Source:
-    """A split of a prepared TFDS image set, for example ("cifar10", "train") or ("name/config:1.0.0", "train[:90%]").
+    """Returns a split of a prepared TFDS image set: its feature "image", and "label" where there is one.
 
-    A set of at most 2 GiB is decoded once, held in memory, and its decoded form cached under `cache_folder()`; a larger
-    one, or `in_memory=False`, is decoded as it is read. With `image_size` every image is cropped to its central square
-    and resized (Lanczos); sets whose images differ in size need it. With `channels` (1, 3 or 4) every image is made
-    grey, RGB or RGBA. `data_dir` defaults to TFDS' own, $TFDS_DATA_DIR or ~/tensorflow_datasets. The image is the
-    feature "image", the label the feature "label" where there is one.
+    Args:
+      name: NAME, NAME/CONFIG or NAME:1.2.3.
+      split: as TFDS writes it: "train", "train[:90%]".
+      data_dir: where prepared sets are; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      in_memory: True decodes once, holds the images in memory, and caches them under `cache_folder()`; False decodes
+        as images are read. None: True for at most 2 GiB.
+      image_size: side, or (H, W), to which every image is cropped and resized; needed where images differ in size.
+      channels: 1, 3 or 4; None: those of the set.
 
     Raises:
       ValueError: as `open_set` does, or if images differ in size while no `image_size` is given.
@@ -81,7 +84,7 @@ class UnknownSet(ValueError):
 
 
 class PreparedSet(NamedTuple):
-    """A split as TFDS prepared it: its folder, its features, and its records by index, the images still encoded."""
+    """A split as TFDS prepared it: its folder, its features, and its records by index, with encoded images."""
 
     folder: Path
     features: dict[str, Any]
@@ -89,11 +92,11 @@ class PreparedSet(NamedTuple):
 
 
 def open_set(name: str, split: str, data_dir: str | os.PathLike | None) -> PreparedSet:
-    """The prepared split of that name; nothing is read yet.
+    """Returns the prepared split of that name; no records are read.
 
     Raises:
-      ValueError: if the set is not in `data_dir` (with the two ways to get it), is not in array_record form, has no
-        such split or no uint8 images.
+      UnknownSet: if the set is not in `data_dir`; the line has the two ways to get it.
+      ValueError: if it is not in array_record form, has no such split or no uint8 images.
     """
     folder = _find(name, Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser())
     import tensorflow_datasets as tfds  # 0.4 s, and without a set there is no use for it
@@ -114,7 +117,7 @@ def open_set(name: str, split: str, data_dir: str | os.PathLike | None) -> Prepa
 
 
 def unreadable(folder: Path, error: Exception) -> ValueError:
-    """The error that says that records of a prepared set are damaged."""
+    """Returns the error for damaged records of a prepared set."""
     return ValueError(f"{folder} cannot be read; copy or prepare it again ({_line(error)})")
 
 
@@ -123,7 +126,7 @@ def _line(error: Exception) -> str:
 
 
 def _find(name: str, data_dir: Path) -> Path:
-    """The folder DATA_DIR/name[/config]/version of a prepared set; of several versions the newest."""
+    """Returns the folder DATA_DIR/name[/config]/version of a prepared set; of several versions the newest."""
     parts = re.fullmatch(r"(\w+)(?:/([\w.\-+]+))?(?::(\d+\.\d+\.\d+))?", name)
     if not parts:
         raise UnknownSet(f"'{name}' does not name a TFDS data set: write it as NAME, NAME/CONFIG or NAME:1.2.3")
@@ -151,16 +154,20 @@ def _find(name: str, data_dir: Path) -> Path:
 
 
 def _decoded_once(source: Source, folder: Path) -> Source:
-    """The same images held in memory."""
+    """Returns the same images, held in memory."""
     arrays = made_once(source.name, f"{source.fingerprint} {VERSION}", folder, lambda: _read_all(source))
     label = arrays["label"] if source.num_classes else None
     return array_source(arrays["image"], label, source.name, source.split, source.num_classes)
 
 
 def made_once(name: str, key: str, folder: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """What `make` makes of the files in `folder`, kept in the cache; its CRC32 tells when that file is not whole.
+    """Returns make(), or what it returned for the same files before, from the cache.
 
-    `key` tells apart what is made of one folder; files that change are read anew.
+    Args:
+      name: of the data set, for the name of the cached file.
+      key: distinguishes what is made of one folder.
+      folder: of the files that `make` reads; when one changes, `make` is called again.
+      make: returns arrays by name. A cached file that is damaged (by its CRC32) is made again.
     """
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
     digest = hashlib.sha256(repr((key, str(folder.resolve()), files)).encode()).hexdigest()

@@ -12,22 +12,27 @@ from diffusion.data.pictures import Size
 from diffusion.data.sources import Source
 from diffusion.data.tfds import PreparedSet, made_once, open_set, tfds_source, unreadable
 
-# What sets call their captions, the likeliest first.
+# Names of the feature of captions, the most likely first.
 NAMES = ("caption", "captions", "text", "texts", "title")
 
 
 def tfds_captions(
     name: str, split: str, data_dir: str | os.PathLike | None = None, image_size: Size | None = None
 ) -> Source:
-    """The pairs of a prepared TFDS set, for example ("coco_captions", "train"), its images as RGB.
+    """Returns the captioned images of a prepared TFDS set, as RGB.
 
     The captions are the first of the features `NAMES` that holds texts: one, a sequence, or records with such a feature
     of their own (coco_captions: captions/text). Each caption of an image is a pair; an image without one is left out.
-    The images are those of `tfds_source`, which says what `data_dir` and `image_size` are; texts are read once, then
-    cached too.
+
+    Args:
+      name: as of `tfds_source`, for example "coco_captions".
+      split: as of `tfds_source`.
+      data_dir: as of `tfds_source`.
+      image_size: as of `tfds_source`.
 
     Raises:
-      ValueError: as `tfds_source` does, or if there is no feature of captions (tells the features), or not one caption.
+      ValueError: as `tfds_source`, or if there is no feature of captions (the line lists the features), or not one
+        caption.
     """
     prepared = open_set(name, split, data_dir)
     path = caption_path(prepared.features)
@@ -38,12 +43,12 @@ def tfds_captions(
         )
     images = tfds_source(name, split, data_dir, image_size=image_size, channels=3)
     key = f"{name} {split} {'/'.join(path)}"
-    stored = made_once(name, key, prepared.folder, lambda: {"said": _as_array(_read_captions(prepared, path, key))})
-    return with_captions(images, json.loads(stored["said"].tobytes()))
+    stored = made_once(name, key, prepared.folder, lambda: {"captions": _as_array(_read_captions(prepared, path, key))})
+    return with_captions(images, json.loads(stored["captions"].tobytes()))
 
 
 def caption_path(features: Any) -> tuple[str, ...] | None:
-    """Where the captions stand in a mapping of TFDS features, a name for each level; None if nowhere."""
+    """Returns the path of the captions in a mapping of TFDS features, a name per level; None if there are none."""
     import tensorflow_datasets as tfds
 
     for name in NAMES:
@@ -60,7 +65,7 @@ def caption_path(features: Any) -> tuple[str, ...] | None:
 
 
 def _read_captions(prepared: PreparedSet, path: tuple[str, ...], title: str) -> list[list[str]]:
-    """All captions of every example."""
+    """Returns the captions of every example."""
     found = []
     for start in tqdm(range(0, len(prepared.records), 256), desc=f"reading {title}, once", delay=2):
         indices = range(start, min(start + 256, len(prepared.records)))
@@ -75,6 +80,6 @@ def _read_captions(prepared: PreparedSet, path: tuple[str, ...], title: str) -> 
     return found
 
 
-def _as_array(said: list[list[str]]) -> np.ndarray:
-    """As bytes of JSON: an array of texts would be as wide everywhere as the longest."""
-    return np.frombuffer(json.dumps(said).encode(), np.uint8)
+def _as_array(captions: list[list[str]]) -> np.ndarray:
+    """Returns bytes of JSON; in an array of texts every row would take the room of the longest."""
+    return np.frombuffer(json.dumps(captions).encode(), np.uint8)
