@@ -72,7 +72,11 @@ def decoded_files(
     if found:
         image, kept, fingerprint = found
     else:
-        shape = _shape(list(each(shape_of, f"reading the headers of {name} {split}")), files, places, size, channels)
+        if size is not None and channels:
+            shape = (*_height_width(size), channels)
+        else:
+            headers = list(each(shape_of, f"reading the headers of {name} {split}"))
+            shape = _shape(headers, files, places, size, channels)
         if in_memory is None:
             in_memory = len(files) * math.prod(shape) <= LARGEST_IN_MEMORY
 
@@ -133,7 +137,7 @@ def _shape(
         raise ValueError(f"none of the {len(files)} pictures can be read, the first is {files[0]}")
     depth = channels or max(shape[2] for shape, _ in known)
     if size is not None:
-        return (size, size, depth) if isinstance(size, int) else (*size, depth)
+        return (*_height_width(size), depth)
     (height, width, _), first = known[0]
     for shape, i in known:
         if shape[:2] != (height, width):
@@ -142,6 +146,10 @@ def _shape(
                 "resize all to one size with image_size (--config.data.image_size=N)"
             )
     return height, width, depth
+
+
+def _height_width(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 def _to_memory(decoded: Iterable[np.ndarray | None], count: int, shape: Shape) -> tuple[np.ndarray, list[int]]:
