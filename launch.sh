@@ -7,7 +7,8 @@ usage() {
   cat <<TEXT
 ./launch.sh EXPERIMENT [flags]                  set up, then python -m experiments.EXPERIMENT [flags]
 ./launch.sh EXPERIMENT [flags] --processes N    the same as N processes on this host
-./launch.sh test [pytest's flags]               set up, then run every test
+./launch.sh test [pytest's flags]               set up, then run every test; test --quick: those that take 90 s
+./launch.sh lint                                set up, then check style and types
 ./launch.sh EXPERIMENT --help                   the experiment's flags and config
 
 PYTHON=... chooses the interpreter (>= 3.11), JAX_EXTRA=cpu|cuda12|cuda13|tpu the JAX to install.
@@ -101,7 +102,19 @@ case "${1:-}" in
 test)
   shift
   set_up
-  exec .venv/bin/python -m pytest -n auto --dist loadfile "$@" # a file on one core: fixtures are made once
+  selection=()
+  if [ "${1:-}" = --quick ]; then
+    shift
+    selection=(-m quick)
+  fi
+  # A file on one core: fixtures are made once.
+  exec .venv/bin/python -m pytest -n auto --dist loadfile ${selection[@]+"${selection[@]}"} "$@"
+  ;;
+lint)
+  set_up
+  .venv/bin/ruff check .
+  .venv/bin/ruff format --check .
+  exec .venv/bin/pyright
   ;;
 esac
 

@@ -1,6 +1,7 @@
-"""Imports go one way: papers <- networks, data <- training, pretrained <- evaluation <- experiments, demo.
+"""Imports go one way: papers <- networks, data <- training, pretrained <- evaluation <- model <- runs <- experiments.
 
-Read from the source with `ast`, so that imports inside functions and of optional packages count too.
+Read from the source with `ast`, so that imports inside functions and of optional packages count too. No files import
+each other in a circle, anywhere.
 """
 
 import ast
@@ -17,10 +18,13 @@ RANKS = {
     "networks": 1,
     "data": 1,
     "training": 2,
-    "evaluation": 3,
     "pretrained": 2,
-    "demo": 4,
-    "experiments": 5,
+    "evaluation": 3,
+    "model": 4,
+    "runs": 5,
+    "demo": 6,
+    "experiments": 6,
+    "front": 7,  # diffusion/__init__.py: names for Python callers, imported when they are used
 }
 # What a page of mathematics needs: no Flax, no configs, no files, no clocks, no processes.
 ALLOWED_IN_PAPERS = {"__future__", "chex", "collections", "functools", "itertools", "jax", "jaxtyping", "math"}
@@ -49,6 +53,8 @@ def room(module: str) -> str | None:
         return "experiments"
     if top != "diffusion":
         return None
+    if not rest:
+        return "front"
     if rest and (ROOT / "diffusion" / rest[0]).is_dir():
         return rest[0]
     return "files" if rest[:1] == ["files"] else "papers"
@@ -77,6 +83,72 @@ def test_arrows_point_one_way(path):
     assert own in RANKS, f"{own}/ is a room that the plan does not have: give it a rank here"
     wrong = {name for name in imports_of(path) if wrong_arrow(own, room(name))}
     assert not wrong, f"{own} must not import {', '.join(sorted(wrong))}"
+
+
+def modules_of(names: set[str], known: set[str]) -> set[str]:
+    """The modules of ours that imported names mean: a.b.c is module a.b.c, or the name c of module a.b."""
+    found = set()
+    for name in names:
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        found |= {name} if name else set()
+    return found
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """The modules of one circle of imports, or nothing."""
+    done: set[str] = set()
+
+    def visit(module: str, trail: list[str]) -> list[str]:
+        if module in trail:
+            return [*trail[trail.index(module) :], module]
+        if module not in done:
+            for other in sorted(arrows.get(module, ())):
+                if found := visit(other, [*trail, module]):
+                    return found
+            done.add(module)
+        return []
+
+    return next((found for module in sorted(arrows) if (found := visit(module, []))), [])
+
+
+def test_no_files_import_each_other_in_a_circle():
+    known = {module_name(path) for path in SOURCES}
+    arrows = {module_name(path): modules_of(imports_of(path), known) - {module_name(path)} for path in SOURCES}
+    assert not circle(arrows), " -> ".join(circle(arrows))
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_functions_import_nothing_of_ours():
+    """An import inside a function would hide a circle; heavy packages of others may be imported late."""
+    hidden = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                inner = imports(ast.unparse(node))
+                hidden += [f"{module_name(path)}.{node.name}: {name}" for name in inner if room(name)]
+    assert not hidden, ", ".join(hidden)
+
+
+def test_experiments_are_few_and_each_can_be_run():
+    modules = [path for path in (ROOT / "experiments").glob("*.py") if path.stem != "__init__"]
+    configs = [path for path in (ROOT / "experiments" / "configs").glob("*.py") if path.stem != "__init__"]
+    assert len(modules) <= 9 and len(configs) <= 8
+    assert all('if __name__ == "__main__":' in path.read_text() for path in modules)
+
+
+@pytest.mark.parametrize("name", ["make_loss", "make_denoise", "make_generate", "load_weights", "inpaint", "img2img"])
+def test_what_the_parts_meet_in_exists_once(name):
+    """Outside the papers, where `inpaint` and `img2img` are formulas."""
+    places = [
+        module_name(path)
+        for path in SOURCES
+        if room(module_name(path)) != "papers"
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name == name
+    ]
+    assert len(places) <= 1, places
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if room(module_name(path)) == "papers"], ids=module_name)
@@ -135,6 +207,10 @@ def late():
         ("evaluation", "pretrained", False),
         ("pretrained", "training", True),
         ("training", "experiments", True),
+        ("model", "runs", True),
+        ("runs", "model", False),
+        ("evaluation", "model", True),
+        ("experiments", "demo", True),
         ("demo", "pretrained", False),
     ],
 )

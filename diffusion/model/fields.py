@@ -62,6 +62,25 @@ def load(spec: str, folder: Path) -> tuple[Config, str]:
     return complete(config), "_".join([path.stem, *filter(None, methods.split(","))])
 
 
+def load_config(
+    spec: str, changes: Mapping[str, Any] | None = None, folder: str | Path = "experiments/configs"
+) -> Config:
+    """Returns the config that `spec` names, with `changes` of its fields.
+
+    Args:
+      spec: FILE, or NAME of a file in `folder`; with methods FILE:METHOD,METHOD.
+      changes: as {"training.num_steps": 100}.
+      folder: of config files.
+
+    Raises:
+      RunError: there is no such file, method or field.
+
+    Example:
+      load_config("digits:flow", {"training.num_steps": 100})
+    """
+    return change(load(spec, Path(folder))[0], changes or {})
+
+
 def complete(config: Config) -> Config:
     """Returns `config` locked, every choice with all fields of its name: those that are missing have their defaults."""
     config = config.copy_and_resolve_references()
