@@ -89,7 +89,7 @@ def test_weights_are_used_strictly(weights):
     )
     refused(r"missing none, left over AuxLogits\.fc\.bias", **{"AuxLogits.fc.bias": np.zeros(1000)})
     refused(
-        r"fc\.weight has shape \[1000, 2048\], but Inception needs \[1008, 2048\]",
+        r"fc\.weight has shape \[1000, 2048\], but this Inception needs \[1008, 2048\]",
         **{"fc.weight": np.zeros((1000, 2048))},
     )
     refused(r"left over fc\.bn\.num_batches_tracked", **{"fc.bn.num_batches_tracked": np.array(0)})
@@ -134,7 +134,9 @@ def test_weights_are_fetched_once(public):
 
 def test_without_network_one_line_says_what_to_put_where(public):
     public.unlink()
-    with pytest.raises(ValueError, match=rf"can't fetch {FILE} .*: put file://\S+ at {cache_folder()}/weights/{FILE}$"):
+    with pytest.raises(
+        ValueError, match=rf"cannot fetch {FILE} .*: put file://\S+ at {cache_folder()}/weights/{FILE}$"
+    ):
         load_inception()
     assert not list((cache_folder() / "weights").iterdir())
 

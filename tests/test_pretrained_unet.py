@@ -1,18 +1,20 @@
-"""Published DDPM folders against one that diffusers wrote (a recorded golden): there and back, and what is refused."""
+"""Published DDPM folders against those that diffusers wrote (recorded goldens): there and back, and what is refused."""
 
 import json
-import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from published_folders import CASES, NAMES, TINY, inputs, write_folder
 from safetensors.numpy import load_file, save_file
 
 from diffusion.networks.unet import UNet
+from diffusion.pretrained.folder import read_weights
 from diffusion.pretrained.pipeline import Chain, load_chain, save_pipeline
-from diffusion.pretrained.unet import config_of, load_unet, network_of, save_unet
+from diffusion.pretrained.unet import load_unet, save_unet, to_diffusers
+from diffusion.pretrained.unet_config import config_of, network_of
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "published_tiny.npz"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 # config.json of google/ddpm-cifar10-32, as its authors' diffusers 0.0.4 wrote it.
 CIFAR10 = json.loads("""{
@@ -29,12 +31,7 @@ CIFAR10 = json.loads("""{
 @pytest.fixture
 def folder(tmp_path):
     """A pipeline's folder as diffusers wrote it."""
-    for name, content in np.load(GOLDEN).items():
-        if name.startswith("files/"):
-            path = tmp_path / "theirs" / name.removeprefix("files/")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content.tobytes())
-    return tmp_path / "theirs"
+    return write_folder(tmp_path / "theirs")
 
 
 def change(path, **fields):
@@ -49,12 +46,35 @@ def test_the_published_config_is_the_papers_network():
 
 
 def test_a_folder_computes_what_diffusers_does(folder):
-    golden = np.load(GOLDEN)
     network, params, config = load_unet(folder)
     assert config["block_out_channels"] == [4, 8]
-    output = jax.jit(network.apply)({"params": params}, golden["x_t"], golden["time"])
+    output = jax.jit(network.apply)({"params": params}, TINY["x_t"], TINY["time"])
     # Outputs are of order 1 and pass about 40 float32 roundings of products: 1e-5 leaves a factor of ten.
-    np.testing.assert_allclose(output, golden["output"], atol=1e-5)
+    np.testing.assert_allclose(output, TINY["output"], atol=1e-5)
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_every_kind_of_folder_computes_what_diffusers_does(tmp_path, case):
+    network, params, _ = load_unet(write_folder(tmp_path, case))
+    output = jax.jit(network.apply)({"params": params}, **inputs(case))
+    np.testing.assert_allclose(output, CASES[f"{case}/output"], atol=1e-5)  # as above
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_every_kind_of_folder_there_and_back_bit_for_bit(tmp_path, case):
+    theirs = write_folder(tmp_path / "theirs", case)
+    network, params, config = load_unet(theirs)
+    size = config["sample_size"]
+    save_unet(tmp_path / "ours", network, params, size if isinstance(size, int) else tuple(size))
+    stored = read_weights(theirs / "unet", dtype=None)
+    written = load_file(tmp_path / "ours" / "diffusion_pytorch_model.safetensors")
+    assert written.keys() == stored.keys()
+    for name, weight in stored.items():
+        # Halves become float32, of which each is one exactly.
+        np.testing.assert_array_equal(written[name], np.asarray(weight).astype(np.float32), strict=True)
+    again, same, back = load_unet(tmp_path / "ours")
+    assert again == network and {**config, **back} == {**back, **config}
+    jax.tree.map(np.testing.assert_array_equal, same, params)
 
 
 def test_there_and_back_bit_for_bit(folder, tmp_path):
@@ -65,10 +85,7 @@ def test_there_and_back_bit_for_bit(folder, tmp_path):
     assert (tmp_path / "ours" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
     for name in ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json"):
         ours, theirs = (json.loads((root / name).read_text()) for root in (tmp_path / "ours", folder))
-        # What we leave out has diffusers' default there.
-        left_out = {"_diffusers_version", "thresholding", "dynamic_thresholding_ratio", "clip_sample_range"}
-        left_out |= {"sample_max_value", "timestep_spacing", "steps_offset", "rescale_betas_zero_snr"}
-        assert {**theirs, **ours} == theirs and theirs.keys() - ours.keys() <= left_out
+        assert theirs == {**theirs, **ours} and theirs.keys() - ours.keys() <= {"_diffusers_version"}
 
 
 def test_files_of_2022_name_attention_otherwise(folder):
@@ -82,11 +99,14 @@ def test_files_of_2022_name_attention_otherwise(folder):
 
 def test_every_key_once_and_every_shape_equal(folder):
     weights, key = load_file(folder / WEIGHTS), "mid_block.resnets.0.conv1.weight"
+    infinite = weights[key].copy()
+    infinite[0, 0], infinite[1, 1, 1, 1] = np.inf, np.nan
     for wrong, message in [
-        ({name: weight for name, weight in weights.items() if name != key}, f"missing .*{key}"),
-        (weights | {"extra.bias": weights[key]}, r"left over .*extra\.bias"),
-        (weights | {key: weights[key][:, :-1].copy()}, f"{key} becomes"),
-        (weights | {key: weights[key].astype(np.float16)}, f"{key} is float16"),
+        ({name: weight for name, weight in weights.items() if name != key}, f"missing {key}, left over none"),
+        (weights | {"extra.bias": weights[key]}, r"missing none, left over extra\.bias"),
+        (weights | {key: weights[key][:, :-1].copy()}, rf"{key} has shape \[8, 7, 3, 3\], .* needs \[8, 8, 3, 3\]"),
+        (weights | {key: infinite}, rf"{key} holds 10 numbers of 576 that are not finite"),
+        (weights | {key: weights[key].astype(np.int8)}, f"{key} is I8: take this model's file in float32"),
     ]:
         save_file(wrong, folder / WEIGHTS)
         with pytest.raises(ValueError, match=message):
@@ -97,92 +117,116 @@ def test_every_key_once_and_every_shape_equal(folder):
     ("field", "value"),
     [
         ("act_fn", "relu"),
-        ("norm_eps", 1e-5),
-        ("downsample_padding", 1),
+        ("norm_eps", 0),
+        ("downsample_padding", 2),
         ("time_embedding_type", "fourier"),
-        ("freq_shift", 0),
-        ("flip_sin_to_cos", True),
-        ("center_input_sample", True),
-        ("resnet_time_scale_shift", "scale_shift"),
+        ("freq_shift", 2),
+        ("flip_sin_to_cos", "yes"),
+        ("time_embedding_dim", 512),
+        ("resnet_time_scale_shift", "spatial"),
+        ("mid_block_type", None),
         ("mid_block_scale_factor", 2),
-        ("add_attention", False),
+        ("add_attention", None),
+        ("attn_norm_num_groups", 0),
         ("class_embed_type", "timestep"),
+        ("num_class_embeds", 0),
         ("attention_head_dim", 3),
+        ("attention_head_dim", "wide"),
+        ("attention_head_dim", [4, 4, 4]),
         ("norm_num_groups", 3),
         ("layers_per_block", "two"),
         ("sample_size", None),
-        ("block_out_channels", [4, 6]),
-        ("up_block_types", ["UpBlock2D", "AttnUpBlock2D"]),
+        ("sample_size", [32]),
+        ("block_out_channels", [4, 6, 8]),
+        ("block_out_channels", [4, -8]),
+        ("up_block_types", ["UpBlock2D", "SkipUpBlock2D"]),
         ("down_block_types", ["DownBlock2D", "CrossAttnDownBlock2D"]),
+        ("down_block_types", ["ResnetDownsampleBlock2D", "AttnDownBlock2D"]),
+        ("downsample_type", "fir"),
         ("cross_attention_dim", 8),
-        ("_class_name", "UNet2DConditionModel"),
+        ("x" * 5000, list(range(5000))),
     ],
 )
 def test_what_our_network_cannot_honour_is_refused_by_name(folder, field, value):
     change(folder / "unet" / "config.json", **{field: value})
-    named = {"attention_head_dim": "heads of 3 channels", "norm_num_groups": "3 groups", "_class_name": str(value)}
-    with pytest.raises(ValueError, match=named.get(field, field)) as error:
+    named = {3: "heads of 3 channels"}.get(value if isinstance(value, int) else None, field[:100])
+    named = "3 groups" if field == "norm_num_groups" else named
+    with pytest.raises(ValueError, match=named) as error:
         load_unet(folder)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
 def test_a_silent_config_means_diffusers_defaults(folder):
     path = folder / "unet" / "config.json"
     fields = json.loads(path.read_text())
-    for name in ("freq_shift", "norm_eps", "downsample_padding", "flip_sin_to_cos"):
-        path.write_text(json.dumps({field: value for field, value in fields.items() if field != name}))
-        with pytest.raises(ValueError, match=name):
-            load_unet(folder)
-    path.write_text(json.dumps({field: value for field, value in fields.items() if field != "attention_head_dim"}))
-    assert load_unet(folder)[0].head_channels == 8
+    named = ("freq_shift", "norm_eps", "downsample_padding", "flip_sin_to_cos", "attention_head_dim")
+    path.write_text(json.dumps({field: value for field, value in fields.items() if field not in named}))
+    network = load_unet(folder)[0]
+    assert (network.freq_shift, network.norm_eps, network.downsample_padding) == (0, 1e-5, 1)
+    assert network.flip_sin_to_cos and network.head_channels == 8
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("beta_schedule", "scaled_linear"),
-        ("prediction_type", "flow_prediction"),
-        ("variance_type", "fixed_small_log"),
-        ("trained_betas", [0.1]),
-        ("thresholding", True),
-        ("steps_offset", 1),
-        ("rescale_betas_zero_snr", True),
-        ("num_train_timesteps", "1000"),
-        ("noise", 1),
-        ("_class_name", "PNDMScheduler"),
-    ],
-)
-def test_chains_that_are_not_ddpms_are_refused_by_name(folder, field, value):
-    change(folder / "scheduler" / "scheduler_config.json", **{field: value})
-    with pytest.raises(ValueError, match=value if field == "_class_name" else field):
-        load_chain(folder)
+def test_a_config_without_a_size_needs_it_named(folder):
+    expected = load_unet(folder)[0]
+    change(folder / "unet" / "config.json", sample_size=None)
+    assert load_unet(folder, image_size=32)[0] == expected
 
 
-def test_chains_there_and_back(tmp_path, folder):
+def test_classes_with_and_without_a_null_class(tmp_path):
+    folder = write_folder(tmp_path / "theirs", "classes")
     network, params, _ = load_unet(folder)
-    for number, chain in enumerate([Chain(300, "cosine", variance="small"), Chain(prediction="v", clip=False)]):
-        save_pipeline(tmp_path / str(number), network, params, 32, chain)
-        assert load_chain(tmp_path / str(number)) == chain
-    assert load_chain(folder / "unet") is None
-    with pytest.raises(ValueError, match="no prediction 'F'"):
-        save_pipeline(tmp_path / "edm", network, params, 32, Chain(prediction="F"))
+    assert (network.num_classes, network.null_class) == (3, False)
+    x_t, time = inputs("classes")["x_t"], inputs("classes")["time"]
+    with pytest.raises(ValueError, match="no null class: labels must be given"):
+        network.apply({"params": params}, jnp.asarray(x_t), jnp.asarray(time))
+    guided, same, _ = load_unet(folder, null_class=True)
+    assert (guided.num_classes, guided.null_class) == (2, True)
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+    # What we write keeps which of the two it is.
+    for number, written in enumerate([network, guided]):
+        save_unet(tmp_path / str(number), written, params, 8)
+        assert load_unet(tmp_path / str(number))[0] == written
+
+
+def test_names_of_the_first_months(tmp_path):
+    folder = write_folder(tmp_path, "ddpm")
+    expected = load_unet(folder)[0]
+    path = folder / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    names = {field: [f"UNetRes{name}" for name in config[field]] for field in ("down_block_types", "up_block_types")}
+    path.write_text(json.dumps(config | names | {"act_fn": "swish"}))
+    assert load_unet(folder)[0] == expected
 
 
 def test_networks_there_and_back():
     for network, size in [
         (UNet(out_channels=3, head_channels=64, num_classes=10), 32),
         (UNet(out_channels=6, attention_resolutions=(), multipliers=(1, 2)), (64, 32)),
+        (UNet(out_channels=3, multipliers=(1, 2), scale_shift=True, resblock_updown=True, middle_groups=0), 16),
+        (UNet(out_channels=3, up_attention_resolutions=(), middle_attention=False, num_heads=1), 32),
     ]:
         assert network_of(config_of(network, size, 3))[0] == network
+
+
+def test_networks_that_diffusers_does_not_have():
     two_heads = UNet(num_heads=2, attention_resolutions=(8,))
     assert config_of(two_heads, 32, 3)["attention_head_dim"] == 128
-    with pytest.raises(ValueError, match="set head_channels"):
-        config_of(two_heads.clone(attention_resolutions=(32,)), 32, 3)
-    with pytest.raises(ValueError, match="multiplies it by 1000"):
-        config_of(UNet(time_scale=1000.0), 32, 3)
+    assert config_of(two_heads.clone(head_channels=(1, 2, 128, 128)), 32, 3)["attention_head_dim"] == 128
+    for network, message in [
+        (two_heads.clone(attention_resolutions=(32,)), "set head_channels to one number"),
+        (two_heads.clone(up_attention_resolutions=(32,)), "set head_channels to one number"),
+        (UNet(time_scale=1000.0), "multiplies it by 1000"),
+        (UNet(multipliers=(2, 2)), "as many channels as its first level has, 256"),
+        (UNet(middle_groups=0), "normalises before the attention"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            config_of(network, 32, 3)
+    text = {"conv_in": {"kernel": np.zeros((3, 3, 3, 4))}, "middle_attention_text": {"query": {"bias": np.zeros(4)}}}
+    with pytest.raises(ValueError, match="UNet2DModel has no middle_attention_text"):
+        to_diffusers(text)
 
 
-def test_files_that_are_not_whole(folder, tmp_path):
+def test_files_that_are_damaged(folder, tmp_path):
     network, params, _ = load_unet(folder)
     with pytest.raises(ValueError, match="is there already"):
         save_unet(folder, network, params, 32)
@@ -191,15 +235,34 @@ def test_files_that_are_not_whole(folder, tmp_path):
     assert not any((tmp_path / "new").iterdir())
     weights = folder / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not an intact safetensors file"):
         load_unet(folder)
     weights.unlink()
     with pytest.raises(ValueError, match=r"no diffusion_pytorch_model\.safetensors"):
         load_unet(folder)
-    for content in ("{", "[]", None):
+    for content in ("{", "[]", "[" * 100_000, None):
         (folder / "unet" / "config.json").unlink()
         if content is not None:
             (folder / "unet" / "config.json").write_text(content)
         with pytest.raises(ValueError, match=r"config\.json"):
             load_unet(folder)
         (folder / "unet" / "config.json").touch()
+
+
+def test_other_models_are_named_for_what_they_are(folder):
+    for name, content, message in [
+        ("model_index.json", {"_class_name": "LDMPipeline"}, r"is a latent diffusion pipeline \(LDMPipeline\): needed"),
+        ("model_index.json", {"_class_name": "ScoreSdeVePipeline"}, r"is a pipeline of NCSN\+\+"),
+        ("unet/config.json", {"_class_name": "UNet2DConditionModel"}, "is the U-Net of a text-to-image model"),
+    ]:
+        path = folder / name
+        before = path.read_text()
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            load_unet(folder)
+        path.write_text(before)
+    (folder / "unet" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"cannot read \S+config.json: \S+ is a DDPM pipeline"):
+        load_unet(folder)
+    with pytest.raises(ValueError, match="nowhere is no file or folder; needed is the folder of a DDPMPipeline"):
+        load_unet(folder / "nowhere")

@@ -16,7 +16,7 @@ import numpy as np
 from diffusion.data.text import END, START
 from diffusion.networks.clip import ACTIVATIONS, CLIP, ImageTower, TextTower
 from diffusion.pretrained.folder import new_folder, read_json, read_weights, write_json, write_weights
-from diffusion.pretrained.strict import check_keys
+from diffusion.pretrained.strict import check_keys, without_memory
 
 # The mean and the standard deviation, by channel, that pixels in [0, 1] are normalised with.
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -38,8 +38,6 @@ _NAMES = [
     (r"(text|image)\.block_(\d+)\.(out)", r"\1_model.encoder.layers.\2.self_attn.\3_proj"),
     (r"logit_scale", "logit_scale"),
 ]
-# Text towers are often published in halves, which become float32 when they are taken; old files hold int64 positions.
-HALVES = ("float32", "float16", "bfloat16", "int64")
 _BARE = ("class_embedding", "logit_scale")  # parameters that are not a module's "weight"
 # What transformers takes where config.json says nothing.
 _TEXT = dict(
@@ -77,7 +75,7 @@ def to_transformers(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {_name(path): _to_theirs(path, np.asarray(leaf)) for path, leaf in leaves}
 
 
-def from_transformers(weights: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, Any]:
+def from_transformers(weights: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     """Transformers' weights as such a tree; `like` is it, or its shapes.
 
     Raises:
@@ -85,15 +83,11 @@ def from_transformers(weights: Mapping[str, np.ndarray], like: Mapping[str, Any]
     """
     # A buffer of 0, 1, 2, ... that old files hold.
     weights = {name: weight for name, weight in weights.items() if not name.endswith("embeddings.position_ids")}
-    names = {_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(like)}
-    check_keys(weights, names, "CLIP")
+    expected = {name: weight.shape for name, weight in to_transformers(without_memory(like)).items()}
+    check_keys(weights, expected, "CLIP")
 
     def take(path: Any, leaf: Any) -> np.ndarray:
-        name = _name(path)
-        weight = _to_ours(path, np.asarray(weights[name], np.float32))
-        if weight.shape != leaf.shape:
-            raise ValueError(f"{name} becomes {weight.shape} in our layout, but this CLIP needs {leaf.shape}")
-        return weight
+        return _to_ours(path, np.asarray(weights[_name(path)], np.float32))
 
     return jax.tree_util.tree_map_with_path(take, like)
 
@@ -115,7 +109,7 @@ def load_clip(folder: str | os.PathLike, dtype: Any = jnp.float32) -> tuple[CLIP
     like: Any = jax.eval_shape(
         clip.init, jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros((1, 2), jnp.int32)
     )
-    return clip, {"params": from_transformers(read_weights(Path(folder), "model", HALVES), like["params"])}
+    return clip, {"params": from_transformers(read_weights(Path(folder), "model"), like["params"])}
 
 
 def load_text_tower(folder: str | os.PathLike, dtype: Any = jnp.float32) -> tuple[TextTower, dict[str, Any]]:
@@ -123,9 +117,7 @@ def load_text_tower(folder: str | os.PathLike, dtype: Any = jnp.float32) -> tupl
     config = read_json(Path(folder) / "config.json")
     tower = text_tower(config, dtype)
     like: Any = jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    return tower, {
-        "params": from_transformers(read_weights(Path(folder), "model", HALVES), {"text": like["params"]})["text"]
-    }
+    return tower, {"params": from_transformers(read_weights(Path(folder), "model"), {"text": like["params"]})["text"]}
 
 
 def load_normalisation(folder: str | os.PathLike) -> Normalisation | None:

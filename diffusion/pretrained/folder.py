@@ -1,24 +1,89 @@
-"""Folders of published weights: a JSON file of settings and a file of named arrays. Nothing in them is ever run."""
+"""Folders of published weights: a JSON file of settings and files of named arrays. Nothing in them is ever run.
+
+resolve(folder)        a hub's cache directory -> the folder in it
+read_json(path)        settings
+read_weights(folder)   arrays by name: one file or shards, safetensors or PyTorch's, read one array at a time
+"""
 
 import contextlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401 (makes bfloat16 known to NumPy, as which safetensors returns it)
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from diffusion.pretrained.strict import few
+from diffusion.pretrained.torch_files import read_torch_file
+
+_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}  # safetensors' names
+_DTYPES = _FLOATS | {"I64": "int64"}  # counters and positions, which some importers leave out
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_TORCH_STEMS = {"model": ("pytorch_model", "model")}  # transformers calls its two formats differently
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An array that is still in its file: its shape is known, and `np.asarray` reads it.
+
+    Attributes:
+      place: the file and the name, for error messages.
+      shape: of the array.
+      stored: name of the dtype in the file.
+      dtype: what floats are converted to when they are read; None for as they are stored.
+      read: returns the array.
+    """
+
+    place: str
+    shape: tuple[int, ...]
+    stored: str
+    dtype: Any
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Returns the array in `dtype`, else in its own; raises ValueError where a number is not finite."""
+        array = self.read()
+        if self.stored in _FLOATS.values():
+            with np.errstate(over="ignore"):  # of float64, reported below
+                array = np.array(array, self.dtype if dtype is None else dtype, copy=copy)
+            if bad := array.size - np.count_nonzero(np.isfinite(array)):
+                raise ValueError(f"{self.place} holds {bad} numbers of {array.size} that are not finite")
+        return array
+
+
+def resolve(folder: str | os.PathLike) -> Path:
+    """Returns `folder`, or of a hub's cache directory (models--OWNER--NAME) the snapshot that it points to.
+
+    Raises:
+      ValueError: the directory has several snapshots and none is its main one.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / "snapshots").is_dir():
+        return folder
+    snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
+    main = folder / "refs" / "main"
+    if main.is_file():
+        newest = main.read_text().strip()
+        snapshots = [path for path in snapshots if path.name == newest] or snapshots
+    if len(snapshots) != 1:
+        raise ValueError(f"{folder} is a cache of {len(snapshots)} snapshots: name one of {folder / 'snapshots'}")
+    return snapshots[0]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError when it is not there or is something else."""
+    """Returns the object in a JSON file; raises ValueError when it is missing or is something else."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path} ({error}): copy the published folder whole") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} does not hold a JSON object: copy the published folder whole")
@@ -26,35 +91,119 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_weights(
-    folder: Path, stem: str = "diffusion_pytorch_model", dtypes: Sequence[str] = ("float32",)
-) -> dict[str, np.ndarray]:
-    """The arrays of STEM.safetensors, or where there is none of STEM.bin (PyTorch's, read without running it).
+    folder: str | os.PathLike,
+    stem: str = "diffusion_pytorch_model",
+    variant: str | None = None,
+    dtype: Any = np.float32,
+) -> dict[str, Stored]:
+    """Returns the arrays of a folder by name; each is read, converted and checked when it is asked for.
+
+    Args:
+      folder: of one network, or a hub's cache directory of it.
+      stem: of the file's name.
+      variant: as in STEM.fp16.safetensors; None for the file without one, or for the only variant there is.
+      dtype: what floats are converted to; None for as they are stored.
 
     Raises:
-      ValueError: neither file is there, it is not whole, or an array is of none of `dtypes`.
+      ValueError: a file is missing or damaged, shards and their index disagree, or an array is of a dtype that is
+        neither a float of at least 16 bits nor int64.
     """
-    path = weights_file(folder, stem)
-    if path.suffix == ".bin":
-        from diffusion.pretrained.torch_files import read_torch_file
-
-        weights = read_torch_file(path)
-    else:
-        try:
-            weights = load_file(path)
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error}): fetch it again") from error
-    for name, weight in weights.items():
-        if weight.dtype.name not in dtypes:
-            raise ValueError(f"{path}: {name} is {weight.dtype}, not {dtypes[0]}: take the float32 file of this model")
+    weights: dict[str, Stored] = {}
+    for path, names in _files(resolve(folder), stem, variant).items():
+        found = read_file(path, dtype)
+        if names is not None and set(found) != names:
+            raise ValueError(
+                f"{path} and its index disagree: missing {few(sorted(names - set(found)))}, "
+                f"left over {few(sorted(set(found) - names))}"
+            )
+        weights |= found
     return weights
 
 
-def weights_file(folder: Path, stem: str = "diffusion_pytorch_model") -> Path:
-    """The file that `read_weights` reads."""
-    for path in (folder / f"{stem}.safetensors", folder / f"{stem}.bin"):
-        if path.is_file():
-            return path
-    raise ValueError(f"{stem}.safetensors cannot be read: {folder} has no {stem}.safetensors, nor a .bin")
+def weights_files(
+    folder: str | os.PathLike, stem: str = "diffusion_pytorch_model", variant: str | None = None
+) -> list[Path]:
+    """Returns the files that `read_weights` reads arrays from: one, or the shards."""
+    return list(_files(resolve(folder), stem, variant))
+
+
+def _files(folder: Path, stem: str, variant: str | None) -> dict[Path, set[str] | None]:
+    """Returns the files of arrays, of shards with the names that the index promises."""
+    stems = [(stem, "safetensors"), *((name, "bin") for name in _TORCH_STEMS.get(stem, (stem,)))]
+    infix = f".{variant}" if variant else ""
+    files = _find(folder, stems, infix)
+    if files is None and variant is None:
+        names = "|".join(
+            rf"{re.escape(name)}(?:(\.\w+)\.{suffix}|\.{suffix}\.index(\.\w+)\.json)" for name, suffix in stems
+        )
+        entries = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        matches = [match for entry in entries if (match := re.fullmatch(names, entry))]
+        variants = sorted({group for match in matches for group in match.groups() if group})
+        if len(variants) > 1:
+            raise ValueError(f"{folder} has {stem} only in the variants {few(v[1:] for v in variants)}: name one")
+        files = _find(folder, stems, variants[0]) if variants else None
+    if files is None:
+        raise ValueError(f"{folder} has no {stem}{infix}.safetensors, no index of shards, nor a .bin of PyTorch")
+    return files
+
+
+def _find(folder: Path, stems: list[tuple[str, str]], infix: str) -> dict[Path, set[str] | None] | None:
+    for stem, suffix in stems:
+        whole, index = folder / f"{stem}{infix}.{suffix}", folder / f"{stem}.{suffix}.index{infix}.json"
+        for path in (whole, index):
+            if path.is_symlink() and not path.exists():
+                raise ValueError(f"{path} is a link to a file that is missing: download it again")
+        if whole.is_file():
+            return {whole: None}
+        if index.is_file():
+            return _shards(index)
+    return None
+
+
+def _shards(index: Path) -> dict[Path, set[str] | None]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map: copy the published folder whole")
+    shards: dict[Path, set[str] | None] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ValueError(f"{index}: weight_map names the file {few([str(shard)])}, which is not beside it")
+        names = shards.setdefault(index.parent / shard, set())
+        assert names is not None
+        names.add(name)
+    if missing := sorted(path.name for path in shards if not path.is_file()):
+        raise ValueError(f"{index.parent} lacks {few(missing)} of {len(shards)} shards: download them again")
+    return shards
+
+
+def read_file(path: Path, dtype: Any = np.float32) -> dict[str, Stored]:
+    """Returns the arrays of one file, safetensors or a state dict of PyTorch, by name; see `read_weights`."""
+
+    def stored(name: str, kind: str, shape: Sequence[int], read: Callable[[], np.ndarray]) -> Stored:
+        if kind not in _DTYPES.values():
+            raise ValueError(f"{path}: {few([name])} is {kind}: take this model's file in float32, bfloat16 or float16")
+        return Stored(f"{path}: {few([name])}", tuple(shape), kind, dtype, read)
+
+    if path.suffix in TORCH_SUFFIXES:
+        arrays = read_torch_file(path)
+        return {
+            name: stored(name, array.dtype.name, array.shape, partial(np.asarray, array))
+            for name, array in arrays.items()
+        }
+    try:
+        opened = safe_open(path, "np")
+        parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+    except (SafetensorError, OSError, TypeError) as error:
+        raise ValueError(f"{path} is not an intact safetensors file ({error}): download it again") from error
+    return {
+        name: stored(
+            name,
+            _DTYPES.get(str(part.get_dtype()), str(part.get_dtype())),
+            part.get_shape(),
+            partial(opened.get_tensor, name),
+        )
+        for name, part in parts.items()
+    }
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -63,14 +212,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
-    """Writes a safetensors file that says, as its readers want to know, that layouts are PyTorch's."""
+    """Writes a safetensors file, with the mark by which its readers know that layouts are PyTorch's."""
     # Not ascontiguousarray, which gives a scalar an axis.
     save_file({name: np.array(weight, order="C") for name, weight in weights.items()}, path, {"format": "pt"})
 
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a temporary folder beside `path` to fill; it becomes `path` when the block ends well, else it is removed.
+    """Yields a temporary folder beside `path` to fill; it becomes `path` when the block ends well, else it is removed.
 
     Raises:
       ValueError: `path` is there already.

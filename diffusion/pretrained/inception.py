@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from diffusion.files import cache_folder, replacing
 from diffusion.networks.inception import Inception
+from diffusion.pretrained.strict import check_keys
 from diffusion.pretrained.torch_files import read_torch_file
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -24,9 +25,10 @@ _EPS = 1e-3  # of this graph's batch normalisation
 
 
 def load_inception(path: str | os.PathLike | None = None) -> dict[str, dict[str, np.ndarray]]:
-    """The parameters of `Inception` from the public file (96 MB): at `path`, or fetched once into the cache folder.
+    """Returns the parameters of `Inception` of the public file (96 MB): at `path`, or fetched once into the cache.
 
-    Raises ValueError if there is no such file, if it can't be fetched, or if it is not the public one to the last bit.
+    Raises:
+      ValueError: there is no such file, it cannot be fetched, or it is not the public one to the last bit.
     """
     file = Path(path) if path is not None else cache_folder() / "weights" / FILE
     if path is not None and not file.is_file():
@@ -38,28 +40,31 @@ def load_inception(path: str | os.PathLike | None = None) -> dict[str, dict[str,
 
 
 def from_torch(weights: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """A state dict of pytorch-fid's module as parameters of `Inception`, batch normalisation folded in (in float64).
+    """Returns a state dict of pytorch-fid's module as parameters of `Inception`.
 
-    Raises ValueError when a key is missing or left over, or when a shape differs. Only `num_batches_tracked`, which
-    inference doesn't read and older files lack, may be there or not.
+    Batch normalisation is folded in, in float64. `num_batches_tracked`, which inference does not read and older files
+    lack, may be there or not.
+
+    Raises:
+      ValueError: a key is missing or left over, or a shape differs.
     """
     kernels = _kernels()
     expected = {key: shape for name, kernel in kernels.items() for key, shape in _shapes(name, kernel)}
     counters = {f"{name}.bn.num_batches_tracked": () for name in kernels if f"{name}.bn.weight" in expected}
-    _check_keys(weights, expected, optional=counters)
+    check_keys(weights, expected, "Inception", optional=counters)
     return {name: _layer(weights, name) for name in kernels}
 
 
 @functools.cache
 def _kernels() -> dict[str, tuple[int, ...]]:
-    """The shape of every layer's kernel."""
+    """Returns the shape of every layer's kernel."""
     image = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
     params = jax.eval_shape(Inception().init, jax.random.key(0), image)["params"]
     return {name: layer["kernel"].shape for name, layer in params.items()}
 
 
 def _shapes(name: str, kernel: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """The keys of one layer of the file and their shapes, given the shape of our kernel: HWIO (dense: IO)."""
+    """Returns the keys of one layer of the file and their shapes, given our kernel's shape: HWIO (dense: IO)."""
     *size, channels_in, channels = kernel
     if not size:
         return [(f"{name}.weight", (channels, channels_in)), (f"{name}.bias", (channels,))]
@@ -67,24 +72,8 @@ def _shapes(name: str, kernel: tuple[int, ...]) -> list[tuple[str, tuple[int, ..
     return [(f"{name}.conv.weight", (channels, channels_in, *size)), *norm]
 
 
-def _check_keys(weights: Mapping[str, np.ndarray], expected: Mapping[str, tuple], optional: Mapping[str, tuple]):
-    missing = sorted(set(expected) - set(weights))
-    left_over = sorted(set(weights) - set(expected) - set(optional))
-    if missing or left_over:
-        raise ValueError(f"weights do not fit Inception: missing {_few(missing)}, left over {_few(left_over)}")
-    for key, weight in weights.items():
-        shape = {**expected, **optional}[key]
-        if np.shape(weight) != shape:
-            raise ValueError(f"{key} has shape {list(np.shape(weight))}, but Inception needs {list(shape)}")
-
-
-def _few(names: list[str], most: int = 5) -> str:
-    rest = [f"and {len(names) - most} more"] if len(names) > most else []
-    return ", ".join([*names[:most], *rest]) or "none"
-
-
 def _layer(weights: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
-    """Kernel and bias of one layer. y = gain (conv(x) - mean) / sqrt(variance + eps) + shift, as one convolution."""
+    """Returns kernel and bias of one layer: gain (conv(x) - mean) / sqrt(variance + eps) + shift as one convolution."""
     if f"{name}.weight" in weights:
         kernel, bias = weights[f"{name}.weight"].T, weights[f"{name}.bias"]
     else:
@@ -98,7 +87,7 @@ def _layer(weights: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray
 
 
 def _check(file: Path, place: Path):
-    """Raises ValueError unless `file`, which is or would be at `place`, is the public file."""
+    """Raises ValueError unless `file`, which is at `place` or is to be moved there, is the public file."""
     with open(file, "rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != SHA256:
@@ -106,7 +95,7 @@ def _check(file: Path, place: Path):
 
 
 def _fetch(file: Path):
-    """Downloads the public file; `file` is there whole or not at all."""
+    """Downloads the public file to `file`, completely or not at all."""
     try:
         with (
             replacing(file) as temporary,
@@ -120,4 +109,4 @@ def _fetch(file: Path):
             out.flush()
             _check(temporary, file)
     except OSError as error:
-        raise ValueError(f"can't fetch {FILE} ({error}): put {ADDRESS} at {file}") from None
+        raise ValueError(f"cannot fetch {FILE} ({error}): put {ADDRESS} at {file}") from None

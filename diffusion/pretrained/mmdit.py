@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.networks.mmdit import MMDiT, position_table
-from diffusion.pretrained.strict import check_keys
+from diffusion.pretrained.strict import check_keys, without_memory
 
 # Our modules -> diffusers'. Theirs has three layers where ours, "qkv", has one.
 _MODULES = {
@@ -68,18 +68,14 @@ def to_diffusers(network: MMDiT, params: Mapping[str, Any]) -> dict[str, np.ndar
     return weights
 
 
-def from_diffusers(network: MMDiT, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def from_diffusers(network: MMDiT, weights: Mapping[str, Any]) -> dict[str, Any]:
     """Diffusers' weights as parameters of `network`, in the dtypes they are stored in.
 
     Raises ValueError when a key is missing or left over, a shape differs, or the position table is another one.
     """
     like = shapes(network)
-    # Arrays without memory of their own: only their shapes are asked for.
-    expected = to_diffusers(network, jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), like))
-    check_keys(weights, expected, "MM-DiT")
-    for name, array in expected.items():
-        if weights[name].shape != array.shape:
-            raise ValueError(f"{name} is {weights[name].shape}, but this MM-DiT needs {array.shape}")
+    expected = to_diffusers(network, without_memory(like))
+    check_keys(weights, {name: array.shape for name, array in expected.items()}, "MM-DiT")
     if np.abs(np.asarray(weights[_TABLE], np.float32) - expected[_TABLE]).max() > _TABLE_TOLERANCE:
         raise ValueError(
             f"{_TABLE} is not the sin-cos table of base_size={network.base_size}: set that of the weights' config, "

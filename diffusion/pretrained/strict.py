@@ -1,12 +1,46 @@
-"""Weights by name fit a network exactly: no key too few, none too many."""
+"""The one strict check of imports: weights by name fit a network exactly, in their keys and in their shapes."""
 
-from collections.abc import Collection
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+_LONGEST = 100  # characters of a name in an error message
 
 
-def check_keys(found: Collection[str], expected: Collection[str], what: str) -> None:
-    """Raises ValueError, naming them, when keys of the weights of `what` are missing or left over."""
-    missing, left_over = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+def check_keys(
+    weights: Mapping[str, Any],
+    expected: Mapping[str, tuple[int, ...]],
+    what: str,
+    optional: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Raises ValueError unless every expected key is there once, no other is, and all shapes are equal.
+
+    Args:
+      weights: arrays, or anything with a `shape`, by the names of their file.
+      expected: the shapes by the same names, in the file's layout.
+      what: the network, as an error message calls it.
+      optional: shapes of keys that may be there or not.
+    """
+    optional = optional or {}
+    missing = sorted(expected.keys() - weights.keys())
+    left_over = sorted(weights.keys() - expected.keys() - optional.keys())
     if missing or left_over:
-        raise ValueError(
-            f"weights do not fit this {what}: missing {missing or 'none'}, left over {left_over or 'none'}"
-        )
+        raise ValueError(f"weights do not fit this {what}: missing {few(missing)}, left over {few(left_over)}")
+    for name, weight in weights.items():
+        shape = expected[name] if name in expected else optional[name]
+        if tuple(weight.shape) != tuple(shape):
+            raise ValueError(f"{name} has shape {list(weight.shape)}, but this {what} needs {list(shape)}")
+
+
+def few(names: Iterable[str], most: int = 3) -> str:
+    """Returns the first names, shortened, and how many more there are: error messages stay one line."""
+    names = [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in names]
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{rest}" if names else "none"
+
+
+def without_memory(shapes: Any) -> Any:
+    """Returns a tree of shapes as arrays that take no memory: to be renamed and transposed for their shapes alone."""
+    return jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)

@@ -1,7 +1,7 @@
 """Reads weight files of `torch.save` without PyTorch, and without running what a pickle asks for.
 
-A pickle is a program that may call any function by its name. What a state dict needs of it is little: dictionaries,
-numbers, strings, and four names. Only those are known here, and they build nothing but plain data; all other names and
+A pickle is a program that may call any function by its name. A state dict needs little of that: dictionaries, numbers,
+strings, and four names. Only those are known here, and they build nothing but plain data; all other names and
 instructions are refused. Both of PyTorch's forms are read: the zip archive of 1.6 and later, and the older stream.
 """
 
@@ -41,7 +41,7 @@ _INSTRUCTIONS = """
 _MOST_TUPLES = 60_000  # a tensor takes four; Python's hash of 200,000 in one another overflows the stack
 _MAGIC = 0x1950A86A20F9469CFC6C  # what the stream form begins with, then its version
 _VERSION = 1001
-
+_LONGEST = 500  # characters of a reason: names in a hostile file have no bounds
 
 _Stream = io.BufferedReader | io.BytesIO
 
@@ -64,27 +64,38 @@ class _Tensor(NamedTuple):
 
 
 def read_torch_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """A state dict saved by `torch.save`: arrays by name, read-only, sharing memory where the tensors did.
+    """Returns a state dict saved by `torch.save`: arrays by name, read-only, sharing memory where the tensors did.
 
-    Raises ValueError if there is no such file, if it is damaged, if it asks for any name that a state dict doesn't
-    need (which is then named; nothing was run), or if it holds anything but tensors by name at the top.
+    Raises:
+      ValueError: there is no such file, it is damaged, it asks for a name that a state dict does not need (which the
+        error gives; nothing was run), or it holds anything but tensors by name at the top.
     """
-    path = Path(path)
+    return _read(Path(path), whole=True)
+
+
+def read_torch_names(path: str | os.PathLike) -> list[str]:
+    """Returns the names of such a file's arrays, without reading those; raises the same errors."""
+    return list(_read(Path(path), whole=False))
+
+
+def _read(path: Path, whole: bool) -> dict[str, Any]:
+    """Returns arrays by name, or with `whole` false something else by name."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     try:
         with open(path, "rb") as stream:
             start = stream.read(4)
             stream.seek(0)
-            return _read_zip(stream) if start == b"PK\x03\x04" else _read_stream(stream)
-    # What a damaged or hostile pickle or archive raises has no bounds; that it isn't read is all there is to say.
+            return (_read_zip if start == b"PK\x03\x04" else _read_stream)(stream, whole)
+    # What a damaged or hostile pickle or archive raises has no bounds, and all of it means that it is not read.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}..."
         raise ValueError(f"{path} is not read as a torch weight file: {reason}") from None
 
 
-def _read_zip(stream: _Stream) -> dict[str, np.ndarray]:
-    """The archive: FOLDER/data.pkl and FOLDER/data/KEY for each storage, all uncompressed."""
+def _read_zip(stream: _Stream, whole: bool) -> dict[str, Any]:
+    """Reads the archive: FOLDER/data.pkl and FOLDER/data/KEY for each storage, all uncompressed."""
     with zipfile.ZipFile(stream) as archive:
         names = archive.namelist()
         pickles = [name for name in names if name.endswith("/data.pkl")]
@@ -99,6 +110,8 @@ def _read_zip(stream: _Stream) -> dict[str, np.ndarray]:
         if f"{folder}byteorder" in names and archive.read(f"{folder}byteorder") != b"little":
             raise ValueError("its numbers are big-endian")
         tensors, storages = _load_state_dict(io.BytesIO(archive.read(pickles[0])))
+        if not whole:
+            return tensors
         _check_total(storages, stream)
 
         def read(storage: _Storage) -> bytes:
@@ -111,8 +124,8 @@ def _read_zip(stream: _Stream) -> dict[str, np.ndarray]:
     return {name: _view(tensor, arrays) for name, tensor in tensors.items()}
 
 
-def _read_stream(stream: _Stream) -> dict[str, np.ndarray]:
-    """The older form: five pickles (magic, version, system, object, storage keys), then each storage and its length."""
+def _read_stream(stream: _Stream, whole: bool) -> dict[str, Any]:
+    """Reads the older form: five pickles (magic, version, system, object, storage keys), then storages and lengths."""
     if stream.read(1) != b"\x80":
         raise ValueError("it is neither a zip archive nor a pickle")
     stream.seek(0)
@@ -121,6 +134,8 @@ def _read_stream(stream: _Stream) -> dict[str, np.ndarray]:
     if _load(stream)[0].get("little_endian") is not True:
         raise ValueError("its numbers are big-endian")
     tensors, storages = _load_state_dict(stream)
+    if not whole:
+        return tensors
     _check_total(storages, stream)
     keys = _load(stream)[0]
     if sorted(keys) != sorted(storages):
@@ -136,7 +151,7 @@ def _read_stream(stream: _Stream) -> dict[str, np.ndarray]:
 
 
 def _load_state_dict(stream: _Stream) -> tuple[dict[str, _Tensor], dict[str, _Storage]]:
-    """The tensors by name, and the storages by key that they are views of."""
+    """Returns the tensors by name, and the storages by key that they are views of."""
     tensors, storages = _load(stream)
     if not isinstance(tensors, dict):
         raise ValueError(f"it holds a {type(tensors).__name__}, not tensors by name")
@@ -148,7 +163,7 @@ def _load_state_dict(stream: _Stream) -> tuple[dict[str, _Tensor], dict[str, _St
 
 
 def _load(stream: _Stream) -> tuple[Any, dict[str, _Storage]]:
-    """The next pickle of the stream, and the storages that it named. All instructions are seen before one is run."""
+    """Returns the next pickle of the stream and the storages it named. Instructions are all seen before one is run."""
     start = stream.tell()
     size = stream.seek(0, os.SEEK_END) - start
     stream.seek(start)
@@ -188,7 +203,7 @@ class _Unpickler(pickle.Unpickler):
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a name; a storage's class is just that name."""
+        """Returns what stands for a name; a storage's class is just that name."""
         full_name = f"{module}.{name}"
         _check_name(full_name)
         # New functions every time: a pickle can set attributes of what it holds.
@@ -200,7 +215,7 @@ class _Unpickler(pickle.Unpickler):
         return known.get(full_name, full_name)
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """A storage: ("storage", class, key, device, count), in the stream form with None for views that end it."""
+        """Returns a storage of ("storage", class, key, device, count); the stream form ends with None for views."""
         kind, dtype_name, key, _, count, *view = pid
         if kind != "storage" or dtype_name not in _DTYPES or view not in ([], [None]):
             raise ValueError("it names a storage in a way that torch.save does not today")
@@ -213,7 +228,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _tensor(storage, offset, shape, strides, requires_grad, hooks, metadata=None) -> _Tensor:
-    """What `torch._utils._rebuild_tensor_v2` is given, checked: the view lies in its storage."""
+    """Returns what `torch._utils._rebuild_tensor_v2` is given, checked: the view lies in its storage."""
     if not isinstance(storage, _Storage) or len(shape) != len(strides) or metadata:
         raise ValueError("it describes a tensor in a way that is not known here")
     if any(type(number) is not int or number < 0 for number in (offset, *shape, *strides)):
@@ -238,7 +253,7 @@ def _check_total(storages: dict[str, _Storage], stream: _Stream):
     stream.seek(place)
     total = sum(map(_num_bytes, storages.values()))
     if total > size:
-        raise ValueError(f"its tensors need {total} bytes, and the whole file has {size}: is it cut off?")
+        raise ValueError(f"its tensors need {total} bytes, and the whole file has {size}: is it truncated?")
 
 
 def _storage_array(storage: _Storage, data: bytes) -> np.ndarray:
@@ -248,7 +263,7 @@ def _storage_array(storage: _Storage, data: bytes) -> np.ndarray:
 
 
 def _view(tensor: _Tensor, storages: dict[str, np.ndarray]) -> np.ndarray:
-    """The tensor's numbers, where they lie in its storage."""
+    """Returns the tensor's numbers, where they lie in its storage."""
     numbers = storages[tensor.storage.key]
     if not prod(tensor.shape):
         return np.empty(tensor.shape, numbers.dtype)
