@@ -46,7 +46,8 @@ def train(x_0, num_steps, batch_size, key):
     """Algorithm 1: gradient steps on random images; returns the moving average of the weights."""
     rate = optax.warmup_cosine_decay_schedule(0, 3e-3, num_steps // 10, num_steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
-    params = network.init(key, x_0[:1], jnp.ones(1))
+    init_key, key = jax.random.split(key)
+    params = network.init(init_key, x_0[:1], jnp.ones(1))
 
     @partial(jax.jit, donate_argnums=(0, 1, 2))
     def train_step(params, average, moments, step):
@@ -70,13 +71,14 @@ def train(x_0, num_steps, batch_size, key):
 @partial(jax.jit, static_argnums=1)
 def sample(params, num_images, key):
     """Algorithm 2: from noise x_T in T steps to images x_0."""
+    noise_key, key = jax.random.split(key)
 
     def step_back(x_t, t):
         eps_hat = predict_eps(params, x_t, t)
         # x_{t-1}: the mean of eq. 11 plus noise of variance beta_t, none at t = 1.
         return p_sample(jax.random.fold_in(key, t), schedule, eps_hat, x_t, t), None
 
-    x_T = jax.random.normal(key, (num_images, 8, 8, 1))
+    x_T = jax.random.normal(noise_key, (num_images, 8, 8, 1))
     x_0, _ = jax.lax.scan(step_back, x_T, jnp.arange(T, 0, -1))
     return x_0
 
