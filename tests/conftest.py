@@ -1,7 +1,17 @@
-"""Eight simulated devices, and jaxtyping's shape annotations checked on every call of the tested code."""
+"""Eight simulated devices, jaxtyping's shapes checked on every call of the tested code, and trained runs for all tests.
+
+Fixtures that any test may use:
+
+- `kinds`: kinds of runs by name, digits, digits_classes, cifar10, scenes, captions; see `helpers.Kind`.
+- `trained(name)`: the folder of a run of that kind after six steps, made once; write nothing there.
+- `copied(name)`: a copy of that folder, in `tmp_path`.
+"""
 
 import os
+import shutil
 from pathlib import Path
+
+import pytest
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,3 +23,61 @@ from jaxtyping import install_import_hook
 
 # An int may stand where a float is annotated (PEP 484's numeric tower), as everywhere in Python.
 install_import_hook("diffusion", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+# Files whose every test is among those of ./launch.sh test --quick; single tests elsewhere are marked themselves.
+QUICK = """
+    architecture averages chains contrastive doctests editing fields flow formats gaussian grids guidance likelihood
+    losses metrics predictions randomness samplers schedules weightings
+""".split()
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the quick files."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in QUICK:
+            item.add_marker(pytest.mark.quick)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """A folder that all processes of pytest-xdist share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(shared):
+    """Keeps what the code caches out of the home of whoever runs the tests, and out of the next run of them."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(shared / "cache"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def kinds(shared):
+    """Kinds of runs by name."""
+    import helpers  # here, for tests of the papers alone need no machinery
+
+    def write():
+        for split, count in (("train", 48), ("test", 24)):
+            helpers.write_pairs(shared / "pairs" / split, "train" if split == "train" else "held_out", count)
+
+    return helpers.kinds(helpers.once(shared / "pairs", write))
+
+
+@pytest.fixture(scope="session")
+def trained(shared, kinds):
+    """trained(name) -> the folder of a trained run, made once for all tests; write nothing there."""
+    import helpers
+
+    def folder(name):
+        path = shared / "runs" / name
+        return helpers.once(path, lambda: kinds[name].do(path, *kinds[name].flags))
+
+    return folder
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """copied(name) -> a copy of that folder, of this test alone."""
+    return lambda name: Path(shutil.copytree(trained(name), tmp_path / name))
