@@ -149,9 +149,8 @@ def test_every_key_once_and_every_shape_equal(folder):
 )
 def test_what_our_network_cannot_honour_is_refused_by_name(folder, field, value):
     change(folder / "unet" / "config.json", **{field: value})
-    named = {3: "heads of 3 channels"}.get(value if isinstance(value, int) else None, field[:100])
-    named = "3 groups" if field == "norm_num_groups" else named
-    with pytest.raises(ValueError, match=named) as error:
+    named = {"norm_num_groups": "3 groups", "attention_head_dim": "heads of 3 channels|attention_head_dim"}
+    with pytest.raises(ValueError, match=named.get(field, field[:100])) as error:
         load_unet(folder)
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
@@ -238,7 +237,7 @@ def test_files_that_are_damaged(folder, tmp_path):
     with pytest.raises(ValueError, match="not an intact safetensors file"):
         load_unet(folder)
     weights.unlink()
-    with pytest.raises(ValueError, match=r"no diffusion_pytorch_model\.safetensors"):
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors cannot be read"):
         load_unet(folder)
     for content in ("{", "[]", "[" * 100_000, None):
         (folder / "unet" / "config.json").unlink()

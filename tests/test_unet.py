@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.networks.layers import Attention, Conv, GroupNorm, sinusoidal_embedding, upsample
+from diffusion.networks.layers import Attention, Conv, GroupNorm, average_pool, sinusoidal_embedding, upsample
 from diffusion.networks.unet import UNet
 from diffusion.pretrained.unet import from_diffusers, to_diffusers
 
@@ -203,6 +203,14 @@ def test_sinusoidal_embedding_against_float64():
         np.testing.assert_allclose(embedding, expected, atol=2 * 999 * 2.0**-24)
 
 
+def test_adms_embedding_has_cosines_first_and_ends_short_of_the_longest_period():
+    time = np.array([0.0, 3.0, 999.0], np.float32)
+    angle = np.outer(time.astype(np.float64), 10_000.0 ** -(np.arange(64) / 64))
+    expected = np.concatenate([np.cos(angle), np.sin(angle)], axis=-1)
+    embedding = sinusoidal_embedding(jnp.asarray(time), 128, freq_shift=0, flip_sin_to_cos=True)
+    np.testing.assert_allclose(embedding, expected, atol=2 * 999 * 2.0**-24)
+
+
 @pytest.mark.parametrize("mean", [0.0, 30.0])
 def test_group_norm_against_float64(mean):
     rng = np.random.RandomState(0)
@@ -217,15 +225,15 @@ def test_group_norm_against_float64(mean):
     np.testing.assert_allclose(actual, expected, atol=(4 + mean) * 28 * 2.0**-24 * np.abs(scale).max())
 
 
-@pytest.mark.parametrize(("size", "stride"), [(1, 1), (3, 1), (3, 2)])
-def test_convolution_against_float64(size, stride):
+@pytest.mark.parametrize(("size", "stride", "padding"), [(1, 1, None), (3, 1, None), (3, 2, None), (3, 2, 1)])
+def test_convolution_against_float64(size, stride, padding):
     rng = np.random.RandomState(0)
     x, kernel, bias = rng.randn(2, 6, 8, 5), rng.randn(size, size, 5, 7), rng.randn(7)
-    before = (size - 1) // 2 if stride == 1 else 0
+    before = (size - 1) // 2 if stride == 1 or padding else 0
     padded = np.pad(x, ((0, 0), (before, size - 1 - before), (before, size - 1 - before), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))[:, ::stride, ::stride]
     expected = np.einsum("bhwcij,ijco->bhwo", windows, kernel) + bias
-    layer = Conv(7, size=size, stride=stride)
+    layer = Conv(7, size=size, stride=stride, padding=padding)
     variables = {"params": {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}}
     actual: Any = layer.apply(variables, jnp.asarray(x, jnp.float32))
     # Sums of at most 46 products of size up to 10.
@@ -235,6 +243,39 @@ def test_convolution_against_float64(size, stride):
 def test_upsample_repeats_pixels():
     x = np.arange(2 * 3 * 5 * 2, dtype=np.float32).reshape(2, 3, 5, 2)
     np.testing.assert_array_equal(upsample(jnp.asarray(x)), x.repeat(2, axis=1).repeat(2, axis=2))
+
+
+def test_average_pool_undoes_upsample_and_keeps_the_mean():
+    x = jnp.arange(2 * 4 * 6 * 2, dtype=jnp.float32).reshape(2, 4, 6, 2)
+    np.testing.assert_array_equal(average_pool(upsample(x)), x)  # integers: every sum of four is exact
+    np.testing.assert_array_equal(average_pool(x).mean((1, 2)), x.mean((1, 2)))
+    np.testing.assert_array_equal(average_pool(x)[0, 0, 1, 0], (4 + 6 + 16 + 18) / 4)
+
+
+def test_heads_of_one_width_per_level(params, inputs, apply):
+    # Attention is at the second of three levels and in the middle: 16 channels both.
+    expected = apply(TINY, params, *inputs)
+    np.testing.assert_array_equal(apply(TINY.clone(head_channels=(1, 8, 8)), params, *inputs), expected)
+    assert np.abs(apply(TINY.clone(head_channels=(1, 4, 8)), params, *inputs) - expected).max() > 1e-2
+
+
+def test_explicit_widths_and_attention_on_one_side(params, inputs, apply):
+    # The same widths named one by one, and the same heights on both sides, are the same network.
+    same = TINY.clone(multipliers=(), widths=(8, 16, 16), up_attention_resolutions=(4,))
+    np.testing.assert_array_equal(apply(same, params, *inputs), apply(TINY, params, *inputs))
+    one_sided = TINY.clone(up_attention_resolutions=(), middle_attention=False)
+    names = jax.eval_shape(one_sided.init, jax.random.key(0), *inputs)["params"]
+    assert {name for name in params if "attention" in name} - {name for name in names if "attention" in name} == {
+        "middle_attention",
+        "up_1_attention_0",
+        "up_1_attention_1",
+    }
+
+
+def test_centred_images(params, inputs, apply):
+    x_t, time, label = inputs
+    centred = apply(TINY.clone(center_input_sample=True), params, x_t, time, label)
+    np.testing.assert_array_equal(centred, apply(TINY, params, 2 * x_t - 1, time, label))
 
 
 @pytest.mark.parametrize(
@@ -247,6 +288,8 @@ def test_upsample_repeats_pixels():
         ({"attention_resolutions": (16, 4)}, (8, 8), r"\[16\] are at no level .*\[8, 4, 2\]"),
         ({"channels": 5}, (8, 8), "even width"),
         ({"num_classes": None}, (8, 8), "labels were given .* set num_classes"),
+        ({"up_attention_resolutions": (16,)}, (8, 8), r"\[16\] are at no level"),
+        ({"head_channels": (8, 8)}, (8, 8), r"head_channels \[8, 8\] must be one width, or 3"),
     ],
 )
 def test_bad_input_is_one_clear_line(changes, size, message):

@@ -178,13 +178,16 @@ def _network(found: Mapping[str, tuple[int, ...]], image_size: int) -> tuple[UNe
         tuple(image_size // 2**level for level, name in enumerate(names) if f"{name}.1.qkv.weight" in found)
         for names in (first, last)
     )
+    if down != up:
+        raise ValueError(
+            f"there is attention at heights {list(down)} on the way down and {list(up)} up: arrays are missing"
+        )
     network = UNet(
         channels=channels,
         multipliers=tuple(width // channels for width in widths) if multiples else (),
         widths=None if multiples else tuple(widths),
         num_blocks=num_blocks,
         attention_resolutions=down,
-        up_attention_resolutions=None if up == down else up,
         num_classes=found["label_emb.weight"][0] if "label_emb.weight" in found else None,
         null_class="label_emb.weight" not in found,
         out_channels=out_channels,

@@ -15,7 +15,8 @@ import numpy as np
 
 from diffusion.data.text import END, START
 from diffusion.networks.clip import ACTIVATIONS, CLIP, ImageTower, TextTower
-from diffusion.pretrained.folder import new_folder, read_json, read_weights, write_json, write_weights
+from diffusion.pretrained.folder import new_folder, read_json, read_weights, resolve, write_json, write_weights
+from diffusion.pretrained.identify import identify
 from diffusion.pretrained.strict import check_keys, without_memory
 
 # The mean and the standard deviation, by channel, that pixels in [0, 1] are normalised with.
@@ -39,7 +40,7 @@ _NAMES = [
     (r"logit_scale", "logit_scale"),
 ]
 _BARE = ("class_embedding", "logit_scale")  # parameters that are not a module's "weight"
-# What transformers takes where config.json says nothing.
+# Transformers' defaults, where config.json is silent.
 _TEXT = dict(
     vocab_size=49408,
     hidden_size=512,
@@ -67,7 +68,7 @@ _IMAGE = dict(
 
 
 def to_transformers(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The parameters of `CLIP` (the tree under "params") under transformers' names and in its layouts.
+    """Returns the parameters of `CLIP` (the tree under "params") under transformers' names and in its layouts.
 
     A tower alone is {"text": its parameters} or {"image": ...}.
     """
@@ -76,7 +77,7 @@ def to_transformers(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def from_transformers(weights: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """Transformers' weights as such a tree; `like` is it, or its shapes.
+    """Returns transformers' weights as the tree that `to_transformers` takes; `like` is such a tree, or its shapes.
 
     Raises:
       ValueError: a key is missing or left over, or a shape differs.
@@ -93,12 +94,13 @@ def from_transformers(weights: Mapping[str, Any], like: Mapping[str, Any]) -> di
 
 
 def load_clip(folder: str | os.PathLike, dtype: Any = jnp.float32) -> tuple[CLIP, dict[str, Any]]:
-    """The network of a published `CLIPModel` and its parameters; its tokenizer is read by `text.read_tokenizer`.
+    """Returns the network of a published `CLIPModel` and its parameters; `text.read_tokenizer` reads its tokenizer.
 
     Raises:
-      ValueError: the folder is not whole, is of another kind of model, or its weights do not fit its config.
+      ValueError: a file is missing, it is another kind of model (which is named), or weights do not fit the config.
     """
-    config = read_json(Path(folder) / "config.json")
+    folder = resolve(folder)
+    config = _config(folder)
     if "text_config" not in config or "vision_config" not in config:
         raise ValueError(f"{folder}: config.json is not of a CLIP with two towers, it lacks text_config, vision_config")
     shared = {"projection_dim": config.get("projection_dim", 512)}
@@ -109,24 +111,29 @@ def load_clip(folder: str | os.PathLike, dtype: Any = jnp.float32) -> tuple[CLIP
     like: Any = jax.eval_shape(
         clip.init, jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros((1, 2), jnp.int32)
     )
-    return clip, {"params": from_transformers(read_weights(Path(folder), "model"), like["params"])}
+    return clip, {"params": from_transformers(read_weights(folder, "model"), like["params"])}
 
 
 def load_text_tower(folder: str | os.PathLike, dtype: Any = jnp.float32) -> tuple[TextTower, dict[str, Any]]:
-    """The same of a published `CLIPTextModelWithProjection`, as in Stable Diffusion 3's text_encoder folders."""
-    config = read_json(Path(folder) / "config.json")
+    """Returns the same of a published `CLIPTextModelWithProjection`, as in Stable Diffusion 3's text_encoder folders.
+
+    Raises:
+      ValueError: as `load_clip`.
+    """
+    folder = resolve(folder)
+    config = _config(folder)
     tower = text_tower(config, dtype)
     like: Any = jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    return tower, {"params": from_transformers(read_weights(Path(folder), "model"), {"text": like["params"]})["text"]}
+    return tower, {"params": from_transformers(read_weights(folder, "model"), {"text": like["params"]})["text"]}
 
 
 def load_normalisation(folder: str | os.PathLike) -> Normalisation | None:
-    """What preprocessor_config.json says of the images; None where there is none, as in folders that need only texts.
+    """Returns the normalisation of preprocessor_config.json; None where there is none, as in folders for texts alone.
 
     Raises:
       ValueError: it does not hold image_mean and image_std, three numbers each.
     """
-    path = Path(folder) / "preprocessor_config.json"
+    path = resolve(folder) / "preprocessor_config.json"
     if not path.is_file():
         return None
     settings = read_json(path)
@@ -144,12 +151,10 @@ def save_clip(
     tokenizer_json: str,
     normalisation: Normalisation | None = None,
 ) -> None:
-    """Writes a folder that transformers and `load_clip` read; `folder` must not be there yet.
-
-    With `normalisation` it also says how images are prepared.
+    """Writes a folder that transformers and `load_clip` read, with `normalisation` also how images are prepared.
 
     Raises:
-      ValueError: it is, or this CLIP has what transformers' has not (a bias of the logits).
+      ValueError: `folder` is there already, or this CLIP has a bias of the logits, which transformers' has not.
     """
     if clip.bias is not None:
         raise ValueError("transformers' CLIPModel has no bias of the logits: train with loss.name=softmax to write it")
@@ -188,16 +193,24 @@ def save_clip(
 
 
 def text_tower(config: Mapping[str, Any], dtype: Any = jnp.float32) -> TextTower:
-    """The text tower that a text_config describes. Raises ValueError for what our tower cannot be."""
+    """Returns the text tower that a text_config describes; raises ValueError for what our tower cannot be."""
     config = {**_TEXT, **config}
     end = config["eos_token_id"]
     return TextTower(
         **_common(config, dtype),
         vocabulary_size=config["vocab_size"],
-        # Configs that say 2 are older than that field's meaning: the end is the largest token then.
+        # A 2 is older than that field's meaning: the end is the largest token then.
         end_of_text=config["vocab_size"] - 1 if end == 2 else end,
         length=config["max_position_embeddings"],
     )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Returns the content of config.json; raises ValueError, naming what is there instead."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"cannot read {path}: {folder} is {identify(folder)}; needed is the folder of a CLIPModel")
+    return read_json(path)
 
 
 def _image_tower(config: Mapping[str, Any], dtype: Any) -> ImageTower:
@@ -246,7 +259,7 @@ def _common(config: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
 
 
 def _name(path: Any) -> str:
-    """Transformers' name of the parameter at `path`."""
+    """Returns transformers' name of the parameter at `path`."""
     *modules, leaf = (key.key for key in path)
     whole = leaf in ("position", "class_token", "logit_scale")
     ours = ".".join([*modules, leaf] if whole else modules)

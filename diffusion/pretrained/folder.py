@@ -143,7 +143,8 @@ def _files(folder: Path, stem: str, variant: str | None) -> dict[Path, set[str] 
             raise ValueError(f"{folder} has {stem} only in the variants {few(v[1:] for v in variants)}: name one")
         files = _find(folder, stems, variants[0]) if variants else None
     if files is None:
-        raise ValueError(f"{folder} has no {stem}{infix}.safetensors, no index of shards, nor a .bin of PyTorch")
+        file = f"{stem}{infix}.safetensors"
+        raise ValueError(f"{file} cannot be read: {folder} has no such file, no index of shards, nor a .bin of PyTorch")
     return files
 
 

@@ -46,7 +46,7 @@ _TABLE_TOLERANCE = 2**-8
 
 
 def shapes(network: MMDiT) -> dict[str, Any]:
-    """The network's tree of parameters as shapes (the one under "params"), nothing allocated."""
+    """Returns the network's tree of parameters as shapes (the one under "params"), nothing allocated."""
     size = network.patch
     inputs = (
         jax.ShapeDtypeStruct((1, size, size, network.channels), jnp.float32),
@@ -58,7 +58,7 @@ def shapes(network: MMDiT) -> dict[str, Any]:
 
 
 def to_diffusers(network: MMDiT, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The parameters of `network` (the tree under "params") under diffusers' names and in its layouts."""
+    """Returns the parameters of `network` (the tree under "params") under diffusers' names and in its layouts."""
     weights = {_TABLE: _table(network)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names, leaf = _names(path), np.asarray(leaf)
@@ -69,9 +69,10 @@ def to_diffusers(network: MMDiT, params: Mapping[str, Any]) -> dict[str, np.ndar
 
 
 def from_diffusers(network: MMDiT, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Diffusers' weights as parameters of `network`, in the dtypes they are stored in.
+    """Returns diffusers' weights as parameters of `network`, in the dtypes they are read in.
 
-    Raises ValueError when a key is missing or left over, a shape differs, or the position table is another one.
+    Raises:
+      ValueError: a key is missing or left over, a shape differs, or the position table is another one.
     """
     like = shapes(network)
     expected = to_diffusers(network, without_memory(like))
@@ -90,7 +91,7 @@ def from_diffusers(network: MMDiT, weights: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _names(path: Any) -> list[str]:
-    """Diffusers' names of the parameter at `path`: three for a fused q, k, v."""
+    """Returns diffusers' names of the parameter at `path`: three for a fused q, k, v."""
     *block, module, leaf = (key.key for key in path)
     prefix = re.sub(r"block_(\d+)", r"transformer_blocks.\1.", block[0]) if block else ""
     names = _MODULES[module]
@@ -99,7 +100,7 @@ def _names(path: Any) -> list[str]:
 
 
 def _to_torch(network: MMDiT, path: Any, weight: np.ndarray) -> np.ndarray:
-    """Our kernel [in..., out...] as PyTorch's [out, in], or [out, in, height, width] for the patches."""
+    """Returns our kernel [in..., out...] as PyTorch's [out, in], or [out, in, height, width] for the patches."""
     if path[-1].key != "kernel":
         return weight.reshape(-1)
     if path[-2].key == "patch_in":
@@ -109,7 +110,7 @@ def _to_torch(network: MMDiT, path: Any, weight: np.ndarray) -> np.ndarray:
 
 
 def _from_torch(path: Any, weight: np.ndarray) -> np.ndarray:
-    """PyTorch's kernel as [in, out], the patches' pixels and channels in one axis."""
+    """Returns PyTorch's kernel as [in, out], the patches' pixels and channels in one axis."""
     if path[-1].key != "kernel":
         return weight
     if weight.ndim == 4:
