@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from diffusion import guidance, predictions, samplers, schedules, weightings
+from diffusion import chains, grids, guidance, predictions, samplers, schedules, weightings
 from diffusion.model.config import Config
 from diffusion.samplers import Denoise
 
@@ -28,14 +29,16 @@ class Process(NamedTuple):
     Attributes:
       at: time -> (signal, noise); time is what the network is given.
       quantile: u in (0, 1) -> time, monotonous; training draws u evenly.
-      grid: (spacing, num_steps, shift) -> the grid that sampling follows.
+      even: (num_steps, power, shift) -> steps at even times, raised to a power, or shifted towards noise.
+      respaced: (num_steps, rho) -> steps in Karras' spacing of noise / signal; rho = inf: even in log-SNR.
       time_scale: factor on time in the network's embedding.
       schedule: DDPM's chain; None for a process that is none.
     """
 
     at: predictions.Process
     quantile: Callable[[jax.Array], jax.Array]
-    grid: Callable[[str, int, float], schedules.Grid]
+    even: Callable[[int, float, float], schedules.Grid]
+    respaced: Callable[[int, float], schedules.Grid]
     time_scale: float
     schedule: schedules.Schedule | None = None
 
@@ -47,7 +50,7 @@ def fields_of(function: Callable[..., Any]) -> dict[str, Any]:
     return {name: default for name, default in found.items() if name not in GIVEN | {"name"}}
 
 
-def pick(table: Mapping[str, Callable[..., Any]], block: Mapping[str, Any], where: str) -> Callable[..., Any]:
+def pick(table: Mapping[str, Callable[..., Any]], block: Any, where: str) -> Callable[..., Any]:
     """Returns the function that `block["name"]` names, with the other fields of the block as its arguments.
 
     Args:
@@ -78,41 +81,61 @@ def make_process(config: Config) -> Process:
     return pick(PROCESSES, config.process, "process")()
 
 
-def ddpm(*, beta: str = "linear", first: float = 1e-4, last: float = 0.02, num_steps: int = 1000) -> Process:
-    """Returns DDPM's discrete chain (Ho et al. 2020); the network's time is t - 1."""
+def ddpm(
+    *,
+    beta: str = "linear",
+    first: float = 1e-4,
+    last: float = 0.02,
+    num_steps: int = 1000,
+    zero_terminal_snr: bool = False,
+    table: tuple[float, ...] = (),
+) -> Process:
+    """Returns DDPM's discrete chain (Ho et al. 2020); the network's time is t - 1.
+
+    Args:
+      beta: linear, linear_for_steps (scaled by 1000 / T), sqrt_linear, cosine, sigmoid, or table.
+      first: beta_1 of linear, sqrt_linear and sigmoid.
+      last: beta_T of these.
+      num_steps: T.
+      zero_terminal_snr: rescale the betas so that x_T is noise alone (Lin et al. 2023, Algorithm 1).
+      table: beta_1, ..., beta_T of beta=table.
+    """
     tables = {
-        "linear": lambda: schedules.linear_beta(num_steps, first, last),
-        "cosine": lambda: schedules.cosine_beta(num_steps),
+        "linear": lambda: chains.linear_beta(num_steps, first, last),
+        "linear_for_steps": lambda: chains.linear_beta_for(num_steps),
+        "sqrt_linear": lambda: chains.sqrt_linear_beta(num_steps, first, last),
+        "cosine": lambda: chains.cosine_beta(num_steps),
+        "sigmoid": lambda: chains.sigmoid_beta(num_steps, first, last),
+        "table": lambda: np.asarray(table, np.float64),
     }
-    schedule = schedules.make_schedule(of_name(tables, beta, "process.beta")())
+    values = of_name(tables, beta, "process.beta")()
+    if len(values) != num_steps:
+        raise ValueError(f"process.table holds {len(values)} betas, and process.num_steps is {num_steps}")
+    schedule = chains.make_schedule(chains.rescale_zero_terminal_snr(values) if zero_terminal_snr else values)
     even = partial(schedules.ddpm_grid, schedule)
 
     def quantile(u: jax.Array) -> jax.Array:
         return (weightings.step_quantile(u, num_steps) - 1).astype(jnp.float32)
 
-    return Process(
-        schedules.discrete_process(schedule), quantile, unshifted(partial(spaced, even, even(num_steps))), 1.0, schedule
-    )
+    respaced = partial(schedules.respace, even(num_steps))
+    return Process(chains.discrete_process(schedule), quantile, unshifted(even), respaced, 1.0, schedule)
 
 
 def vp() -> Process:
     """Returns the continuous variance-preserving process with the cosine log-SNR (Kingma et al. 2021)."""
     process = schedules.vp_process(schedules.cosine_log_snr())
     even = partial(schedules.process_grid, process)
-    return Process(process, lambda u: u, unshifted(partial(spaced, even, even(1000))), time_scale=1000.0)
+    return Process(process, lambda u: u, unshifted(even), partial(schedules.respace, even(1000)), time_scale=1000.0)
 
 
 def flow(*, times: str = "uniform") -> Process:
     """Returns rectified flow with one of SD3's distributions over training times (Esser et al. 2024, section 3.1)."""
     process = schedules.flow_process
 
-    def grid(spacing: str, num_steps: int, shift: float) -> schedules.Grid:
-        def even(num_steps: int, power: float = 1.0) -> schedules.Grid:
-            if power == 1.0:
-                return schedules.flow_grid(num_steps, shift)
-            return schedules.process_grid(process, num_steps, power)
-
-        return spaced(even, schedules.flow_grid(1000), spacing, num_steps)
+    def even(num_steps: int, power: float, shift: float) -> schedules.Grid:
+        if power == 1.0:
+            return schedules.flow_grid(num_steps, shift)
+        return schedules.process_grid(process, num_steps, power)
 
     quantiles = {
         "uniform": lambda u: u,
@@ -120,42 +143,87 @@ def flow(*, times: str = "uniform") -> Process:
         "mode": weightings.mode_quantile,
         "cosmap": weightings.cosmap_quantile,
     }
-    return Process(process, of_name(quantiles, times, "process.times"), grid, time_scale=1000.0)
+    respaced = partial(schedules.respace, schedules.flow_grid(1000))
+    return Process(process, of_name(quantiles, times, "process.times"), even, respaced, time_scale=1000.0)
 
 
 def edm() -> Process:
     """Returns EDM's variance-exploding process (Karras et al. 2022)."""
-    rho = {"karras": 7.0, "log_snr": math.inf}
 
-    def grid(spacing: str, num_steps: int) -> schedules.Grid:
-        return schedules.karras_grid(num_steps, rho=of_name(rho, spacing, "sampling.grid of an edm process"))
+    def even(num_steps: int, power: float, shift: float) -> schedules.Grid:
+        raise ValueError("an edm process has no steps even in time: choose sampling.grid.name=karras or log_snr")
 
-    return Process(schedules.edm_process, weightings.log_normal_quantile, unshifted(grid), time_scale=1.0)
+    def respaced(num_steps: int, rho: float) -> schedules.Grid:
+        return schedules.karras_grid(num_steps, rho=rho)
+
+    return Process(schedules.edm_process, weightings.log_normal_quantile, even, respaced, time_scale=1.0)
 
 
 PROCESSES = {"ddpm": ddpm, "vp": vp, "flow": flow, "edm": edm}
 
 
-def spaced(even: Callable[..., schedules.Grid], fine: schedules.Grid, spacing: str, num_steps: int) -> schedules.Grid:
-    """Returns a grid of `num_steps`, `even` in time or picked from the points of `fine`, as `spacing` says."""
-    grids = {
-        "uniform": lambda: even(num_steps),
-        "quadratic": lambda: even(num_steps, power=2.0),
-        "log_snr": lambda: schedules.respace(fine, num_steps),
-        "karras": lambda: schedules.respace(fine, num_steps, rho=7.0),
-    }
-    return of_name(grids, spacing, "sampling.grid")()
+def unshifted(even: Callable[..., schedules.Grid]) -> Callable[[int, float, float], schedules.Grid]:
+    """Returns the even steps of a process whose times cannot be shifted."""
 
-
-def unshifted(grid: Callable[[str, int], schedules.Grid]) -> Callable[[str, int, float], schedules.Grid]:
-    """Returns the grids of a process whose times cannot be shifted."""
-
-    def of(spacing: str, num_steps: int, shift: float) -> schedules.Grid:
+    def of(num_steps: int, power: float, shift: float) -> schedules.Grid:
         if shift != 1.0:
-            raise ValueError(f"sampling.shift={shift:g} moves the times of a flow: it needs process.name=flow")
-        return grid(spacing, num_steps)
+            raise ValueError(f"sampling.grid.shift={shift:g} moves the times of a flow: it needs process.name=flow")
+        return even(num_steps, power=power)
 
     return of
+
+
+def uniform(process: Process, num_steps: int, *, shift: float = 1.0) -> schedules.Grid:
+    """Returns steps even in time, of a flow shifted towards noise."""
+    return process.even(num_steps, 1.0, shift)
+
+
+def quadratic(process: Process, num_steps: int) -> schedules.Grid:
+    """Returns DDIM's quadratic spacing, closer together near the data."""
+    return process.even(num_steps, 2.0, 1.0)
+
+
+def log_snr(process: Process, num_steps: int) -> schedules.Grid:
+    """Returns steps even in log-SNR."""
+    return process.respaced(num_steps, math.inf)
+
+
+def karras(process: Process, num_steps: int, *, rho: float = 7.0) -> schedules.Grid:
+    """Returns Karras et al.'s spacing of noise / signal."""
+    return process.respaced(num_steps, rho)
+
+
+def leading(process: Process, num_steps: int, *, steps_offset: int = 0, skip_last: bool = False) -> schedules.Grid:
+    """Returns the steps that diffusers' "leading" schedulers visit (`grids.spaced_grid`)."""
+    return grids.spaced_grid(chain_of(process, "leading"), num_steps, "leading", steps_offset, skip_last=skip_last)
+
+
+def trailing(process: Process, num_steps: int) -> schedules.Grid:
+    """Returns the steps that diffusers' "trailing" schedulers visit (`grids.spaced_grid`)."""
+    return grids.spaced_grid(chain_of(process, "trailing"), num_steps, "trailing")
+
+
+def linspace(process: Process, num_steps: int, *, skip_last: bool = False) -> schedules.Grid:
+    """Returns the steps that diffusers' "linspace" schedulers visit (`grids.spaced_grid`)."""
+    return grids.spaced_grid(chain_of(process, "linspace"), num_steps, "linspace", skip_last=skip_last)
+
+
+def chain_of(process: Process, spacing: str) -> schedules.Schedule:
+    """Returns the chain of a process. Raises ValueError where it is none."""
+    if process.schedule is None:
+        raise ValueError(f"sampling.grid.name={spacing} spaces the steps of a chain: it needs process.name=ddpm")
+    return process.schedule
+
+
+GRIDS = {
+    "uniform": uniform,
+    "quadratic": quadratic,
+    "log_snr": log_snr,
+    "karras": karras,
+    "leading": leading,
+    "trailing": trailing,
+    "linspace": linspace,
+}
 
 
 def of_name(table: Mapping[str, Any], name: str, where: str) -> Any:
@@ -216,14 +284,14 @@ class Sampling(NamedTuple):
       sampler: (denoise, x_T, grid, key) -> x_0.
       grid: where it steps.
       scale: of classifier-free guidance; 1 is none.
-      interval: (first, last) time at which guidance acts; empty: always.
+      interval: (first, last) time, as the network is given it, at which guidance acts; None: always.
       threshold: of x_0_hat, a Denoise -> Denoise.
     """
 
     sampler: Callable[..., Any]
     grid: schedules.Grid
     scale: float
-    interval: tuple[float, ...]
+    interval: tuple[float, float] | None
     threshold: Callable[[Denoise], Denoise]
 
     def guide(self, conditional: Denoise, unconditional: Denoise) -> Denoise:
@@ -238,7 +306,8 @@ def make_sampling(config: Config, process: Process) -> Sampling:
     """Returns what `config.sampling` says.
 
     Raises:
-      ValueError: an unknown name or field, a grid that the process does not have, or a variance that was not learned.
+      ValueError: an unknown name or field, a number that cannot be, a grid that the process does not have, a variance
+        that was not learned, or a prediction that holds no image where the grid begins.
     """
     settings = config.sampling
     if settings.sampler.get("variance") == "learned" and not config.loss.learned_variance:
@@ -246,10 +315,47 @@ def make_sampling(config: Config, process: Process) -> Sampling:
             "sampling.sampler.variance=learned needs a network trained with loss.learned_variance=True: "
             "use large or small"
         )
+    if not math.isfinite(settings.guidance):
+        raise ValueError(f"sampling.guidance is {settings.guidance}: give a finite number (1 is no guidance)")
+    if settings.batch_size < 1:
+        raise ValueError(f"sampling.batch_size is {settings.batch_size}: it has to be at least 1")
+    grid = pick(GRIDS, settings.grid, "sampling.grid")(process, settings.num_steps)
+    if config.loss.prediction == "eps" and grid.signal[0] == 0:
+        raise ValueError(
+            "loss.prediction=eps holds no image where sampling begins, for there the signal is 0: predict v, velocity "
+            "or x_0"
+        )
     return Sampling(
         pick(SAMPLERS, settings.sampler, "sampling.sampler"),
-        process.grid(settings.grid, settings.num_steps, settings.shift),
+        grid,
         float(settings.guidance),
-        tuple(settings.guidance_interval),
-        of_name(THRESHOLDS, settings.threshold, "sampling.threshold"),
+        guided_times(grid, tuple(settings.guidance_interval)),
+        pick(THRESHOLDS, settings.threshold, "sampling.threshold"),
     )
+
+
+def guided_times(grid: schedules.Grid, interval: tuple[float, ...]) -> tuple[float, float] | None:
+    """Returns the least and largest time of the grid at which noise / signal is within `interval`; None: everywhere.
+
+    The unit of the interval is the same for every process: sigma, as in Kynkäänniemi et al. (2024).
+
+    Raises:
+      ValueError: it is no pair of numbers that rise, or no step of the grid is within it.
+    """
+    if not interval:
+        return None
+    if len(interval) != 2 or not interval[0] < interval[1]:
+        raise ValueError(
+            f"sampling.guidance_interval is {interval}: give the least and the largest noise / signal, as (0.3, 5.0), "
+            "or () for no limit"
+        )
+    signal, noise, time = (np.asarray(field, np.float64)[:-1] for field in grid)
+    with np.errstate(divide="ignore"):
+        sigma = noise / signal
+    within = time[(interval[0] <= sigma) & (sigma <= interval[1])]
+    if not len(within):
+        raise ValueError(
+            f"sampling.guidance_interval={interval}: no step of the grid has noise / signal within it, they have "
+            f"{sigma.min():.3g} to {sigma.max():.3g}"
+        )
+    return float(within.min()), float(within.max())

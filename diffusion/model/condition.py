@@ -1,7 +1,6 @@
 """What a network is told beside x_t and the time: nothing, a class, or a prompt (`prompts.py` makes those)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ class Condition(NamedTuple):
       widths: arguments of the network that fit it to the condition.
       init: key -> params, where it has parameters of its own; None where it has none.
       frozen: whether the parameters keep the values that `init` gave them.
-      description: what makes it again beside the config and the parameters, plain JSON, for the checkpoint.
+      description: what makes it again beside the config and the parameters, plain JSON; None: nothing more.
       num_classes: of "classes".
     """
 
@@ -35,7 +34,7 @@ class Condition(NamedTuple):
     widths: dict[str, Any]
     init: Callable[[jax.Array], Any] | None = None
     frozen: bool = False
-    description: Mapping[str, Any] = MappingProxyType({})
+    description: Mapping[str, Any] | None = None
     num_classes: int | None = None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion.model.choices import PROCESSES, SAMPLERS, fields_of
+from diffusion.model.choices import GRIDS, PROCESSES, SAMPLERS, THRESHOLDS, fields_of
 from diffusion.model.config import Config, from_plain, plain
 from diffusion.model.experiment import CONDITIONS, NETWORKS
 from diffusion.model.optimizers import OPTIMIZERS, SHARED
@@ -25,6 +25,8 @@ CHOICES: dict[str, Mapping[str, Any]] = {
     "condition": CONDITIONS,
     "optimizer": OPTIMIZERS,
     "sampling.sampler": SAMPLERS,
+    "sampling.grid": GRIDS,
+    "sampling.threshold": THRESHOLDS,
 }
 ALWAYS = {"optimizer": SHARED}
 NEAR = 0.6  # of difflib's ratio: a name less alike is not offered
@@ -118,17 +120,21 @@ def choose(config: Config, place: str, name: str) -> None:
 def change(config: Config, changes: Mapping[str, Any]) -> Config:
     """Returns a copy of `config` with fields changed by their full names, choices first.
 
+    A choice is changed by its name: {"process": "flow"}, or {"process.name": "flow"}.
+
     Example:
-      change(config, {"process.name": "flow", "training.num_steps": 100})
+      change(config, {"process": "flow", "training.num_steps": 100})
 
     Raises:
       RunError: a field that does not exist, or a value of another type.
     """
     config = from_plain(plain(config))
+    names = {field: value for field, value in changes.items() if field.removesuffix(".name") in CHOICES}
+    for field, value in names.items():
+        choose(config, field.removesuffix(".name"), value)
     for field, value in changes.items():
-        if field.removesuffix(".name") in CHOICES and field.endswith(".name"):
-            choose(config, field.removesuffix(".name"), value)
-    for field, value in changes.items():
+        if field in names:
+            continue
         check_field(config, field)
         try:
             config.update_from_flattened_dict({field: value})

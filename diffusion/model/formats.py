@@ -97,7 +97,11 @@ def config_from_1(experiment: str, config: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: sampling.pop(name) for name in ("order", "eta", "churn", "variance") if name in sampling}
     given["s_churn"] = given.pop("churn", 0.0)
     sampling["sampler"] = own(SAMPLERS, {"name": sampling["sampler"], **given})
-    sampling.setdefault("shift", 1.0)
+    sampling["threshold"] = {"name": sampling["threshold"]}
+    sampling["grid"] = {"name": sampling["grid"]}
+    if sampling["grid"]["name"] == "uniform":
+        sampling["grid"]["shift"] = sampling.get("shift", 1.0)
+    sampling.pop("shift", None)
     new["process"] = own(PROCESSES, new["process"])
     unset = {"ema_profiles": [], "snapshot_every": 0, "skip_bad_steps": False, "spike_factor": 0.0}
     new["training"] = unset | new["training"]

@@ -1,5 +1,6 @@
 """Bits/dim of images by both routes, the variational bound and the probability-flow ODE, on the same model."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from diffusion import gaussian, likelihood
-from diffusion.model.choices import THRESHOLDS, of_name
+from diffusion.model.choices import THRESHOLDS, pick
 from diffusion.model.config import Config
 from diffusion.model.model import Model, make_denoise, parts
 from diffusion.training import run_key
@@ -73,8 +74,8 @@ def make_measure(model: Model, config: Config, num_terms: int, num_steps: int) -
     """Returns measure(params, images [B], rows [B], index [B]) -> named values, [B] or [B, K]."""
     # A grid of its own: on the digits 50 such steps are nearer the end than 200 even ones. Guided samples follow no
     # likelihood, so neither route is guided.
-    grid = model.process.grid("log_snr", num_steps, 1.0)
-    threshold = of_name(THRESHOLDS, config.sampling.threshold, "sampling.threshold")
+    grid = model.process.respaced(num_steps, math.inf)
+    threshold = pick(THRESHOLDS, config.sampling.threshold, "sampling.threshold")
     variance = bound_variance(config)
 
     def bound_values(key: Any, denoise: Any, schedule: Any, x_0: jax.Array, index: jax.Array) -> dict[str, jax.Array]:

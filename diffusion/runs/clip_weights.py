@@ -27,8 +27,8 @@ def import_weights(call: Call) -> None:
     size = tokenizer.get_vocab_size()
     if size != clip.text.vocabulary_size:
         raise RunError(
-            f"the tokenizer in {folder} has {size} tokens, the weights {clip.text.vocabulary_size}: take the tokenizer "
-            "files that came with these weights"
+            f"the tokenizer in {folder} has {size} tokens, the weights {clip.text.vocabulary_size}: use the tokenizer "
+            "files that were published with these weights"
         )
     text.check_vocabulary(tokenizer, clip.text.vocabulary_size, clip.text.end_of_text)
     describe(config, clip)

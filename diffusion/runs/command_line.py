@@ -139,12 +139,11 @@ def override(config: Config, arguments: list[str], known: flags.FlagValues) -> C
       RunError: a field or flag that does not exist (names the nearest), or a value that is not of the field's type.
     """
     config = from_plain(plain(config))
+    named = {argument: place_named(argument) for argument in arguments if place_named(argument)}
+    for argument, place in named.items():
+        choose(config, place, argument.partition("=")[2])
+    arguments = [argument for argument in arguments if argument not in named]
     fields = [argument for argument in arguments[1:] if argument.startswith("-")]  # not the value of the flag before
-    for argument in fields:
-        name, _, value = argument.lstrip("-").partition("=")
-        place = name.removeprefix("config.").removesuffix(".name")
-        if name == f"config.{place}.name" and place in CHOICES:
-            choose(config, place, value)
     if known.sampler is not None:
         choose(config, "sampling.sampler", known.sampler)
     for argument in fields:
@@ -165,6 +164,13 @@ def override(config: Config, arguments: list[str], known: flags.FlagValues) -> C
     if known.steps is not None:
         config.sampling.num_steps = known.steps
     return config
+
+
+def place_named(argument: str) -> str:
+    """Returns the place of the choice that --config.PLACE=NAME or --config.PLACE.name=NAME names; "" for others."""
+    name, equals, _ = argument.partition("=")
+    place = name.lstrip("-").removeprefix("config.").removesuffix(".name")
+    return place if equals and name.lstrip("-").startswith("config.") and place in CHOICES else ""
 
 
 def use_compilation_cache() -> None:

@@ -13,7 +13,7 @@ from diffusion.evaluation import Measurement
 def made_by(run: Any) -> dict[str, Any]:
     """Returns the fields of a `Measurement` that say how a run's samples come to be."""
     settings = run.config.sampling
-    grid = "" if settings.grid == "uniform" else f", {settings.grid} grid"
+    grid = "" if settings.grid.name == "uniform" else f", {settings.grid.name} grid"
     guided = "" if settings.guidance == 1.0 else f", guidance {settings.guidance:g}"
     return {
         "sampler": settings.sampler.name + grid + guided,

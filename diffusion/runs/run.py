@@ -122,7 +122,8 @@ class Run(NamedTuple):
         condition = self.model.condition
         for given, kind in ((prompts, "prompts"), (labels, "classes")):
             if given is not None and condition.kind != kind:
-                raise ValueError(f"{self.workdir} reads {condition.kind}: it cannot draw {kind}")
+                reads = "unconditional" if condition.kind == "nothing" else f"a model of {condition.kind}"
+                raise ValueError(f"{self.workdir} is {reads}: it cannot draw from {kind}")
         asked: list[Any] | None = None if prompts is labels is None else list(prompts or labels or [])
         if asked is None and condition.kind == "prompts":
             raise ValueError(f"{self.workdir} draws from prompts: give at least one")

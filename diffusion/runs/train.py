@@ -105,7 +105,12 @@ def describe(
                 raise RunError(f"the run was trained on images of {fact} {stored[fact]}, and these have {value}")
         return model_of(config, stored), dict(stored) | {"config": plain(config)}
     model = make_model(config, source.image_shape, facts["num_classes"], None, vocabulary)
-    described = {"experiment": name, "config": plain(config), **facts, "condition": model.condition.description}
+    described = {
+        "experiment": name,
+        "config": plain(config),
+        **facts,
+        "condition": dict(model.condition.description or {}),
+    }
     return model, described
 
 

@@ -9,6 +9,7 @@ diffusion_pytorch_model.safetensors). An import computes in float32.
 """
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from diffusion.model.choices import SAMPLERS, fields_of
+from diffusion.model.choices import PROCESSES, SAMPLERS, fields_of, make_sampling
 from diffusion.model.config import Config, make_settings, plain
 from diffusion.model.experiment import abstract_batch, make_learner, make_model
 from diffusion.model.fields import choose, complete
@@ -42,49 +43,74 @@ def import_weights(call: Call) -> None:
     """Makes --workdir a run at step 0 whose raw and averaged weights both are the published ones."""
     published = published_folder(call)
     network, params, fields = unet.load_unet(published)
-    chain = pipeline.load_chain(published) or pipeline.Chain()
+    chain = pipeline.load_chain(published)
     shape = unet.network_of(fields)[1]
     config = call.config.copy_and_resolve_references().unlock()
-    describe(config, network, chain, shape)
+    describe_network(config, network)
     config.network.dropout = fields.get("dropout", config.network.dropout)
+    if chain is None:
+        logging.warning("%s has no scheduler: it is taken to be %s", published, plain(config)["process"])
+        config.loss.learned_variance = network.out_channels == 2 * shape[-1]
+    else:
+        describe_chain(config, chain)
+    if network.out_channels != (1 + config.loss.learned_variance) * shape[-1]:
+        raise RunError(
+            f"a network from {shape[-1]} to {network.out_channels} channels does not fit a scheduler whose variance is "
+            f"{'learned' if config.loss.learned_variance else 'fixed'}"
+        )
     config.training.ema_profiles = ()  # of the training that led here nothing is known
     config.evaluation.after_training = False
     config = complete(config)
     model = make_model(config, shape, network.num_classes)
+    make_sampling(config, model.process)  # what cannot be sampled is refused now
     files = folder.weights_files(unet.unet_folder(published))
     facts = {"image_shape": list(shape), "num_classes": network.num_classes, "condition": {}}
-    batch = abstract_batch(config, model)
-    write_run(
-        call.workdir, call.task.name, config, make_learner(config, model), batch, {"params": params}, files, facts
-    )
+    learner, batch = make_learner(config, model), abstract_batch(config, model)
+    write_run(call.workdir, call.task.name, config, learner, batch, {"params": params}, files, facts)
 
 
-def describe(config: Config, network: Any, chain: pipeline.Chain, image_shape: tuple[int, int, int]) -> None:
-    """Changes a config into that of a published network and chain.
-
-    Raises:
-      RunError: the network and the chain do not belong together.
-    """
-    learned = chain.variance == "learned"
-    if network.out_channels != (1 + learned) * image_shape[-1]:
-        raise RunError(
-            f"a network from {image_shape[-1]} to {network.out_channels} channels does not fit a scheduler whose "
-            f"variance is {chain.variance}"
-        )
+def describe_network(config: Config, network: Any) -> None:
+    """Changes a config into that of a published U-Net."""
     choose(config, "network", "unet")
     for field in config.network:
         if field not in ("name", "dtype", "remat"):
             value = getattr(network, field)
             config.network[field] = 0 if field == "head_channels" and value is None else value
     config.network.dtype = "float32"
-    config.condition = {"name": "nothing"} if network.num_classes is None else {"name": "classes", "dropout": 0.1}
+    choose(config, "condition", "nothing" if network.num_classes is None else "classes")
+
+
+def describe_chain(config: Config, chain: pipeline.Chain) -> None:
+    """Changes a config into that of a published chain, sampled as its scheduler samples.
+
+    Raises:
+      RunError: a threshold that ours cannot be.
+    """
     choose(config, "process", "ddpm")
-    for field in ("beta", "first", "last", "num_steps"):
+    for field in ("beta", "first", "last", "num_steps", "zero_terminal_snr", "table"):
         config.process[field] = getattr(chain, field)
-    config.loss.prediction, config.loss.learned_variance = chain.prediction, learned
-    choose(config, "sampling.sampler", "ancestral")
-    config.sampling.sampler.variance = chain.variance
-    config.sampling.update(num_steps=chain.num_steps, grid="uniform", threshold="clip" if chain.clip else "none")
+    config.loss.prediction, config.loss.learned_variance = chain.prediction, chain.variance == "learned"
+    sampler = chain.sampler or "ancestral"
+    if chain.left_out or chain.sampler is None:
+        logging.warning("sampled with %s: the published sampler's %s are not ours", sampler, ", ".join(chain.left_out))
+    choose(config, "sampling.sampler", sampler)
+    if sampler == "ancestral":
+        config.sampling.sampler.variance = chain.variance
+    elif "order" in config.sampling.sampler:
+        config.sampling.sampler.order = chain.order
+    config.sampling.num_steps = chain.num_steps
+    choose(config, "sampling.grid", chain.spacing)
+    if chain.spacing == "leading":
+        config.sampling.grid.steps_offset = chain.steps_offset
+    if "skip_last" in config.sampling.grid:
+        config.sampling.grid.skip_last = sampler in ("dpm_solver_pp", "unipc")
+    # With its default largest value, 1, diffusers' dynamic threshold is a clip to [-1, 1].
+    if chain.dynamic and chain.dynamic_max != 1.0:
+        raise RunError(f"sample_max_value={chain.dynamic_max:g} of a dynamic threshold cannot be honoured (only 1)")
+    choose(config, "sampling.threshold", "clip" if chain.clip or chain.dynamic else "none")
+    if chain.clip or chain.dynamic:
+        largest = 1.0 if chain.dynamic else chain.clip_range
+        config.sampling.threshold.update(low=-largest, high=largest, keep_eps=sampler == "ddim")
 
 
 def write_run(
@@ -142,18 +168,20 @@ def export_weights(call: Call) -> None:
             f"{run.workdir} has process {config.process.name}, network {config.network.name} and condition "
             f"{config.condition.name}: a DDPMPipeline holds a U-Net without prompts on process ddpm"
         )
-    if config.sampling.threshold not in ("clip", "none"):
-        raise RunError("a DDPMPipeline clips or does not: add --config.sampling.threshold=clip (or none)")
-    process = config.process
+    threshold = config.sampling.threshold
+    if threshold.name not in ("clip", "none") or threshold.get("low", 0) != -threshold.get("high", 0):
+        raise RunError("a DDPMPipeline clips evenly or not: add --config.sampling.threshold=clip (or none)")
     variance = config.sampling.sampler.get("variance", fields_of(SAMPLERS["ancestral"])["variance"])
+    grid = config.sampling.grid
+    published_grid = {"spacing": grid.name} if grid.name in ("leading", "trailing", "linspace") else {}
     chain = pipeline.Chain(
-        num_steps=process.num_steps,
-        beta=process.beta,
-        first=process.first,
-        last=process.last,
+        **{field: config.process[field] for field in fields_of(PROCESSES["ddpm"])},
         prediction=config.loss.prediction,
         variance="learned" if config.loss.learned_variance else variance,
-        clip=config.sampling.threshold == "clip",
+        clip=threshold.name == "clip",
+        clip_range=threshold.get("high", 1.0),
+        steps_offset=grid.get("steps_offset", 0),
+        **published_grid,
     )
     params = jax.device_get(run.params["params"])
     pipeline.save_pipeline(published, network, params, run.model.space.image_shape[:2], chain)

@@ -104,11 +104,12 @@ def image_config() -> ConfigDict:
         dict(
             sampler=ConfigDict(dict(name="ddim")),  # or ancestral, euler, heun, dpm_solver_pp, unipc
             num_steps=50,
-            grid="uniform",  # in time; or quadratic, log_snr, karras
-            shift=1.0,  # of a flow's uniform grid towards noise
-            threshold="clip",  # of x_0_hat; or dynamic, none
+            # In time, shift moves a flow's towards noise; or quadratic, log_snr, karras, or leading, trailing, linspace
+            # as in diffusers.
+            grid=ConfigDict(dict(name="uniform", shift=1.0)),
+            threshold=ConfigDict(dict(name="clip")),  # of x_0_hat; or dynamic, none
             guidance=1.0,  # scale of classifier-free guidance; 1: none
-            guidance_interval=(),  # (first, last) time at which guidance acts; (): always
+            guidance_interval=(),  # (least, largest) noise / signal at which guidance acts; (): always
             batch_size=500,
         )
     )
@@ -166,9 +167,9 @@ def edm(config: ConfigDict) -> None:
     config.loss.prediction = "F"
     config.loss.weighting = "edm"
     config.sampling.sampler = ConfigDict(dict(name="heun"))
-    config.sampling.grid = "karras"
+    config.sampling.grid = ConfigDict(dict(name="karras"))
     config.sampling.num_steps = 18  # 35 network evaluations
-    config.sampling.threshold = "none"
+    config.sampling.threshold = ConfigDict(dict(name="none"))
 
 
 def flow(config: ConfigDict) -> None:
@@ -178,7 +179,7 @@ def flow(config: ConfigDict) -> None:
     config.loss.weighting = "none"
     config.sampling.sampler = ConfigDict(dict(name="euler"))
     config.sampling.num_steps = 50
-    config.sampling.threshold = "none"
+    config.sampling.threshold = ConfigDict(dict(name="none"))
 
 
 def class_conditional(config: ConfigDict) -> None:

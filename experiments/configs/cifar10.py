@@ -60,7 +60,8 @@ def get_config(methods: str = "") -> ConfigDict:
             variance="large",  # code: "fixedlarge" for CIFAR-10
         )
     )
-    config.sampling.update(num_steps=1000, threshold="clip")  # code: clip_denoised
+    config.sampling.num_steps = 1000
+    config.sampling.threshold = ConfigDict(dict(name="clip"))  # code: clip_denoised
     config.evaluation.num_samples = 50_000  # paper
     return _base.apply(config, methods, _base.METHODS | {"flow": flow, "small": small})
 
@@ -89,5 +90,6 @@ def small(config: ConfigDict) -> None:
         preview_every=1_000,
     )
     config.sampling.sampler = ConfigDict(dict(name="dpm_solver_pp"))
-    config.sampling.update(grid="karras", num_steps=20, batch_size=250)
+    config.sampling.grid = ConfigDict(dict(name="karras"))
+    config.sampling.update(num_steps=20, batch_size=250)
     config.evaluation.update(num_samples=5_000, likelihood_images=500, bound_terms=32, ode_steps=100)

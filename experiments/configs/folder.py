@@ -39,7 +39,8 @@ def get_config(methods: str = "") -> ConfigDict:
         num_previews=36,
     )
     config.sampling.sampler = ConfigDict(dict(name="dpm_solver_pp"))
-    config.sampling.update(grid="karras", num_steps=20, batch_size=100)
+    config.sampling.grid = ConfigDict(dict(name="karras"))
+    config.sampling.update(num_steps=20, batch_size=100)
     config.evaluation.update(
         num_samples=500,
         features="pixels",
