@@ -19,8 +19,11 @@ from diffusion.evaluation import (
     PIXELS,
     Measurement,
     Reference,
+    ReferenceSet,
     bias_note,
+    check_names,
     class_shares,
+    clip_score,
     compare,
     count_bias,
     fit_classifier,
@@ -30,12 +33,13 @@ from diffusion.evaluation import (
     network_extractor,
     over_seeds,
     pixel_features,
+    read_statistics,
     reference_of,
     reference_set,
     write_report,
 )
 from diffusion.evaluation.__main__ import main as command_line
-from diffusion.evaluation.clip_features import OPENAI_MEAN, OPENAI_STD
+from diffusion.evaluation.clip_features import OPENAI_MEAN, OPENAI_STD, make_encoder
 from diffusion.networks.clip import CLIP, ImageTower, TextTower
 from diffusion.pretrained.clip import load_clip, save_clip
 
@@ -151,7 +155,7 @@ def train_set(tmp_path_factory):
         yield reference_set(digits("train"), PIXELS)
 
 
-def test_held_out_score_tells_good_from_bad(real, train_set):
+def test_held_out_score_separates_good_from_bad(real, train_set):
     train, held_out = real["train"]["image"], real["test"]["image"]
     itself = held_out_score(held_out, held_out, train_set)
     assert itself.ratio == 1 and itself.count == 500 and itself.samples == itself.held_out
@@ -176,6 +180,13 @@ def test_held_out_score_is_taken_at_one_count_and_in_no_order(real, train_set):
         held_out_score(held_out.repeat(3, -1), held_out, train_set)
     with pytest.raises(ValueError, match="at least 2 features are needed, not 1"):
         held_out_score(held_out[:1], held_out, train_set)
+
+
+def test_held_out_images_that_are_the_training_images_are_refused(train_set):
+    image = np.zeros((5, 8, 8, 1), np.uint8)
+    itself = train_set._replace(statistics=metrics.statistics(pixel_features(image)))
+    with pytest.raises(ValueError, match="distance 0 from the training images: are they the same"):
+        held_out_score(image + 9, image, itself)
 
 
 # --- scores
@@ -250,9 +261,89 @@ def test_the_bias_of_a_small_count_is_measured(train_set):
     biases = [one.value for one in found]
     assert biases[0] > 2 * biases[1] > 2 * biases[2] > 0
     assert found[-1].num_samples == 648  # half of the reference at most
-    assert f"600 of the reference's own images are {biases[2]:.4g} from its others" in bias_note(train_set, 600)
+    measured = f"the distance of 600 of the reference's own images from its others is {biases[2]:.4g}"
+    assert bias_note(train_set, 600) == f"biased upwards, because 600 samples are fewer than 50000: {measured}"
     assert bias_note(train_set, 50_000) == ""
-    assert "statistics alone" in bias_note(train_set._replace(features=None), 600)
+
+
+def test_the_note_on_a_bias_that_cannot_be_measured_names_the_reason(train_set):
+    cannot = "by how much cannot be measured, because the reference has"
+    assert bias_note(train_set._replace(features=None), 600).endswith(f"{cannot} statistics alone")
+    assert bias_note(train_set._replace(features=train_set.features[:3]), 600).endswith(f"{cannot} 3 images")
+
+
+def test_metrics_are_checked_by_name_and_count_before_anything_is_computed():
+    cases: list[tuple[list[str], dict[str, Any], str]] = [
+        (["FID"], {}, "unknown metric 'FID': choose from fid, kid, inception_score, precision_recall"),
+        (["fid", ""], {}, "unknown metric ''"),
+        (["inception_score"], {"extractor": PIXELS}, "needs the probabilities of a classifier, and pixels in .* none"),
+        (["kid"], {"num_reference": 0}, "kid needs the reference's images, and the reference has statistics alone"),
+        (["fid", "kid"], {"num_samples": 2}, "kid needs at least 3 samples, not 2"),
+        (["inception_score"], {"num_samples": 19}, "inception_score needs at least 20 samples, not 19"),
+        (["precision_recall"], {"num_reference": 3}, "precision_recall needs a reference of at least 4 images, not 3"),
+    ]
+    for names, facts, line in cases:
+        with pytest.raises(ValueError, match=line):
+            check_names(names, **facts)
+    check_names(list(METRICS))
+    check_names(["fid"], PIXELS, num_samples=2, num_reference=0)
+
+
+@pytest.mark.parametrize("name", list(METRICS))
+def test_the_least_counts_are_those_that_can_be_computed(real, name):
+    extractor, metric = small_network(20), METRICS[name]
+    features = extractor.extract(real["train"]["image"][: max(metric.num_reference, 2)]).features
+    reference = ReferenceSet(Reference("few", "train", len(features), ""), metrics.statistics(features), features)
+    few = real["test"]["image"][: metric.num_samples]
+    value: Any = compare(few, extractor, reference, [name])[name].value
+    assert np.isfinite(list(value.values()) if isinstance(value, dict) else value).all()
+    with pytest.raises(ValueError, match=f"{name} needs at least"):
+        compare(few[1:], extractor, reference, [name])
+
+
+def test_features_that_are_not_finite_are_refused():
+    one = jax.devices()[:1]
+    extractor = network_extractor("bad", lambda _, image: 1 / (image[:, :2, 3, 0] - 15.0), {}, devices=one)
+    image = np.zeros((70, 8, 8, 1), np.uint8)
+    assert extractor.extract(image).features.shape == (70, 2)
+    image[[66, 68], 1, 3] = 15
+    with pytest.raises(ValueError, match=r"2 of 70 features by bad, .* are not finite .* the first is number 66"):
+        extractor.extract(image)
+
+
+# --- statistics in files
+
+
+def test_statistics_in_float32_are_read_despite_their_rounding(tmp_path, real, train_set):
+    """Of 40 images in 64 dimensions: 24 eigenvalues are 0, of which rounding to float32 makes some negative."""
+    own = metrics.statistics(pixel_features(real["test"]["image"][:40]))
+    kept = (own.mean.astype(np.float32), own.cov.astype(np.float32))
+    assert np.linalg.eigvalsh(kept[1].astype(np.float64))[0] < -1e-9
+    train = train_set.statistics
+    exact = metrics.frechet_distance(own.mean, own.cov, train.mean, train.cov)
+    for dtype in (np.float32, np.float64):  # float64 as statistics that were computed in float32 are often stored
+        np.savez(tmp_path / "f.npz", mu=kept[0].astype(dtype), sigma=kept[1].astype(dtype))
+        found = read_statistics(tmp_path / "f.npz").statistics
+        # Float32 rounds a trace of some 20 by 1e-6, and the roots of eigenvalues that are 0 by sqrt(1e-7).
+        distance = metrics.frechet_distance(found.mean, found.cov, train.mean, train.cov)
+        assert distance == pytest.approx(exact, rel=1e-3)
+    np.savez(tmp_path / "f.npz", mu=own.mean, sigma=own.cov)
+    np.testing.assert_array_equal(read_statistics(tmp_path / "f.npz").statistics.cov, own.cov)
+
+
+def test_matrices_that_are_no_covariances_are_refused(tmp_path):
+    for cov, line in (
+        (np.diag([1, -1e-3]).astype(np.float32), "eigenvalues are from -0.001 to 1"),
+        (np.array([[1.0, 0.5], [0.2, 1.0]]), "differs from its transpose by up to 0.3"),
+        (np.eye(2).astype(np.float16), "sigma is not all finite numbers of float32 or float64"),
+        (np.eye(2, dtype=int), "sigma is not all finite numbers of float32 or float64"),
+        (np.full((2, 2), np.nan), "sigma is not all finite numbers"),
+        (np.eye(3), r"mu \[2\] and sigma \[3, 3\] are not a mean and a covariance"),
+        (np.zeros((0, 0)), "are not a mean and a covariance"),
+    ):
+        np.savez(tmp_path / "f.npz", mu=np.zeros(min(2, len(cov))), sigma=cov)
+        with pytest.raises(ValueError, match=line):
+            read_statistics(tmp_path / "f.npz")
 
 
 def test_over_seeds():
@@ -281,9 +372,10 @@ def test_the_command_scores_any_two_sets(real, tmp_path, capsys, monkeypatch):
         printed.append(capsys.readouterr().out)
         report = json.loads((tmp_path / "out" / "report.json").read_text())
         names = [one["name"] for one in report["measurements"]]
-        assert names == (["fid"] if "statistics" in reference else ["fid", "kid", "precision_recall"])
+        every = ["Fréchet distance", "kernel distance", "precision and recall"]
+        assert names == (every[:1] if "statistics" in reference else every)
         assert report["measurements"][0]["value"] == pytest.approx(0.29806, rel=1e-4)  # as held-out images have
-        assert "biased upwards, for 500 samples" in printed[-1]
+        assert "biased upwards, because 500 samples" in printed[-1]
     assert (tmp_path / "out" / "nearest.png").stat().st_size > 1000
 
 
@@ -297,7 +389,7 @@ def clip_folder(tmp_path_factory):
         ImageTower(image_size=8, patch_size=4, **sizes),
         TextTower(vocabulary_size=tokenizer.get_vocab_size(), end_of_text=end, length=12, **sizes),
     )
-    params = clip.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 12), jnp.int32))
+    params = jax.jit(clip.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 12), jnp.int32))
     folder = tmp_path_factory.mktemp("published") / "clip"
     save_clip(folder, clip, params, text.to_json(tokenizer))
     return folder
@@ -319,51 +411,194 @@ def test_clip_judges_samples_by_features_and_by_prompts(clip_folder, tmp_path, m
     clip_network, params = load_clip(clip_folder)
     pixels = (images[0] / 255 - np.array(OPENAI_MEAN)) / np.array(OPENAI_STD)
     ids = text.encode(text.read_tokenizer(clip_folder), prompts, 12)
-    image, caption, *_ = clip_network.apply(params, jnp.asarray(pixels, jnp.float32), jnp.asarray(ids))
+    image, caption, *_ = jax.jit(clip_network.apply)(params, jnp.asarray(pixels, jnp.float32), jnp.asarray(ids))
     cosine = np.sum(np.asarray(image) * np.asarray(caption), axis=1)
     assert found["CLIP score"] == pytest.approx(100 * np.maximum(cosine, 0).mean(), rel=1e-4)
     own, other = (metrics.statistics(load_encoder(clip_folder).image(x).astype(np.float64)) for x in images)
-    assert found["fid"] == pytest.approx(metrics.frechet_distance(own.mean, own.cov, other.mean, other.cov), rel=1e-6)
-    for arguments, line in (
-        ([samples, reference, "--features=clip"], "needs the folder of a published CLIP"),
-        ([samples, reference, "--features=pixels", "--prompts=x.txt"], "add --features=clip"),
-        ([samples, reference, "--features=clip", f"--weights={tmp_path}"], "config.json"),
+    assert found["Fréchet distance"] == pytest.approx(
+        metrics.frechet_distance(own.mean, own.cov, other.mean, other.cov), rel=1e-6
+    )
+
+
+def test_line_n_of_the_prompts_is_that_of_picture_n(clip_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    images = np.random.RandomState(1).randint(0, 256, (12, 8, 8, 3), np.uint8)
+    for number, image in enumerate(images, 1):
+        save_png(tmp_path / "pictures" / f"{number}.png", image, smallest_side=1)  # 10.png comes after 9.png
+    prompts = [f"a {colour} digit" for colour in ("red", "blue", "red blue", "a", "digit", "blue red") * 2]
+    prompts[3] = "a\u2028red\x85digit"  # is one line
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(prompts).encode())
+    pictures, where = str(tmp_path / "pictures"), f"--prompts={tmp_path / 'prompts.txt'}"
+    command_line([pictures, pictures, "--features=clip", f"--weights={clip_folder}", where, f"--out={tmp_path}"])
+    capsys.readouterr()
+    found = {one["name"]: one for one in json.loads((tmp_path / "report.json").read_text())["measurements"]}
+    encoder = load_encoder(clip_folder)
+    order = sorted(range(12), key=lambda i: f"{i + 1}.png")  # that of the alphabet
+    right, wrong = (clip_score(encoder, images[rows], prompts).mean() for rows in (range(12), order))
+    assert found["CLIP score"]["value"] == pytest.approx(right, rel=1e-5) and abs(right / wrong - 1) > 1e-3
+    assert found["CLIP score"]["reference"] is None and found["CLIP score"]["num_samples"] == 12
+
+
+def test_embeddings_that_are_not_finite_are_refused(clip_folder):
+    clip, params = load_clip(clip_folder)
+    tokenizer = text.read_tokenizer(clip_folder)
+    image = rng.randint(0, 256, (3, 8, 8, 3), np.uint8)
+    prompts = ["a red digit"] * 3
+    for tower, line in (("image", "3 of 3 features by CLIP's image"), ("text", "3 of 3 embeddings of prompts are not")):
+        bad = jax.tree.map_with_path(lambda path, x, tower=tower: x * np.nan if path[1].key == tower else x, params)
+        with pytest.raises(ValueError, match=line):
+            clip_score(make_encoder(clip, bad, tokenizer), image, prompts)
+    nothing = jax.tree.map_with_path(lambda path, x: x * 0 if path[1].key == "image" else x, params)
+    with pytest.raises(ValueError, match="an embedding is zero, NaN or infinite and has no direction"):
+        clip_score(make_encoder(clip, nothing, tokenizer), image, prompts)
+
+
+def test_bad_input_of_the_command_gets_one_line_before_features_are_computed(real, clip_folder, tmp_path, monkeypatch):
+    good, where = real["test"]["image"], tmp_path / "in"
+    for name, image in (("one", good[:1]), ("few", good[:3]), ("colour", good.repeat(3, -1)), ("good", good)):
+        save_samples(where / f"{name}.npz", image)
+    (where / "cut.npz").write_bytes((where / "good.npz").read_bytes()[:-50])
+    (where / "empty.npz").write_bytes(b"")
+    (where / "text.npz").write_text("no archive")
+    np.savez(where / "float.npz", arr_0=np.zeros((9, 8, 8, 1)))
+    np.savez(where / "unit.npz", arr_0=np.linspace(0, 1, 9 * 64).reshape(9, 8, 8, 1))
+    np.savez(where / "none.npz", arr_0=np.zeros((0, 8, 8, 1), np.uint8))
+    np.savez(where / "flat.npz", arr_0=np.zeros((9, 64), np.uint8))
+    np.savez(where / "two_channels.npz", arr_0=np.zeros((9, 8, 8, 2), np.uint8))
+    np.savez(where / "other.npz", images=np.zeros((9, 8, 8, 1), np.uint8))
+    np.savez(where / "mu.npz", mu=np.zeros(64))
+    for name, mu, sigma in (
+        ("nan", np.zeros(64), np.full((64, 64), np.nan)),
+        ("square", np.zeros(64), np.zeros((64, 3))),
+        ("negative", np.zeros(64), -np.eye(64)),
+        ("skew", np.zeros(64), np.triu(np.ones((64, 64)))),
+        ("half", np.zeros(64, np.float16), np.eye(64)),
+        ("statistics", np.zeros(64), np.eye(64)),
+        ("statistics_9", np.zeros(9), np.eye(9)),
     ):
-        with pytest.raises(SystemExit, match=line):
-            command_line(arguments)
+        np.savez(where / f"{name}.npz", mu=mu, sigma=sigma)
+    (where / "empty").mkdir()
+    for name in ("a.png", "b.jpg"):
+        (where / "broken").mkdir(exist_ok=True)
+        (where / "broken" / name).write_bytes(b"no picture")
+    for side in (4, 5):
+        save_png(where / "sizes" / f"{side}.png", good[0, :side], smallest_side=1)
+    (where / "hidden" / ".cache").mkdir(parents=True)
+    save_png(where / "hidden" / ".cache" / "a.png", good[0], smallest_side=1)
+    (where / "prompts.txt").write_text("a\nb\nc\n")
+    (where / "gap.txt").write_text("a\n\nb\nc\n")
+    (where / "blank.txt").write_text("\n \n")
+    (where / "latin.txt").write_bytes(b"a\nb\ncaf\xe9\n")
+    (where / "clip").mkdir()
+    clip = ["--features=clip", f"--weights={clip_folder}"]
+    prompts = [*clip, "--prompts=prompts.txt"]
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    monkeypatch.chdir(where)
 
+    def computed(*arguments):
+        raise AssertionError("features were computed")
 
-def test_bad_input_of_the_command_gets_one_line(real, tmp_path):
-    save_samples(tmp_path / "one.npz", real["test"]["image"][:1])
-    save_samples(tmp_path / "colour.npz", real["test"]["image"].repeat(3, -1))
-    save_samples(tmp_path / "good.npz", real["test"]["image"])
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:-50])
-    np.savez(tmp_path / "float.npz", arr_0=np.zeros((9, 8, 8, 1)))
-    np.savez(tmp_path / "nan.npz", mu=np.zeros(64), sigma=np.full((64, 64), np.nan))
-    np.savez(tmp_path / "square.npz", mu=np.zeros(64), sigma=np.zeros((64, 3)))
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
-    statistics = str(tmp_path / "good_statistics.npz")
-    np.savez(statistics, mu=np.zeros(64), sigma=np.eye(64))
-    for arguments, line in (
-        (["one.npz", "digits:train"], "at least 2 features are needed, not 1"),
-        (["colour.npz", "digits:train"], r"shape \[8, 8, 3\] have 192 features, the reference digits has 64"),
-        (["cut.npz", "digits:train"], "cut.npz is not a whole .npz"),
-        (["missing.npz", "digits:train"], "missing.npz is not a whole .npz"),
-        (["float.npz", "digits:train"], "float64 in .* not uint8"),
-        (["empty", "digits:train"], "holds no pictures"),
-        (["broken", "digits:train"], "a.png cannot be read as a picture"),
+    cases = [
+        # SAMPLES
+        (["one.npz", "digits"], "fid needs at least 2 samples, not 1"),
+        (["cut.npz", "digits"], "cut.npz is not a whole .npz"),
+        (["empty.npz", "digits"], "empty.npz is not a whole .npz"),
+        (["text.npz", "digits"], "text.npz is not a whole .npz"),
+        (["missing.npz", "digits"], "missing.npz is not a whole .npz"),
+        (["prompts.txt", "digits"], "prompts.txt is not a whole .npz"),
+        (["float.npz", "digits"], "float64 in .* not uint8"),
+        (["unit.npz", "digits"], r"float64 in \[0, 1\], not uint8"),
+        (["none.npz", "digits"], r"shape \[0, 8, 8, 1\], not"),
+        (["flat.npz", "digits"], r"shape \[9, 64\], not"),
+        (["two_channels.npz", "digits"], r"shape \[9, 8, 8, 2\], not"),
+        (["other.npz", "digits"], "no array arr_0"),
+        (["mu.npz", "digits"], "no array arr_0"),
+        (
+            ["statistics.npz", "digits"],
+            r"statistics.npz holds statistics \(mu and sigma\), no images: give it as REFERENCE",
+        ),
+        (["empty", "digits"], "holds no pictures"),
+        (["hidden", "digits"], "holds no pictures"),
+        (["broken", "digits"], "a.png cannot be read"),
+        (["sizes", "digits"], "5.png is 8x5 but .*4.png is 8x4"),
+        (["digits:all", "digits"], "splits 'train' and 'test'"),
+        (["", "digits"], "."),
+        (["tfds:", "digits"], "."),
+        # REFERENCE
         (["good.npz", "digits:all"], "splits 'train' and 'test'"),
-        (["good.npz", str(tmp_path / "nan.npz")], "not a mean and a covariance"),
-        (["good.npz", str(tmp_path / "square.npz")], "not a mean and a covariance"),
-        (["good.npz", statistics, "--metrics=kid"], "kid needs the reference's images"),
-        (["good.npz", "digits:train", "--metrics=fid,beauty"], "no metric 'beauty'"),
-        (["good.npz", "digits:train", "--features=inception", "--weights=none.pth"], "none.pth is not a file"),
+        (["good.npz", "digits:TEST"], "splits 'train' and 'test'"),
+        (["good.npz", "nan.npz"], "sigma is not all finite numbers"),
+        (["good.npz", "square.npz"], "not a mean and a covariance"),
+        (["good.npz", "negative.npz"], "sigma is not a covariance: .* eigenvalues are from -1 to -1"),
+        (["good.npz", "skew.npz"], "sigma is not a covariance: it differs from its transpose by up to 1"),
+        (["good.npz", "half.npz"], "mu is not all finite numbers of float32 or float64"),
+        (["good.npz", "missing.npz"], "missing.npz is not a whole .npz"),
+        (["good.npz", "mu.npz"], "no array arr_0"),
+        (["good.npz", "empty"], "holds no pictures"),
+        (["good.npz", "one.npz"], "fid needs a reference of at least 2 images, not 1"),
+        # --metrics
+        (["good.npz", "digits", "--metrics=FID"], "unknown metric 'FID': choose from fid, kid, inception_score"),
+        (["good.npz", "digits", "--metrics=fid,beauty"], "unknown metric 'beauty'"),
+        (["good.npz", "digits", "--metrics=fid;kid"], "unknown metric 'fid;kid'"),
+        (["good.npz", "digits", "--metrics="], "unknown metric ''"),
+        (["good.npz", "digits", "--metrics=fid,"], "unknown metric ''"),
+        (["good.npz", "digits", "--metrics=inception_score"], "needs the probabilities of a classifier"),
+        (["good.npz", "statistics.npz", "--metrics=kid"], "kid needs the reference's images"),
+        (["few.npz", "digits", "--metrics=fid,precision_recall"], "precision_recall needs at least 4 samples, not 3"),
+        (["good.npz", "few.npz", "--metrics=precision_recall"], "needs a reference of at least 4 images, not 3"),
+        # --features and --weights
+        (["good.npz", "digits", "--features=inception", "--weights=none.pth"], "none.pth is not a file"),
+        (["good.npz", "digits", "--features=inception", "--weights=clip"], "clip is not a file"),
+        (["good.npz", "digits", "--features=inception", "--weights=prompts.txt"], "prompts.txt is not pt_inception"),
+        (["good.npz", "digits", "--features=clip"], "needs the folder of a published CLIP"),
+        (["good.npz", "digits", "--features=clip", "--weights=clip"], "config.json"),
+        (["good.npz", "digits", "--features=clip", "--weights=none"], "config.json"),
+        (["good.npz", "digits", "--features=clip", "--weights=good.npz"], "config.json"),
+        # --prompts
+        (["colour.npz", "colour.npz", "--features=pixels", "--prompts=prompts.txt"], "add --features=clip"),
+        (["colour.npz", "colour.npz", "--features=clip", "--prompts=prompts.txt"], "--weights=FOLDER"),
+        (["colour.npz", "colour.npz", *prompts], "500 samples and 3 prompts: one prompt per sample is needed"),
+        (["colour.npz", "colour.npz", *clip, "--prompts=gap.txt"], "gap.txt, line 2 is blank: line n is the prompt of"),
+        (["colour.npz", "colour.npz", *clip, "--prompts=blank.txt"], "blank.txt holds no prompt"),
+        (["colour.npz", "colour.npz", *clip, "--prompts=latin.txt"], "latin.txt, line 3: not UTF-8"),
+        (["colour.npz", "colour.npz", *clip, "--prompts=none.txt"], "cannot read none.txt"),
+        (["colour.npz", "colour.npz", *clip, "--prompts=empty"], "cannot read empty"),
+        # --out
+        (["good.npz", "digits", "--out=good.npz"], "--out=good.npz: .*good.npz is a file, and --out names a folder"),
+        (["good.npz", "digits", "--out=good.npz/report"], "good.npz is a file, and --out names a folder"),
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusion.evaluation.reference_set", computed)
+        patch.setattr("diffusion.evaluation.compare", computed)
+        for arguments, line in cases:
+            refused(arguments, line)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for arguments, line in (
+        (["colour.npz", "digits"], r"shape \[8, 8, 3\] have 192 features, the reference digits has 64"),
+        (["good.npz", "statistics_9.npz"], "the reference statistics_9.npz has 9: is it of other features"),
+        (["good.npz", "good.npz", *clip], "CLIP reads RGB images, not 1 channels"),
     ):
-        with pytest.raises(SystemExit) as left:
-            command_line(["--features=pixels", str(tmp_path / arguments[0]), *arguments[1:]])
-        assert re.search(line, str(left.value)) and "\n" not in str(left.value), left.value
+        refused(arguments, line)
+    after = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
+    assert {path.parts[0] for path in after - set(before)} <= {"cache"} and after >= set(before)
+
+
+def refused(arguments, line):
+    """Checks that the command ends with one line, which matches."""
+    with pytest.raises(SystemExit) as left:
+        command_line(["--features=pixels", *arguments])
+    said = str(left.value.code)
+    assert re.search(line, said) and said.startswith("error: ") and "\n" not in said and len(said) < 500, said
+
+
+def test_paths_of_the_command_begin_with_a_tilde(real, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save_samples(tmp_path / "a.npz", real["test"]["image"])
+    command_line(["~/a.npz", "~/a.npz", "--features=pixels", "--metrics=fid", "--out=~/out/new"])
+    assert "Fréchet distance" in capsys.readouterr().out and (tmp_path / "out" / "new" / "report.json").exists()
+    with pytest.raises(SystemExit, match=f"{tmp_path}/none.pth is not a file"):
+        command_line(["~/a.npz", "~/a.npz", "--weights=~/none.pth"])
 
 
 def test_fixed_subset_depends_on_content_alone(real):
@@ -423,7 +658,7 @@ def test_report_without_a_number_is_not_written(tmp_path):
     write_report(tmp_path, "Digits", [DISTANCE], {})
     before = (tmp_path / "report.json").read_text()
     for bad, where in [
-        (DISTANCE._replace(value=float("nan")), "Frechet distance is nan"),
+        (DISTANCE._replace(value=float("nan")), "because Frechet distance is nan"),
         (SHARES._replace(value={"0": 0.5, "1": float("inf")}), "shares, 1 is inf"),
     ]:
         with pytest.raises(ValueError, match=where):

@@ -1,4 +1,4 @@
-"""Samples -> features -> metrics -> a report in which no number stands without how it was made."""
+"""Samples -> features -> metrics -> a report, in which every number comes with how it was made."""
 
 from diffusion.evaluation.clip_features import clip_extractor, clip_score, load_encoder
 from diffusion.evaluation.extractors import make_extractor
@@ -17,6 +17,7 @@ from diffusion.evaluation.held_out import HeldOutScore, held_out_score
 from diffusion.evaluation.report import Measurement, Reference, reference_of, render_report, write_report
 from diffusion.evaluation.scores import (
     METRICS,
+    Metric,
     ReferenceSet,
     Score,
     bias_note,
@@ -36,6 +37,7 @@ __all__ = [
     "Extractor",
     "HeldOutScore",
     "Measurement",
+    "Metric",
     "Reference",
     "ReferenceSet",
     "Score",

@@ -3,132 +3,158 @@
     python -m diffusion.evaluation SAMPLES REFERENCE [--features inception|pixels|clip] [--metrics fid,kid] [--out DIR]
 
 SAMPLES is an .npz with arr_0, uint8 [N, H, W, C] (the convention of ADM), or a folder of pictures. REFERENCE is the
-same, or published statistics (an .npz with mu and sigma), or tfds:NAME/SPLIT, or digits:SPLIT. With --features clip,
---weights the folder of a published CLIP and --prompts a file with the prompt of each sample in a line, the CLIP score
-is also told.
+same, or published statistics (an .npz with mu and sigma), or tfds:NAME/SPLIT, or digits:SPLIT.
+
+With --features=clip, --weights=FOLDER (a published CLIP) and --prompts=FILE, the CLIP score is measured too: line n of
+FILE is the prompt of sample n. Pictures of a folder are in natural order, 2.png before 10.png.
 """
 
 import argparse
+import contextlib
+import os
 import sys
-import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from diffusion import evaluation
-from diffusion.data.folder import image_folder
-from diffusion.data.samples import load_samples
-from diffusion.data.sources import Source, array_source, digits
-from diffusion.data.tfds import tfds_source
+from diffusion.data.lines import read_lines
+from diffusion.data.named import open_images
+from diffusion.data.sources import Source
+from diffusion.evaluation import Measurement, clip_extractor
 from diffusion.evaluation.extractors import NAMES
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command line; bad input ends it with one line and a code that is not 0."""
+    """Runs the command line; bad input ends it with one line and an exit code of 1."""
     parser = argparse.ArgumentParser(
         prog="python -m diffusion.evaluation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("samples", metavar="SAMPLES")
     parser.add_argument("reference", metavar="REFERENCE")
     parser.add_argument("--features", default="inception", choices=NAMES)
-    parser.add_argument("--weights", help="Inception's published file, where it is not to be fetched; CLIP's folder")
-    parser.add_argument("--prompts", help="clip: text file, the prompt of each sample in a line")
-    parser.add_argument("--metrics", help=f"of {', '.join(evaluation.METRICS)}; default: all that can be had")
+    parser.add_argument("--weights", help="Inception's file, if it cannot be fetched; the folder of a published CLIP")
+    parser.add_argument("--prompts", help="clip: a text file, the prompt of each sample in a line")
+    parser.add_argument("--metrics", help=f"of {', '.join(evaluation.METRICS)}; default: all that can be computed")
     parser.add_argument("--out", help="folder for report.json, report.md and nearest.png")
-    parser.add_argument("--data-dir", help="where prepared TFDS sets are")
+    parser.add_argument("--data-dir", default="", help="where prepared TFDS sets are")
     options = parser.parse_args(argv)
     try:
         score(options)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def score(options: argparse.Namespace) -> None:
-    """Prints, and with --out writes, a report."""
-    if options.prompts and options.features != "clip":
-        raise ValueError("--prompts are for the CLIP score: add --features=clip --weights=FOLDER")
-    samples = open_images(options.samples, None)
-    assert samples is not None
-    source = open_images(options.reference, options.data_dir)
-    extractor = evaluation.make_extractor(options.features, options.weights)
-    if source is None:
-        reference = evaluation.read_statistics(Path(options.reference))
-    else:
-        reference = evaluation.reference_set(source, extractor)
-    names = options.metrics.split(",") if options.metrics else possible(extractor, reference)
-    image = samples.read(np.arange(samples.num_examples))["image"]
-    made = {
-        "features": extractor.name,
-        "reference": reference.reference,
-        "sampler": f"not known ({samples.name})",
-        "num_steps": None,
-        "seeds": [],
-        "ema": None,
-    }
-    measurements = [
-        evaluation.Measurement(
-            name,
-            found.value,
-            found.num_samples,
-            note=evaluation.bias_note(reference, found.num_samples) if name == "fid" else "",
-            **made,
-        )
-        for name, found in evaluation.compare(image, extractor, reference, names).items()
-    ]
-    if options.prompts:
-        prompts = Path(options.prompts).read_text("utf-8").splitlines()
-        mean = float(evaluation.clip_score(evaluation.load_encoder(options.weights), image, prompts).mean())
-        made["reference"] = None
-        measurements.append(evaluation.Measurement("CLIP score", mean, len(image), note="100 max(0, cosine)", **made))
-    about = {"samples": samples.name, "fingerprint of the samples": samples.fingerprint}
-    print(evaluation.render_report(f"{samples.name} against {reference.reference.name}", measurements, about), end="")
-    if options.out:
-        evaluation.write_report(options.out, f"{samples.name} scored", measurements, about)
-        if source is not None and source.image_shape == samples.image_shape:
-            real = source.read(np.arange(source.num_examples))["image"]
-            evaluation.draw_nearest(image, real, Path(options.out) / "nearest.png")
+    """Prints a report, and with --out writes it.
 
-
-def possible(extractor: evaluation.Extractor, reference: evaluation.ReferenceSet) -> list[str]:
-    """Returns the metrics that these features and this reference allow."""
-    names = []
-    for name in evaluation.METRICS:
-        try:
-            evaluation.check_names([name], extractor, reference)
-        except ValueError:
-            continue
-        names.append(name)
-    return names
-
-
-def open_images(name: str, data_dir: str | None) -> Source | None:
-    """Returns the images that `name` means, None for a file of statistics.
+    All input is checked before features are computed.
 
     Raises:
-      ValueError: there are none.
+      ValueError: bad input, in one line.
     """
-    kind, _, rest = name.partition(":")
-    if kind == "tfds" and rest:
-        data_set, _, split = rest.rpartition("/")
-        return tfds_source(data_set or split, split if data_set else "train", data_dir)
-    if kind == "digits":
-        return digits(rest or "train")
-    path = Path(name)
-    if path.is_dir():
-        return image_folder(path)
-    if is_statistics(path):
-        return None
-    return array_source(load_samples(path), None, path.name, "all", None)
+    asked = None if options.metrics is None else [name.strip() for name in options.metrics.split(",")]
+    evaluation.check_names(asked or ())
+    out = None if options.out is None else Path(options.out).expanduser()
+    if out:
+        check_folder(out)
+    if options.prompts and not (options.features == "clip" and options.weights):
+        raise ValueError("--prompts are for the CLIP score: add --features=clip --weights=FOLDER")
+    prompts = read_prompts(Path(options.prompts).expanduser()) if options.prompts else []
+    judge = evaluation.load_encoder(options.weights) if prompts else None
+    extractor = clip_extractor(judge) if judge else evaluation.make_extractor(options.features, options.weights)
+
+    data_dir = os.path.expanduser(options.data_dir)
+    samples, source = (open_images(os.path.expanduser(x), data_dir) for x in (options.samples, options.reference))
+    if samples is None:
+        raise ValueError(f"{options.samples} holds statistics (mu and sigma), no images: give it as REFERENCE")
+    if prompts and len(prompts) != samples.num_examples:
+        raise ValueError(f"{samples.num_examples} samples and {len(prompts)} prompts: one prompt per sample is needed")
+    counts = {"num_samples": samples.num_examples, "num_reference": source.num_examples if source else 0}
+    names = possible(extractor, counts) if asked is None else asked
+    evaluation.check_names(names, extractor, **counts)
+    if source is None:
+        reference = evaluation.read_statistics(Path(options.reference).expanduser())
+    else:
+        reference = evaluation.reference_set(source, extractor)
+
+    image = read_all(samples)
+    measurements = measure(image, samples.name, extractor, reference, names)
+    if judge:
+        score = float(evaluation.clip_score(judge, image, prompts).mean())
+        made = measurements[0]._replace(reference=None, note="100 max(0, cosine)")
+        measurements.append(made._replace(name="CLIP score", value=score, num_samples=len(image)))
+    about = {"samples": samples.name, "fingerprint of the samples": samples.fingerprint}
+    print(evaluation.render_report(f"{samples.name} against {reference.reference.name}", measurements, about), end="")
+    if out:
+        evaluation.write_report(out, f"{samples.name} scored", measurements, about)
+        if source is not None and source.image_shape == samples.image_shape:
+            evaluation.draw_nearest(image, read_all(source), out / "nearest.png")
 
 
-def is_statistics(path: Path) -> bool:
-    """Says whether an .npz holds mu and sigma, and no images."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (OSError, zipfile.BadZipFile):
-        return False
-    return "arr_0.npy" not in names and {"mu.npy", "sigma.npy"} <= set(names)
+def measure(
+    image: np.ndarray,
+    name: str,
+    extractor: evaluation.Extractor,
+    reference: evaluation.ReferenceSet,
+    metrics: Sequence[str],
+) -> list[Measurement]:
+    """Returns a measurement by each metric of samples of that name, of which nothing else is known."""
+    unknown = {"sampler": f"unknown ({name})", "num_steps": None, "seeds": [], "ema": None}
+    made: dict[str, Any] = {"features": extractor.name, "reference": reference.reference, **unknown}
+    return [
+        Measurement(
+            evaluation.METRICS[metric].title,
+            found.value,
+            found.num_samples,
+            note=evaluation.bias_note(reference, found.num_samples) if metric == "fid" else "",
+            **made,
+        )
+        for metric, found in evaluation.compare(image, extractor, reference, metrics).items()
+    ]
+
+
+def possible(extractor: evaluation.Extractor, counts: Mapping[str, int]) -> list[str]:
+    """Returns the metrics that can be computed of these features and counts; "fid" where none can."""
+    names = []
+    for name in evaluation.METRICS:
+        with contextlib.suppress(ValueError):
+            evaluation.check_names([name], extractor, **counts)
+            names.append(name)
+    return names or ["fid"]
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError unless files can be written into `folder`, or into a new folder there."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"--out={folder}: {there} is a file, and --out names a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--out={folder}: {there} cannot be written to: choose another folder")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Returns the prompts of a file: line n is that of sample n.
+
+    Raises:
+      ValueError: the file cannot be read, or has no prompts or a blank line between them.
+    """
+    lines = read_lines(path)
+    if not lines:
+        raise ValueError(f"{path} holds no prompt: write the prompt of each sample in a line")
+    for expected, (number, _) in enumerate(lines, 1):
+        if number != expected:
+            raise ValueError(f"{path}, line {expected} is blank: line n is the prompt of sample n")
+    return [line.strip() for _, line in lines]
+
+
+def read_all(source: Source) -> np.ndarray:
+    """Returns all images of a source."""
+    return source.read(np.arange(source.num_examples))["image"]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""CLIP as a judge: its embeddings of pictures and prompts, CLIP score, features for CLIP-FID, zero-shot classes."""
+"""CLIP as a judge: embeddings of images and prompts, the CLIP score, features for CLIP-FID, zero-shot classes."""
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +12,9 @@ from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 
 from diffusion.data import text
+from diffusion.data.batches import full_batches
 from diffusion.data.images import check_uint8_images
-from diffusion.evaluation.features import Extracted, Extractor, network_extractor
+from diffusion.evaluation.features import Extracted, Extractor, check_finite_rows, network_extractor
 from diffusion.networks.clip import CLIP
 from diffusion.pretrained.clip import load_clip, load_normalisation
 
@@ -22,9 +24,13 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Encoder(NamedTuple):
-    """A trained CLIP: `image` is uint8[N, H, W, 3] -> float32[N, E], `text` is N prompts -> float32[N, E].
+    """A trained CLIP, from images and prompts to embeddings, which are not normalised.
 
-    Neither is of length 1 yet. `scale` is what cosines are multiplied by before a softmax; `name` says which weights.
+    Attributes:
+      image: uint8[N, H, W, 3] -> float32[N, E].
+      text: N prompts -> float32[N, E].
+      scale: factor on cosines before a softmax.
+      name: identifies the weights.
     """
 
     image: Callable[[np.ndarray], np.ndarray]
@@ -42,10 +48,19 @@ def make_encoder(
     padding: int | None = None,
     batch_size: int = 64,
 ) -> Encoder:
-    """The encoder of these weights; images of another size are resized and cropped as `fit` does.
+    """Returns the encoder of a CLIP. Images of another size are cropped and resized as by `fit`.
+
+    Args:
+      clip: both towers.
+      params: of `clip`.
+      tokenizer: that the weights were trained with.
+      mean: of each channel, subtracted from x / 255.
+      std: of each channel.
+      padding: id after the end of a text (`data.text.encode`).
+      batch_size: images, or prompts, per call.
 
     Raises:
-      ValueError: if the tokenizer does not belong to the weights.
+      ValueError: the tokenizer does not belong to the weights; by `image` and `text`, embeddings that are not finite.
     """
     text.check_vocabulary(tokenizer, clip.text.vocabulary_size, clip.text.end_of_text)
 
@@ -59,7 +74,10 @@ def make_encoder(
 
     def prompts(texts: Sequence[str]) -> np.ndarray:
         ids = text.encode(tokenizer, texts, clip.text.length, padding)
-        return _in_batches(lambda part: read(params, part), ids, batch_size)
+        batches = full_batches(len(ids), min(batch_size, len(ids)))
+        found = np.concatenate([np.asarray(read(params, ids[rows]), np.float32) for rows in batches])[: len(ids)]
+        check_finite_rows(found, "embeddings of prompts")
+        return found
 
     return Encoder(
         image=lambda pixels: extractor.extract(fit(pixels, clip.image.image_size)).features,
@@ -70,21 +88,26 @@ def make_encoder(
 
 
 def load_encoder(folder: str | os.PathLike) -> Encoder:
-    """The encoder of a published CLIP's folder, with its own tokenizer and normalisation.
+    """Returns the encoder of a published CLIP, with the tokenizer and the normalisation in its folder.
 
     Raises:
-      ValueError: the folder is not whole, or its parts do not belong together.
+      ValueError: files are missing or damaged, or do not belong together.
     """
+    folder = Path(folder).expanduser()
     clip, params = load_clip(folder)
     mean, std = load_normalisation(folder) or (OPENAI_MEAN, OPENAI_STD)
     return make_encoder(clip, params, text.read_tokenizer(folder), mean, std)
 
 
 def fit(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8[N, H, W, 3] resized (bicubic) until the shorter side is `size`, its middle [N, size, size, 3]."""
+    """Returns images uint8[N, H, W, 3] as [N, size, size, 3]: resized (bicubic) to the shorter side, then cropped.
+
+    Raises:
+      ValueError: images that are not uint8, or have no 3 channels.
+    """
     check_uint8_images(image)
     if image.shape[-1] != 3:
-        raise ValueError(f"CLIP sees colour images, not {image.shape[-1]} channels: repeat grey ones three times")
+        raise ValueError(f"CLIP reads RGB images, not {image.shape[-1]} channels: repeat grey ones three times")
     height, width = image.shape[1:3]
     if (height, width) == (size, size):
         return image
@@ -98,47 +121,62 @@ def fit(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def clip_extractor(encoder: Encoder) -> Extractor:
-    """Image embeddings, not normalised: with those of ViT-B/32 the Fréchet distance is CLIP-FID (Kynkäänniemi 2023)."""
+    """Returns image embeddings as features, not normalised: with those of ViT-B/32 the Fréchet distance is CLIP-FID.
+
+    Source: Kynkäänniemi et al. 2023, "The role of ImageNet classes in Fréchet Inception Distance".
+    """
     return Extractor(encoder.name, lambda image: Extracted(encoder.image(image)), costly=True)
 
 
 def clip_score(encoder: Encoder, image: np.ndarray, prompts: Sequence[str]) -> Float[np.ndarray, "N"]:
-    """100 max(0, cosine) of each image and its own prompt (Hessel et al. 2021 multiply by 2.5 instead).
+    """Returns 100 max(0, cosine) of each image with its own prompt.
+
+    Args:
+      encoder: the judge.
+      image: uint8[N, H, W, 3].
+      prompts: N of them.
+
+    Source: Hessel et al. 2021, eq. 1, who multiply by 2.5 instead.
 
     Raises:
-      ValueError: if there is not one prompt for each image.
+      ValueError: there is not one prompt per image, or an embedding is not finite.
     """
     if len(image) != len(prompts):
-        raise ValueError(f"{len(image)} images and {len(prompts)} prompts: one for each is needed")
+        raise ValueError(f"{len(image)} images and {len(prompts)} prompts: one prompt per image is needed")
     cosine = np.sum(normalised(encoder.image(image)) * normalised(encoder.text(prompts)), axis=-1)
     return 100 * np.maximum(cosine, 0)
 
 
 def zero_shot(encoder: Encoder, image: np.ndarray, prompts: Sequence[Sequence[str]]) -> Int[np.ndarray, "N"]:
-    """The class of each image: the nearest mean direction of `prompts[c]`, all that may be said of class c.
+    """Returns the class of each image: that of the nearest mean direction of prompts.
 
-    Radford et al. 2021, section 3.1.4: prompts of a class are averaged as embeddings of length 1.
+    Args:
+      encoder: the judge.
+      image: uint8[N, H, W, 3].
+      prompts: of each class, averaged as embeddings of length 1.
+
+    Source: Radford et al. 2021, section 3.1.4.
     """
-    classes = [normalised(normalised(encoder.text(said)).mean(axis=0)) for said in prompts]
+    classes = [normalised(normalised(encoder.text(own)).mean(axis=0)) for own in prompts]
     return np.argmax(normalised(encoder.image(image)) @ np.stack(classes).T, axis=1)
 
 
 def recall(similarity: Float[np.ndarray, "N N"], k: int) -> float:
-    """The share of rows whose own column (the same number) is among their k highest; ties count against it."""
+    """Returns the share of rows whose own column (of the same number) is among their k highest.
+
+    Ties count against it.
+    """
     own = np.diag(similarity)[:, None]
     return float(np.mean(np.sum(similarity >= own, axis=1) <= k))
 
 
 def normalised(x: np.ndarray) -> np.ndarray:
-    """x / |x| over the last axis."""
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+    """Returns x / |x| over the last axis.
 
-
-def _in_batches(function: Callable[[Any], Any], x: np.ndarray, batch_size: int) -> np.ndarray:
-    """Of one shape, so that one program is compiled: the last is filled up with its last row, and cut."""
-    parts = []
-    for start in range(0, len(x), batch_size):
-        part = x[start : start + batch_size]
-        full = part if len(x) <= batch_size else np.concatenate([part, np.repeat(part[-1:], batch_size - len(part), 0)])
-        parts.append(np.asarray(function(jnp.asarray(full)), np.float32)[: len(part)])
-    return np.concatenate(parts)
+    Raises:
+      ValueError: a vector is zero or not finite, and so has no direction.
+    """
+    length = np.linalg.norm(x, axis=-1, keepdims=True)
+    if not (np.isfinite(length).all() and length.all()):
+        raise ValueError("an embedding is zero, NaN or infinite and has no direction: use another copy of the weights")
+    return x / length

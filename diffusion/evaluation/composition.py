@@ -1,8 +1,9 @@
-"""Whether a picture of a scene shows what its prompt says, in the manner of GenEval (Ghosh et al. 2023).
+"""Whether a picture of a scene shows what its prompt describes, in the manner of GenEval (Ghosh et al. 2023).
 
-A picture is cut into blobs that lie apart on the background. Two support vector machines, trained on blobs of training
-scenes, tell digit and size; the hue tells the colour. A prompt is satisfied when its objects, and no others, are there
-in the number, colours, sizes and places that it names.
+- A picture is segmented into blobs, connected regions of ink on the background.
+- Two support vector machines, trained on blobs of training scenes, classify digit and size; the hue gives the colour.
+- A prompt is satisfied when its objects, and no others, are there in the number, colours, sizes and places that it
+  names.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, UInt8
 from diffusion.data.scenes import COLOURS, KINDS, RELATIONS, SIZES, Box, Scene, draw, place_of, scene
 
 ASPECTS = ("number", "digits", "colours", "sizes", "places")
-# Of the brightest ink: what is fainter belongs to no blob, and a blob that has none brighter is a speck.
+# Ink from 0 to 1: fainter pixels belong to no blob, and a blob without a brighter one is a speck.
 FAINT, BRIGHT = 0.12, 0.4
 WINDOW = 12  # sixteenths of the canvas: a square that holds any digit
 FACE = 10  # pixels a side of a digit brought to one size
@@ -23,7 +24,14 @@ HUES = np.array(list(COLOURS.values()), np.float32) / 255
 
 
 class Found(NamedTuple):
-    """An object read from a picture; the box is centred on its ink."""
+    """An object that was read from a picture.
+
+    Attributes:
+      digit: 0 to 9.
+      colour: of `COLOURS`.
+      size: of `SIZES`.
+      box: centred on its ink.
+    """
 
     digit: int
     colour: str
@@ -35,7 +43,15 @@ Reader = Callable[[np.ndarray], list[list[Found]]]
 
 
 class Blob(NamedTuple):
-    """Connected ink, 0..1: in a window around it, and enlarged to a face; its middle (x, y) and extent; its hue."""
+    """A connected region of ink, from 0 to 1.
+
+    Attributes:
+      window: its ink, in a square around it.
+      face: its ink, resized to `FACE` pixels.
+      middle: (x, y), in pixels.
+      extent: (width, height), in pixels.
+      hue: mean colour, without the background.
+    """
 
     window: Float[np.ndarray, "w w"]
     face: Float[np.ndarray, "f f"]
@@ -45,10 +61,10 @@ class Blob(NamedTuple):
 
 
 def blobs(image: UInt8[np.ndarray, "H W 3"]) -> list[Blob]:
-    """The blobs of one picture, from its top.
+    """Returns the blobs of one picture, from its top.
 
-    On a background of one grey, a pixel of ink is background + ink * (colour - background), and every colour has a
-    channel at its full: so the largest channel tells the ink.
+    On a background of one grey, a pixel is background + ink * (colour - background), and every colour has a channel of
+    255: so the largest channel determines the ink.
     """
     from PIL import Image
     from scipy import ndimage
@@ -81,15 +97,20 @@ def blobs(image: UInt8[np.ndarray, "H W 3"]) -> list[Blob]:
 
 
 def colour_of(hue: Float[np.ndarray, "3"]) -> str:
-    """The named colour that points most nearly where `hue` does."""
+    """Returns the named colour whose direction is nearest to that of `hue`."""
     directions = HUES / np.linalg.norm(HUES, axis=1, keepdims=True)
     return list(COLOURS)[int(np.argmax(directions @ hue))]
 
 
 def fit_reader(canvas: int = 16, num_scenes: int = 6000, seed: int = 0) -> Reader:
-    """Trains a reader on training scenes and returns it: uint8[N, H, W, 3] -> the objects of each picture.
+    """Returns a reader, uint8[N, H, W, 3] -> the objects of each picture, trained on scenes of the training split.
 
-    Nothing in it is random beyond the scenes. Half a minute on a CPU.
+    It takes half a minute on a CPU. Nothing but the scenes is random.
+
+    Args:
+      canvas: side of the pictures, in pixels.
+      num_scenes: to train on.
+      seed: of the scenes.
     """
     from sklearn.svm import SVC
 
@@ -123,17 +144,21 @@ def fit_reader(canvas: int = 16, num_scenes: int = 6000, seed: int = 0) -> Reade
 
 
 def satisfied(wanted: Scene, found: Sequence[Found], canvas: int) -> dict[str, bool]:
-    """Which aspects of the prompt the objects satisfy; all of them where the picture is wholly right.
+    """Returns which aspects of a prompt the objects of a picture satisfy, under the best matching of objects to words.
 
-    Each aspect is told under the best matching of objects to words. An aspect that needs a number of objects is False
-    where the number is another.
+    With another number of objects no aspect is satisfied.
+
+    Args:
+      wanted: the scene of the prompt.
+      found: the objects of the picture.
+      canvas: side of the picture, in pixels.
     """
     if len(found) != len(wanted.objects):
         return dict.fromkeys(ASPECTS, False)
     best: dict[str, bool] = dict.fromkeys(ASPECTS, False)
     for order in permutations(found):
         pairs = list(zip(wanted.objects, order, strict=True))
-        told = {
+        aspects = {
             "number": True,
             "digits": all(a.digit == b.digit for a, b in pairs),
             "colours": all(a.colour == b.colour for a, b in pairs),
@@ -141,12 +166,18 @@ def satisfied(wanted: Scene, found: Sequence[Found], canvas: int) -> dict[str, b
             "places": (wanted.place is None or _placed(wanted.place, order[0].box, canvas))
             and (wanted.relation is None or _related(wanted.relation, order[0].box, order[1].box)),
         }
-        best = max(best, told, key=lambda one: sum(one.values()))
+        best = max(best, aspects, key=lambda one: sum(one.values()))
     return best
 
 
 def wholly(wanted: Sequence[Scene], image: np.ndarray, read: Reader) -> Bool[np.ndarray, "N"]:
-    """Whether each picture wholly satisfies its prompt."""
+    """Returns whether each picture satisfies its prompt in all aspects.
+
+    Args:
+      wanted: the scene of each prompt.
+      image: uint8[N, H, W, 3].
+      read: the reader.
+    """
     canvas = image.shape[1]
     return np.array(
         [all(satisfied(one, found, canvas).values()) for one, found in zip(wanted, read(image), strict=True)]
@@ -154,7 +185,7 @@ def wholly(wanted: Sequence[Scene], image: np.ndarray, read: Reader) -> Bool[np.
 
 
 def by_kind(wanted: Sequence[Scene], values: Bool[np.ndarray, "N"]) -> dict[str, float]:
-    """The mean of all, of each kind of prompt, and of the prompts of two different objects."""
+    """Returns the mean of `values` over all prompts, over each kind, and over those of two different objects."""
     parts: Mapping[str, list[bool]] = {
         "all": [True] * len(wanted),
         **{kind: [one.kind == kind for one in wanted] for kind in KINDS},
@@ -164,9 +195,9 @@ def by_kind(wanted: Sequence[Scene], values: Bool[np.ndarray, "N"]) -> dict[str,
 
 
 def _related(relation: str, first: Box, second: Box) -> bool:
-    """Whether the first lies mostly to that side of the second.
+    """Returns whether the first is mostly on that side of the second.
 
-    Looser than what scenes are made by: the eye knows middles to half a pixel only.
+    Looser than the rule of scenes: a picture determines middles to half a pixel only.
     """
     right = (first.left + first.side / 2) - (second.left + second.side / 2)
     down = (first.top + first.side / 2) - (second.top + second.side / 2)
@@ -175,7 +206,7 @@ def _related(relation: str, first: Box, second: Box) -> bool:
 
 
 def _placed(place: str, box: Box, canvas: int) -> bool:
-    """Whether the box is at the place, or would be if it were moved by a sixteenth: ink is not always in its middle."""
+    """Returns whether the box is at the place, also if moved by a sixteenth: ink is not always in its middle."""
     step = canvas // 16
     moves = [(right, down) for right in (-step, 0, step) for down in (-step, 0, step)]
     return any(place_of(Box(box.left + right, box.top + down, box.side), canvas) == place for right, down in moves)
@@ -194,7 +225,7 @@ def _faces(seen: Sequence[Blob]) -> np.ndarray:
 
 
 def _profiles(seen: Sequence[Blob]) -> np.ndarray:
-    """What tells a size: the ink of every row and column, and the extent."""
+    """Returns the features of a size: the ink of every row and column, and the extent."""
     ink = np.stack([blob.window for blob in seen])
     extent = np.array([blob.extent for blob in seen], np.float32) / ink.shape[1]
     return np.concatenate([ink.sum(1), ink.sum(2), 4 * extent], axis=1)

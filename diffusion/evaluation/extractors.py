@@ -1,5 +1,7 @@
 """Extractors by the names that a config or a command line gives them."""
 
+from pathlib import Path
+
 from diffusion.evaluation.clip_features import clip_extractor, load_encoder
 from diffusion.evaluation.features import PIXELS, Extractor, inception_extractor
 
@@ -7,22 +9,25 @@ NAMES = ("inception", "pixels", "clip")
 
 
 def make_extractor(name: str, weights: str | None = None) -> Extractor:
-    """Returns the extractor that `name` says.
+    """Returns the extractor of a name.
 
     Args:
-      name: "pixels"; "inception", with its weights from a path or the cache; "clip", a published CLIP.
-      weights: Inception's file, or CLIP's folder.
+      name: "pixels"; "inception"; or "clip", a published one.
+      weights: Inception's file (empty: in the cache, fetched once), or CLIP's folder.
 
     Raises:
-      ValueError: another name, or weights that cannot be had.
+      ValueError: an unknown name, or weights that are missing, damaged or cannot be fetched.
     """
     match name:
         case "pixels":
             return PIXELS
         case "inception":
-            return inception_extractor(weights or None)
+            return inception_extractor(Path(weights).expanduser() if weights else None)
         case "clip" if weights:
             return clip_extractor(load_encoder(weights))
         case "clip":
-            raise ValueError("features=clip needs the folder of a published CLIP (config.json, weights, tokenizer)")
-    raise ValueError(f"features are {name!r}: choose {', '.join(NAMES)}")
+            raise ValueError(
+                "features=clip needs the folder of a published CLIP (config.json, weights, tokenizer): name it by "
+                "--weights, or evaluation.weights in a config"
+            )
+    raise ValueError(f"unknown features {name!r}: choose from {', '.join(NAMES)}")

@@ -1,9 +1,8 @@
-"""What images are compared by: an `Extractor` turns uint8[N, H, W, C] into features, and may classify them too.
+"""Features that images are compared by: an `Extractor` is any function from uint8[N, H, W, C] to features [N, D].
 
-Any function of images serves: the pixels, FID's Inception, a Flax module of one's own (`network_extractor`).
+The pixels themselves, FID's Inception, or a Flax module of your own (`network_extractor`).
 """
 
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,26 +14,35 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Float64, Int
 from tqdm import tqdm
 
+from diffusion.data.batches import full_batches
 from diffusion.data.images import check_uint8_images
 from diffusion.networks.inception import Inception
 from diffusion.pretrained.inception import load_inception
+from diffusion.training import digest
+
+DIGITS = len("sha256:") + 16  # of the digest of weights, in the name of an extractor
 
 
 class Extracted(NamedTuple):
-    """Features of N images and, where the extractor is a classifier, p(y | x)."""
+    """Features of N images.
+
+    Attributes:
+      features: of each image.
+      probability: p(y | x) of each, where the extractor is a classifier.
+    """
 
     features: Float[np.ndarray, "N D"]
     probability: Float[np.ndarray, "N K"] | None = None
 
 
 class Extractor(NamedTuple):
-    """How images are seen.
+    """A way to make features of images.
 
     Attributes:
-      name: says it in a report; what has weights says their hash, for features are cached by this name.
+      name: for reports, and the key under which features are cached: it has to identify the weights, if there are any.
       extract: uint8[N, H, W, C] -> Extracted. A row depends on its image alone.
-      costly: whether features are worth keeping on disk.
-      classifies: whether it gives probabilities.
+      costly: whether features are worth caching on disk.
+      classifies: whether it returns probabilities.
     """
 
     name: str
@@ -44,7 +52,7 @@ class Extractor(NamedTuple):
 
 
 def pixel_features(image: np.ndarray) -> Float64[np.ndarray, "N D"]:
-    """The pixels themselves, H W C numbers scaled to [-1, 1]: for images so small that no network is needed to see."""
+    """Returns the pixels scaled to [-1, 1], D = H * W * C: features of images so small that they need no network."""
     check_uint8_images(image)
     return image.reshape(len(image), -1) / 127.5 - 1.0
 
@@ -60,17 +68,25 @@ def network_extractor(
     classifies: bool = False,
     devices: Sequence[Any] | None = None,
 ) -> Extractor:
-    """Returns an extractor of `apply(params, uint8[B, H, W, C])` -> features [B, D].
+    """Returns the extractor of a network. Its name ends in the digest of the weights.
 
-    One that `classifies` returns (features, logits [B, K]).
+    Args:
+      name: of the network.
+      apply: (params, uint8[B, H, W, C]) -> features [B, D]; of a classifier (features, logits [B, K]).
+      params: of the network.
+      batch_size: images per call, rounded up to a multiple of the devices. The features do not depend on it beyond
+        rounding.
+      classifies: whether `apply` returns logits.
+      devices: over which a batch is spread; None: those of this process.
 
-    Every batch is spread over `devices` (default: this process's) and has `batch_size` rows, rounded up to what they
-    divide; the last one is filled up, so one program is compiled. The features depend on neither beyond rounding.
+    Raises:
+      ValueError: by `extract`, if features are not finite.
     """
     mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), ("data",))
     rows_of = NamedSharding(mesh, PartitionSpec("data"))
     placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     batch_size = -(-batch_size // mesh.size) * mesh.size
+    name = f"{name}, weights {digest(params)[:DIGITS]}"
 
     @jax.jit
     def forward(params: Any, image: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -78,52 +94,69 @@ def network_extractor(
         features, logits = output if classifies else (output, None)
         return features, None if logits is None else jax.nn.softmax(logits)
 
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
-
     def extract(image: np.ndarray) -> Extracted:
         check_uint8_images(image)
         features, probability = [], []
-        bar = tqdm(total=len(image), desc="features", unit="image", file=sys.stderr, delay=5)
-        for first in range(0, len(image), batch_size):
-            rows = image[first : first + batch_size]
-            padding = np.repeat(rows[:1], batch_size - len(rows), axis=0)
-            found, told = forward(placed, jax.device_put(np.concatenate([rows, padding]), rows_of))
-            features.append(np.asarray(found, np.float32)[: len(rows)])
-            probability += [] if told is None else [np.asarray(told, np.float32)[: len(rows)]]
-            bar.update(len(rows))
-        bar.close()
-        return Extracted(np.concatenate(features), np.concatenate(probability) if probability else None)
+        batches = list(full_batches(len(image), batch_size))
+        for rows in tqdm(batches, desc="features", unit="batch", file=sys.stderr, delay=5):
+            found, shares = forward(placed, jax.device_put(image[rows], rows_of))
+            features.append(np.asarray(found, np.float32))
+            probability += [] if shares is None else [np.asarray(shares, np.float32)]
+        count = len(image)
+        found = np.concatenate(features)[:count]
+        check_finite_rows(found, f"features by {name}")
+        return Extracted(found, np.concatenate(probability)[:count] if probability else None)
 
-    return Extractor(f"{name}, weights sha256:{digest.hexdigest()[:16]}", extract, True, classifies)
+    return Extractor(name, extract, True, classifies)
+
+
+def check_finite_rows(rows: np.ndarray, what: str) -> None:
+    """Raises ValueError, with the number of the first bad row, unless all of `rows` [N, D] are finite."""
+    finite = np.isfinite(rows).all(axis=-1)
+    if not finite.all():
+        raise ValueError(
+            f"{np.sum(~finite)} of {len(rows)} {what} are not finite (NaN or infinity), the first is number "
+            f"{int(finite.argmin())}: use another copy of the weights"
+        )
 
 
 def inception_extractor(path: str | os.PathLike | None = None, batch_size: int = 64) -> Extractor:
-    """Returns FID's Inception: 2048 pool3 features, and the classes' probabilities from the logits without their bias.
+    """Returns FID's Inception: 2048 features of pool3, and the probabilities of its classes.
 
-    Without it, for so did the released code of the inception score. Grey images are shown in three equal channels.
+    - The probabilities are of the logits without their bias, as in the released code of the inception score.
+    - Grey images are repeated to three equal channels.
+
+    Args:
+      path: of the published file; None: in the cache, fetched once.
+      batch_size: images per call.
 
     Raises:
-      ValueError: the weights cannot be had or are not the published ones.
+      ValueError: the weights are not at `path` and cannot be fetched, or are not the published ones; by `extract`,
+        images of 4 channels.
     """
     network = Inception()
 
     def apply(params: Any, image: jax.Array) -> Any:
-        image = image.repeat(3, axis=-1) if image.shape[-1] == 1 else image
-        pool3, logits = network.apply({"params": params}, image)
+        channels = image.shape[-1]
+        if channels not in (1, 3):
+            raise ValueError(f"Inception reads grey or RGB images, not {channels} channels: composite transparent ones")
+        pool3, logits = network.apply({"params": params}, image.repeat(3, axis=-1) if channels == 1 else image)
         return pool3, logits - params["fc"]["bias"]
 
     return network_extractor("Inception 2015-12-05, pool3", apply, load_inception(path), batch_size, classifies=True)
 
 
 def fit_classifier(image: np.ndarray, label: Int[np.ndarray, "N"]) -> Callable[[np.ndarray], Int[np.ndarray, "M"]]:
-    """Trains a support vector machine on pixels and returns it as a function uint8[M, H, W, C] -> labels [M].
+    """Returns a support vector machine trained on pixels, a function uint8[M, H, W, C] -> labels [M].
 
-    For small sets: on the digits it takes 0.1 s and reads 99.2% of the held-out ones. Nothing in it is random.
+    For small sets: on the digits it trains in 0.1 s and reads 99.2% of the held-out ones. Nothing in it is random.
+
+    Args:
+      image: uint8[N, H, W, C].
+      label: of each image.
 
     Raises:
-      ValueError: if there is not one label for each image.
+      ValueError: there is not one label for each image.
     """
     from sklearn.svm import SVC  # takes a second
 
@@ -134,5 +167,5 @@ def fit_classifier(image: np.ndarray, label: Int[np.ndarray, "N"]) -> Callable[[
 
 
 def class_shares(label: Int[np.ndarray, "N"], num_classes: int) -> Float64[np.ndarray, "num_classes"]:
-    """The share of every class among the labels."""
+    """Returns the share of each class among the labels."""
     return np.bincount(label, minlength=num_classes) / len(label)

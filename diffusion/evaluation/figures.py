@@ -1,4 +1,4 @@
-"""Pictures that stand beside a report."""
+"""Figures of a report: curves of training, terms of the bound, nearest training images, sweeps."""
 
 import json
 import os
@@ -27,7 +27,12 @@ def _save(figure: Any, path: str | os.PathLike) -> None:
 
 
 def draw_curves(metrics: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Draws the loss, whole and by part of the process, and the gradient's norm of a metrics.jsonl over the steps."""
+    """Draws loss, its parts and the norm of the gradient over the steps.
+
+    Args:
+      metrics: the metrics.jsonl of a run.
+      path: of the picture.
+    """
     lines = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
     names = sorted({name for line in lines for name in line})
     losses = [name for name in names if name == "loss" or name.startswith("loss_part")]
@@ -45,9 +50,15 @@ def draw_curves(metrics: str | os.PathLike, path: str | os.PathLike) -> None:
 
 
 def draw_terms(t: np.ndarray, values: Mapping[str, np.ndarray], path: str | os.PathLike, bins: int = 40) -> None:
-    """Draws quantities of each step of the chain, all of the shape of `t`, as means over `bins` ranges of log t.
+    """Draws quantities over the steps of a chain, as means over ranges of log t.
 
-    The bound's terms in bits/dim look as in Nichol & Dhariwal (2021), figure 2.
+    Args:
+      t: steps, from 1.
+      values: by name, each of the shape of `t`: as the bound's terms in bits/dim.
+      path: of the picture.
+      bins: how many ranges.
+
+    Source: Nichol & Dhariwal 2021, figure 2.
     """
     edges = np.unique(np.geomspace(t.min(), t.max() + 1, bins + 1).astype(int))
     inside = np.digitize(t.ravel(), edges) - 1
@@ -65,24 +76,46 @@ def draw_terms(t: np.ndarray, values: Mapping[str, np.ndarray], path: str | os.P
     _save(figure, path)
 
 
-def nearest(image: np.ndarray, real: np.ndarray, count: int) -> Int[np.ndarray, "N count"]:
-    """The `count` nearest of `real` to each of `image`, both uint8 [..., H, W, C], by the distance of their pixels."""
+def nearest(image: np.ndarray, real: np.ndarray, count: int) -> Int[np.ndarray, "N K"]:
+    """Returns which of `real` are nearest to each image by the distance of their pixels, the nearest first.
+
+    Args:
+      image: uint8[N, H, W, C].
+      real: uint8[M, H, W, C].
+      count: at most M.
+    """
     queries, keys = (array.reshape(len(array), -1).astype(np.float32) for array in (image, real))
     squares = np.einsum("nd,nd->n", keys, keys)
-    distance = squares - 2 * queries @ keys.T  # whole numbers below 2^24 a product: enough digits to rank by
+    distance = squares - 2 * queries @ keys.T  # every product is a whole number below 2^24: enough digits to rank by
     return np.argsort(distance, axis=1, kind="stable")[:, :count]
 
 
 def draw_nearest(image: np.ndarray, real: np.ndarray, path: str | os.PathLike, rows: int = 10, count: int = 8) -> None:
-    """Draws `rows` samples, each with the training images nearest to it: a copy would show."""
+    """Draws samples, each with the training images nearest to it: a copy would show.
+
+    Args:
+      image: uint8[N, H, W, C].
+      real: uint8[M, H, W, C], the training images.
+      path: of the picture.
+      rows: samples that are shown.
+      count: training images that are shown of each, at most M.
+    """
     shown = image[:rows]
     found = real[nearest(shown, real, count)]
     both = np.concatenate([shown[:, None], np.full_like(shown, 128)[:, None], found], axis=1)
-    save_png(path, image_grid(both.reshape(-1, *image.shape[1:]), columns=count + 2), smallest_side=480)
+    save_png(path, image_grid(both.reshape(-1, *image.shape[1:]), columns=both.shape[1]), smallest_side=480)
 
 
 def draw_sweep(x: Sequence[float], value: Sequence[float], path: str | os.PathLike, x_label: str, y_label: str) -> None:
-    """Draws a score over what was varied."""
+    """Draws a score over what was varied.
+
+    Args:
+      x: what was varied.
+      value: the score at each x.
+      path: of the picture.
+      x_label: what x is.
+      y_label: what the score is.
+    """
     figure, (axes,) = _figure(1)
     axes.plot(x, value, marker="o")
     axes.set_xscale("log")

@@ -1,4 +1,4 @@
-"""A distance means little alone: samples against the training set, beside real images it has never seen against it."""
+"""The Fréchet distance of samples beside that of real images that training has never seen, at the same count."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,14 @@ from diffusion.evaluation.scores import ReferenceSet, fixed_subset
 
 
 class HeldOutScore(NamedTuple):
-    """Fréchet distances to the training images, of `count` samples and of `count` held-out real images."""
+    """Fréchet distances to the training images.
+
+    Attributes:
+      samples: of the samples.
+      held_out: of held-out real images.
+      ratio: samples / held_out.
+      count: images that each was taken over.
+    """
 
     samples: float
     held_out: float
@@ -22,13 +29,19 @@ class HeldOutScore(NamedTuple):
 def held_out_score(
     samples: np.ndarray, held_out: np.ndarray, train: ReferenceSet, extractor: Extractor = PIXELS
 ) -> HeldOutScore:
-    """Scores samples against held-out images at the same count, to which the larger set is cut (`fixed_subset`).
+    """Returns the Fréchet distances of samples and of held-out images, both over the count of the smaller set.
 
-    Both are uint8[N, H, W, C]. A ratio of 1 is what fresh images of the true distribution would get; the distance is
-    larger for smaller counts, so only the ratio compares between counts.
+    A ratio of 1 is that of fresh images of the true distribution. The distances are larger for smaller counts, so that
+    only the ratio compares between counts.
+
+    Args:
+      samples: uint8[N, H, W, C].
+      held_out: uint8[M, H, W, C], kept from training.
+      train: the training images; `extractor` made its features.
+      extractor: of features.
 
     Raises:
-      ValueError: if the sets do not hold images of one shape, or too few of them.
+      ValueError: the sets have other shapes or too few images, or the held-out images are the training images.
     """
     for image, what in ((samples, "samples"), (held_out, "held-out images")):
         check_uint8_images(image, what)
@@ -41,4 +54,8 @@ def held_out_score(
         return metrics.frechet_distance(own.mean, own.cov, train.statistics.mean, train.statistics.cov)
 
     ours, real = distance(samples), distance(held_out)
+    if real == 0:
+        raise ValueError(
+            "the held-out images have the distance 0 from the training images: are they the same? choose others"
+        )
     return HeldOutScore(ours, real, ours / real, count)

@@ -1,4 +1,4 @@
-"""Numbers with how each was made: no `Measurement` without its reference, counts, seeds, sampler and features."""
+"""Reports: no `Measurement` without its reference, counts, seeds, sampler and features."""
 
 import json
 import math
@@ -12,7 +12,14 @@ from diffusion.files import replacing
 
 
 class Reference(NamedTuple):
-    """The images a measurement compares with; `count` is None where only published statistics are known."""
+    """The images that a measurement compares with.
+
+    Attributes:
+      name: of the data.
+      split: of it.
+      count: of images; None where only published statistics are known.
+      fingerprint: of the images, or of the file of statistics.
+    """
 
     name: str
     split: str
@@ -21,11 +28,19 @@ class Reference(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """A number, or a few by name (parts, classes, "mean" and "standard error"), and all that it depends on.
+    """A measured value, and all that it depends on.
 
-    `sampler` says what made the images ("ddim", or "real images" with `num_steps` None and no seeds); `ema` says how
-    the weights were averaged: a decay, "power 0.1", or None for the last ones; `reference` is None where nothing is
-    compared with.
+    Attributes:
+      name: what was measured.
+      value: a number, or several by name (parts, classes, "mean" and "standard error").
+      num_samples: over which it was taken.
+      features: what was compared.
+      reference: what it was compared with; None for nothing.
+      sampler: what made the images, as "ddim", or "real images".
+      num_steps: of the sampler; None where there is none.
+      seeds: of the samples.
+      ema: average of the weights: a decay, "power 0.1", or None for no average.
+      note: what a reader has to know.
     """
 
     name: str
@@ -41,17 +56,23 @@ class Measurement(NamedTuple):
 
 
 def reference_of(source: Source) -> Reference:
-    """The whole of a source as a reference."""
+    """Returns the whole of a source as a reference."""
     return Reference(source.name, source.split, source.num_examples, source.fingerprint)
 
 
 def write_report(
     folder: str | os.PathLike, title: str, measurements: Sequence[Measurement], about: Mapping[str, str | int | float]
 ) -> None:
-    """Writes report.json and report.md into `folder`, each whole or not at all; `about` describes the run.
+    """Writes report.json and report.md, each completely or not at all.
+
+    Args:
+      folder: of both files; it is made.
+      title: of the report.
+      measurements: in their order.
+      about: facts about the run, by name.
 
     Raises:
-      ValueError: naming the measurement that is not a finite number.
+      ValueError: a measurement is not finite; it is named.
     """
     content = _content(title, measurements, about)
     for name, text in (("report.json", json.dumps(content, indent=2) + "\n"), ("report.md", _markdown(content))):
@@ -60,7 +81,7 @@ def write_report(
 
 
 def render_report(title: str, measurements: Sequence[Measurement], about: Mapping[str, str | int | float]) -> str:
-    """Returns what `write_report` writes into report.md."""
+    """Returns the report.md of `write_report`."""
     return _markdown(_content(title, measurements, about))
 
 
@@ -69,7 +90,7 @@ def _content(title: str, measurements: Sequence[Measurement], about: Mapping[str
         for part, value in _parts(measurement).items():
             if not math.isfinite(value):
                 where = measurement.name + (f", {part}" if part else "")
-                raise ValueError(f"there is no report: {where} is {value}, which is no result")
+                raise ValueError(f"no report is written, because {where} is {value}")
     return {"title": title, "about": dict(about), "measurements": [_as_json(one) for one in measurements]}
 
 
