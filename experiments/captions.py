@@ -68,6 +68,15 @@ def score(call: Call, run: Run) -> Measurement:
     return score_sets(run, [images], [call.flags.seed], list(settings.metrics[:1]), extractor, reference)[0]
 
 
+def ready(call: Call) -> None:
+    """Checks what `evaluate` needs: held-out pairs, features, metrics."""
+    settings = call.config.evaluation
+    evaluation.check_names(settings.metrics, evaluation.make_extractor(settings.features, settings.weights))
+    if settings.judge:
+        load_judge(settings.judge)
+    call.task.read(call.config, TEST)
+
+
 def evaluate(call: Call, run: Run) -> list[Measurement]:
     """Returns scores of pictures of many held-out captions against the pictures that these belong to.
 
@@ -75,7 +84,6 @@ def evaluate(call: Call, run: Run) -> list[Measurement]:
     """
     settings = run.config.evaluation
     extractor = evaluation.make_extractor(settings.features, settings.weights)
-    evaluation.check_names(settings.metrics, extractor)  # before hours of sampling
     judge = load_judge(settings.judge) if settings.judge else None
     source, real, prompts, images = draw_held_out(call, run)
     if jax.process_index() != 0:
@@ -100,7 +108,7 @@ def load_judge(folder: str) -> Encoder:
     return evaluation.load_encoder(folder) if published else clip.open_clip(Path(folder).expanduser()).encoder
 
 
-TASK = Task("captions", read, evaluate, score)
+TASK = Task("captions", read, evaluate, ready, score)
 
 if __name__ == "__main__":
     main(__file__, __doc__, TASK, config="captions")

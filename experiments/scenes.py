@@ -174,7 +174,7 @@ def prompt_replaced(call: Call, run: Run, judge: Read) -> Share:
     return Share(f"prompt replaced, noise kept, {SAID['held_out']}", agree, len(wanted), made(call, run))
 
 
-TASK = Task("scenes", read, evaluate, score, examples, vocabulary=lambda config, source: VOCABULARY)
+TASK = Task("scenes", read, evaluate, lambda call: None, score, examples, vocabulary=lambda config, source: VOCABULARY)
 
 if __name__ == "__main__":
     main(__file__, __doc__, TASK, config="scenes")

@@ -193,19 +193,21 @@ def karras(process: Process, num_steps: int, *, rho: float = 7.0) -> schedules.G
     return process.respaced(num_steps, rho)
 
 
-def leading(process: Process, num_steps: int, *, steps_offset: int = 0, skip_last: bool = False) -> schedules.Grid:
+def leading(
+    process: Process, num_steps: int, *, steps_offset: int = 0, final: str = "zero", skip_last: bool = False
+) -> schedules.Grid:
     """Returns the steps that diffusers' "leading" schedulers visit (`grids.spaced_grid`)."""
-    return grids.spaced_grid(chain_of(process, "leading"), num_steps, "leading", steps_offset, skip_last=skip_last)
+    return grids.spaced_grid(chain_of(process, "leading"), num_steps, "leading", steps_offset, final, skip_last)
 
 
-def trailing(process: Process, num_steps: int) -> schedules.Grid:
+def trailing(process: Process, num_steps: int, *, final: str = "zero") -> schedules.Grid:
     """Returns the steps that diffusers' "trailing" schedulers visit (`grids.spaced_grid`)."""
-    return grids.spaced_grid(chain_of(process, "trailing"), num_steps, "trailing")
+    return grids.spaced_grid(chain_of(process, "trailing"), num_steps, "trailing", final=final)
 
 
-def linspace(process: Process, num_steps: int, *, skip_last: bool = False) -> schedules.Grid:
+def linspace(process: Process, num_steps: int, *, final: str = "zero", skip_last: bool = False) -> schedules.Grid:
     """Returns the steps that diffusers' "linspace" schedulers visit (`grids.spaced_grid`)."""
-    return grids.spaced_grid(chain_of(process, "linspace"), num_steps, "linspace", skip_last=skip_last)
+    return grids.spaced_grid(chain_of(process, "linspace"), num_steps, "linspace", 0, final, skip_last)
 
 
 def chain_of(process: Process, spacing: str) -> schedules.Schedule:

@@ -22,7 +22,9 @@ from diffusion.networks.mmdit import MMDiT
 from diffusion.networks.unet import UNet
 from diffusion.training import Experiment, run_key
 
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 NETWORKS = {"unet": UNet, "mmdit": MMDiT}
+LARGEST_TERMINAL_SIGNAL = 1e-3  # alpha_bar_T; DDPM's own is 4e-5
 CONDITIONS = {"nothing": nothing, "classes": classes, "words": prompts.words, "clip": prompts.clip_text}
 
 
@@ -67,7 +69,11 @@ def make_network(config: Config, channels: int, condition: Condition, time_scale
     Raises:
       ValueError: an unknown name or field, or a network that cannot read the condition.
     """
-    block = {**config.network, "dtype": jnp.dtype(config.network.dtype)}
+    dtype = DTYPES.get(config.network.dtype, config.network.dtype)
+    try:
+        block = {**config.network, "dtype": jnp.dtype(dtype)}
+    except TypeError as error:
+        raise ValueError(f"network.dtype is {dtype!r}: choose from float32, bfloat16, float16") from error
     make = pick(NETWORKS, block, "network")
     outputs = channels * (1 + config.loss.learned_variance)
     if config.network.name == "unet":
@@ -78,6 +84,25 @@ def make_network(config: Config, channels: int, condition: Condition, time_scale
     if config.loss.learned_variance:
         raise ValueError("loss.learned_variance needs network.name=unet: an MM-DiT has no variance in its output")
     return make(**condition.widths, channels=channels, time_scale=time_scale)
+
+
+def warnings_of(config: Config, model: Model) -> list[str]:
+    """Returns what is likely not meant in a config, a line each."""
+    found = []
+    schedule = model.process.schedule
+    if schedule is not None and (left := float(schedule.alpha_bar[-1])) > LARGEST_TERMINAL_SIGNAL:
+        found.append(
+            f"process.num_steps={config.process.num_steps} ends at alpha_bar_T = {left:.2g}: sampling starts from pure "
+            "noise, which training never shows. Raise process.last, or choose process.beta=linear_for_steps"
+        )
+    if config.sampling.guidance != 1.0 and config.condition.get("dropout") == 0:
+        found.append(
+            f"sampling.guidance={config.sampling.guidance:g} leads away from no condition, which condition.dropout=0 "
+            "never shows in training"
+        )
+    if config.sampling.guidance == 1.0 and config.sampling.guidance_interval:
+        found.append("sampling.guidance_interval changes nothing at sampling.guidance=1")
+    return found
 
 
 def make_run_optimizer(config: Config, model: Model) -> tuple[optax.GradientTransformation, optax.Schedule]:

@@ -54,6 +54,7 @@ class Task(NamedTuple):
       name: of the experiment.
       read: (config, split) -> its images, "train" or "test"; the test images are kept from training.
       evaluate: (call, run) -> measurements, for the report; None: Fréchet distance and its kin.
+      ready: (call) -> None: raises what `evaluate` would raise after training, before it; None: that of images.
       score: (call, run) -> the one measurement that sweeps draw; None: the Fréchet distance.
       examples: (config) -> prompts that previews show and that are drawn where none is given.
       vocabulary: (config, training images) -> words that a run which starts learns.
@@ -62,6 +63,7 @@ class Task(NamedTuple):
     name: str
     read: Callable[[Config, str], Source]
     evaluate: Callable[[Call, Run], list[Measurement]] | None = None
+    ready: Callable[[Call], None] | None = None
     score: Callable[[Call, Run], Measurement] | None = None
     examples: Callable[[Config], Sequence[str]] = lambda config: ()
     vocabulary: Callable[[Config, Source], Iterable[str]] = words_of_captions

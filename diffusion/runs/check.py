@@ -5,6 +5,7 @@ import sys
 import jax
 
 from diffusion.model.config import make_settings
+from diffusion.model.experiment import warnings_of
 from diffusion.runs.call import TRAIN, Call
 from diffusion.runs.train import describe, prepare
 from diffusion.training.dry_run import dry_run
@@ -35,6 +36,7 @@ def check(call: Call) -> None:
         lines.append(f"samples      {folder / 'samples_ema.png'}")
     if jax.process_index() == 0:
         print("\n".join(lines))
-        for line in found.warnings:
+        warnings = [*found.warnings, *warnings_of(config, model)]
+        for line in warnings:
             print(f"warning: {line}", file=sys.stderr)
-        print(f"{len(found.warnings)} warning(s)" if found.warnings else "nothing to warn of")
+        print(f"{len(warnings)} warning(s)" if warnings else "nothing to warn of")

@@ -1,11 +1,12 @@
 """The command line of every experiment: flags, configs, the work folder, errors in one line."""
 
+import contextlib
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import flags
@@ -102,6 +103,8 @@ def parse(
         raise SystemExit(0)
     rest = values(argv, known_only=True)
     check_seed(values.seed)
+    if values.out and not values.out.endswith(".npz"):
+        raise RunError(f"--out={values.out}: images are written to an .npz file, with a picture of them beside it")
     begins = values.mode in BEGIN
     config, name = load(values.config or default_config, configs)
     folder = Path(values.workdir).expanduser() if values.workdir else Path("runs") / name
@@ -153,6 +156,8 @@ def override(config: Config, arguments: list[str], known: flags.FlagValues) -> C
             near = nearest(name, names).replace("you mean ", "you mean --")
             raise RunError(f"unknown flag {argument.split('=')[0]}{near} (--help lists all)")
         check_field(config, name.removeprefix("config."))
+    flat = workdir.flatten(plain(config))
+    arguments = [whole(argument, flat) for argument in arguments]
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
     try:
@@ -171,6 +176,16 @@ def place_named(argument: str) -> str:
     name, equals, _ = argument.partition("=")
     place = name.lstrip("-").removeprefix("config.").removesuffix(".name")
     return place if equals and name.lstrip("-").startswith("config.") and place in CHOICES else ""
+
+
+def whole(argument: str, fields: dict[str, Any]) -> str:
+    """Returns --config.FIELD=1e3 of a field that holds a whole number as 1000; other arguments as they are."""
+    name, _, value = argument.partition("=")
+    if type(fields.get(name.lstrip("-").removeprefix("config."))) is int:
+        with contextlib.suppress(ValueError):
+            if float(value) == int(float(value)):
+                return f"{name}={int(float(value))}"
+    return argument
 
 
 def use_compilation_cache() -> None:

@@ -199,10 +199,7 @@ def read_strengths(call: Call, default: list[float]) -> list[float]:
 
 
 def make_path(call: Call, name: str) -> Path:
-    """Returns --out, or a name in the work folder. Raises ValueError where --out is not .npz."""
+    """Returns --out, or a name in the work folder."""
     settings = call.config.sampling
     name = f"{name}_{settings.sampler.name}{settings.num_steps}_seed{call.flags.seed}.npz"
-    out = Path(call.flags.out or call.workdir / "uses" / name).expanduser()
-    if out.suffix != ".npz":
-        raise ValueError(f"--out={out}: images are written to an .npz file, with a picture of them beside it")
-    return out
+    return Path(call.flags.out or call.workdir / "uses" / name).expanduser()

@@ -43,18 +43,38 @@ def evaluate(call: Call, run: Run | None = None) -> None:
     finish_run(run.workdir, run.experiment, run.step, measurements)
 
 
+def ready(call: Call) -> None:
+    """Checks what `of_images` needs, before hours of training or sampling.
+
+    Raises:
+      ValueError: unknown metrics, features that cannot be had, too few samples or images, or no test images.
+    """
+    settings, asked = call.config.evaluation, call.flags
+    metrics = [name for name in asked.metrics or settings.metrics if name != "bits_per_dim"]
+    extractor = evaluation.make_extractor(settings.features, settings.weights)
+    evaluation.check_names(metrics, extractor)
+    test, num_samples = call.task.read(call.config, TEST), asked.num_samples or settings.num_samples
+    if min(test.num_examples, num_samples) < 2:
+        raise ValueError(f"{num_samples} samples and {test.num_examples} test images: at least 2 of each are needed")
+
+
 def of_images(call: Call, run: Run) -> list[Measurement]:
     """Returns the scores of samples against the training images, and draws those nearest to them.
 
     Beside the Fréchet distance is that of held-out real images at the same count, and of small images with classes the
     share of each, counted by a classifier of the real ones.
     """
+    ready(call)
     settings, asked = run.config.evaluation, call.flags
     names = list(asked.metrics or settings.metrics)
     metrics = [name for name in names if name != "bits_per_dim"]
     extractor = evaluation.make_extractor(settings.features, settings.weights)
-    evaluation.check_names(metrics, extractor)  # before hours of sampling
     train, test = (call.task.read(call.config, split) for split in (TRAIN, TEST))
+    if train.image_shape != run.model.space.image_shape:
+        raise ValueError(
+            f"{run.workdir} draws images of shape {run.model.space.image_shape}, and {train.name} has "
+            f"{train.image_shape}: give its own data by --config.data"
+        )
     num_samples = asked.num_samples or settings.num_samples
     seeds = [check_seed(seed) for seed in range(asked.seed, asked.seed + asked.num_seeds)]
     if asked.out and len(seeds) > 1:

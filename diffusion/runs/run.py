@@ -4,6 +4,7 @@ run = diffusion.open_run("runs/digits")
 images = run.sample(16, seed=0)
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from diffusion import training
 from diffusion.model import formats
 from diffusion.model.choices import make_sampling
 from diffusion.model.config import Config, from_plain, make_settings, plain
-from diffusion.model.experiment import abstract_batch, make_learner, make_model
+from diffusion.model.experiment import abstract_batch, make_learner, make_model, warnings_of
 from diffusion.model.fields import change
 from diffusion.model.likelihood import Likelihood, bits_per_dim
 from diffusion.model.model import Model, from_noise, guided
@@ -251,6 +252,8 @@ def load(
     if "image_shape" not in stored:
         raise RunError(f"{workdir} holds experiment {stored['experiment']}, which draws no pictures")
     model = model_of(config, stored)
+    for line in warnings_of(config, model):
+        logging.warning(line)
     settings = make_settings(config)
     learner = make_learner(config, model)
     abstract = training.abstract_train_state(learner, settings, mesh, abstract_batch(config, model))

@@ -1,5 +1,6 @@
 """--mode=train: trains, or resumes training, in the run's folder."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from diffusion.data.captions import with_text
 from diffusion.data.sources import Source
 from diffusion.model import formats, prompts
 from diffusion.model.config import Config, make_settings, plain
-from diffusion.model.experiment import make_experiment, make_model
+from diffusion.model.experiment import make_experiment, make_model, warnings_of
 from diffusion.model.model import Model
 from diffusion.runs.call import TRAIN, Call, words_of_captions
-from diffusion.runs.evaluate import evaluate
+from diffusion.runs.evaluate import evaluate, ready
 from diffusion.runs.run import Run, load, model_of
 from diffusion.training import Experiment, RunError, make_mesh
 from diffusion.training.checkpoints import open_existing, steps_in
@@ -26,6 +27,8 @@ NUM_EXAMPLES = 24  # captions of the training set that previews show where the e
 
 def run_training(call: Call) -> None:
     """Trains, then evaluates where the config says so."""
+    if call.config.evaluation.after_training:
+        (call.task.ready or ready)(call)
     source = call.task.read(call.config, TRAIN)
     vocabulary = [] if call.stored else list(call.task.vocabulary(call.config, source))
     examples = list(call.task.examples(call.config))
@@ -80,6 +83,8 @@ def train_on(
 ) -> Run:
     """Trains `config` on `source` in `workdir`; `stored` is the description of the run there, None for a new one."""
     model, description = describe(name, config, source, stored, vocabulary)
+    for line in warnings_of(config, model):
+        logging.warning(line)
     experiment = prepare(config, model, source, workdir, mesh, stored, examples)
     settings = make_settings(config)
     state = training.train(

@@ -4,14 +4,15 @@
     python -m experiments.cifar10 --mode=sample --workdir=runs/published
     python -m experiments.cifar10 --mode=export --workdir=runs/ddpm --weights=my-ddpm
 
-`--weights` is a folder as diffusers publishes it: the whole pipeline's, or its network's (config.json and
-diffusion_pytorch_model.safetensors). An import computes in float32.
+`--weights` is a folder as diffusers publishes it, the whole pipeline's or its network's, or a file of guided-diffusion
+(ADM), whose settings the config says: --config.data.image_size=64 --config.network.head_channels=64
+--config.process.beta=cosine --new_attention_order. An import computes in float32.
 """
 
 import hashlib
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ from diffusion.model.choices import PROCESSES, SAMPLERS, fields_of, make_samplin
 from diffusion.model.config import Config, make_settings, plain
 from diffusion.model.experiment import abstract_batch, make_learner, make_model
 from diffusion.model.fields import choose, complete
-from diffusion.pretrained import folder, pipeline, unet
+from diffusion.pretrained import adm, folder, pipeline, unet
+from diffusion.pretrained.scheduler import Chain
 from diffusion.runs.call import Call
 from diffusion.training import Checkpoints, Experiment, RunError, check_finite, init_state, workdir
 from diffusion.training.checkpoints import provenance
@@ -29,7 +31,10 @@ from diffusion.training.checkpoints import provenance
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flag of these modes."""
-    flags.DEFINE_string("weights", None, "import, export: a published folder", flag_values=values)
+    flags.DEFINE_string("weights", None, "import, export: a published folder; import: an ADM file", flag_values=values)
+    flags.DEFINE_bool(
+        "new_attention_order", False, "import: an ADM file trained with --use_new_attention_order", flag_values=values
+    )
 
 
 def published_folder(call: Call) -> Path:
@@ -39,20 +44,67 @@ def published_folder(call: Call) -> Path:
     return Path(call.flags.weights).expanduser()
 
 
+class Published(NamedTuple):
+    """A published model, as a run needs it.
+
+    Attributes:
+      network: a U-Net.
+      params: its parameters, the tree under "params".
+      image_shape: (height, width, channels).
+      chain: as its authors trained and sampled it; None where nothing says so.
+      files: that it was read from.
+      dropout: for training further; None where nothing says so.
+    """
+
+    network: Any
+    params: Any
+    image_shape: tuple[int, int, int]
+    chain: Chain | None
+    files: list[Path]
+    dropout: float | None
+
+
+def read_folder(published: Path) -> Published:
+    """Returns the model in a folder as diffusers publishes it: the whole pipeline's, or its network's."""
+    network, params, fields = unet.load_unet(published)
+    shape = unet.network_of(fields)[1]
+    files = folder.weights_files(unet.unet_folder(published))
+    return Published(network, params, shape, pipeline.load_chain(published), files, fields.get("dropout"))
+
+
+def read_checkpoint(call: Call, published: Path) -> Published:
+    """Returns the model in a file of guided-diffusion (ADM); the config says what leaves no trace in its weights."""
+    config = call.config
+    if config.network.name != "unet" or not config.data.image_size:
+        raise RunError(f"{published} does not hold the size of its images: add --config.data.image_size=N")
+    heads = config.network.head_channels
+    found = adm.load_adm(
+        published,
+        config.data.image_size,
+        new_attention_order=call.flags.new_attention_order,
+        num_heads=None if heads else config.network.num_heads,
+        head_channels=heads or None,
+        dropout=config.network.dropout,
+        noise_schedule=config.process.beta,
+        num_steps=config.process.num_steps,
+    )
+    return Published(*found, [published], config.network.dropout)
+
+
 def import_weights(call: Call) -> None:
     """Makes --workdir a run at step 0 whose raw and averaged weights both are the published ones."""
-    published = published_folder(call)
-    network, params, fields = unet.load_unet(published)
-    chain = pipeline.load_chain(published)
-    shape = unet.network_of(fields)[1]
+    path = published_folder(call)
+    published = read_checkpoint(call, path) if path.is_file() else read_folder(path)
+    network, shape = published.network, published.image_shape
     config = call.config.copy_and_resolve_references().unlock()
     describe_network(config, network)
-    config.network.dropout = fields.get("dropout", config.network.dropout)
-    if chain is None:
-        logging.warning("%s has no scheduler: it is taken to be %s", published, plain(config)["process"])
+    if published.dropout is not None:
+        config.network.dropout = published.dropout
+    if published.chain is None:
+        logging.warning("%s has no scheduler: it is taken to be %s", path, plain(config)["process"])
         config.loss.learned_variance = network.out_channels == 2 * shape[-1]
     else:
-        describe_chain(config, chain)
+        describe_chain(config, published.chain)
     if network.out_channels != (1 + config.loss.learned_variance) * shape[-1]:
         raise RunError(
             f"a network from {shape[-1]} to {network.out_channels} channels does not fit a scheduler whose variance is "
@@ -63,10 +115,10 @@ def import_weights(call: Call) -> None:
     config = complete(config)
     model = make_model(config, shape, network.num_classes)
     make_sampling(config, model.process)  # what cannot be sampled is refused now
-    files = folder.weights_files(unet.unet_folder(published))
     facts = {"image_shape": list(shape), "num_classes": network.num_classes, "condition": {}}
     learner, batch = make_learner(config, model), abstract_batch(config, model)
-    write_run(call.workdir, call.task.name, config, learner, batch, {"params": params}, files, facts)
+    params = {"params": published.params}
+    write_run(call.workdir, call.task.name, config, learner, batch, params, published.files, facts)
 
 
 def describe_network(config: Config, network: Any) -> None:
@@ -80,7 +132,7 @@ def describe_network(config: Config, network: Any) -> None:
     choose(config, "condition", "nothing" if network.num_classes is None else "classes")
 
 
-def describe_chain(config: Config, chain: pipeline.Chain) -> None:
+def describe_chain(config: Config, chain: Chain) -> None:
     """Changes a config into that of a published chain, sampled as its scheduler samples.
 
     Raises:
@@ -92,14 +144,16 @@ def describe_chain(config: Config, chain: pipeline.Chain) -> None:
     config.loss.prediction, config.loss.learned_variance = chain.prediction, chain.variance == "learned"
     sampler = chain.sampler or "ancestral"
     if chain.left_out or chain.sampler is None:
-        logging.warning("sampled with %s: the published sampler's %s are not ours", sampler, ", ".join(chain.left_out))
+        named = ", ".join(f"{name}={value!r}" for name, value in chain.left_out.items()) or "steps"
+        logging.warning("sampled with %s: the published sampler's %s cannot be repeated", sampler, named)
     choose(config, "sampling.sampler", sampler)
     if sampler == "ancestral":
         config.sampling.sampler.variance = chain.variance
-    elif "order" in config.sampling.sampler:
-        config.sampling.sampler.order = chain.order
+    else:
+        config.sampling.sampler.update(chain.settings)
     config.sampling.num_steps = chain.num_steps
     choose(config, "sampling.grid", chain.spacing)
+    config.sampling.grid.final = chain.final
     if chain.spacing == "leading":
         config.sampling.grid.steps_offset = chain.steps_offset
     if "skip_last" in config.sampling.grid:
@@ -173,14 +227,16 @@ def export_weights(call: Call) -> None:
         raise RunError("a DDPMPipeline clips evenly or not: add --config.sampling.threshold=clip (or none)")
     variance = config.sampling.sampler.get("variance", fields_of(SAMPLERS["ancestral"])["variance"])
     grid = config.sampling.grid
-    published_grid = {"spacing": grid.name} if grid.name in ("leading", "trailing", "linspace") else {}
-    chain = pipeline.Chain(
-        **{field: config.process[field] for field in fields_of(PROCESSES["ddpm"])},
+    published_grid: dict[str, Any] = {"spacing": grid.name} if grid.name in ("leading", "trailing", "linspace") else {}
+    of_process: dict[str, Any] = {field: config.process[field] for field in fields_of(PROCESSES["ddpm"])}
+    chain = Chain(
+        **of_process,
         prediction=config.loss.prediction,
         variance="learned" if config.loss.learned_variance else variance,
         clip=threshold.name == "clip",
         clip_range=threshold.get("high", 1.0),
         steps_offset=grid.get("steps_offset", 0),
+        final=grid.get("final", "zero"),
         **published_grid,
     )
     params = jax.device_get(run.params["params"])
