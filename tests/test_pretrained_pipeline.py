@@ -16,16 +16,19 @@ EXPECTED = {
     "ddpm": SMALL._replace(beta="cosine"),
     "scale_shift": SMALL._replace(beta="sqrt_linear", first=0.00085, last=0.012, sampler="ddim"),
     "resnet_samplers": SMALL._replace(
-        clip=False, steps_offset=1, sampler=None, left_out={"set_alpha_to_one": False, "skip_prk_steps": True}
+        clip=False, steps_offset=1, final="sigma_min", sampler=None, left_out={"skip_prk_steps": True}
     ),
     "no_multiples": SMALL._replace(
-        clip=False, spacing="linspace", sampler="dpm_solver_pp", order=3, left_out={"solver_type": "heun"}
+        clip=False,
+        spacing="linspace",
+        sampler="dpm_solver_pp",
+        settings={"order": 3, "solver_type": "heun", "as_released": True},
     ),
     "down_only": SMALL._replace(num_steps=4, beta="table", table=(0.1, 0.2, 0.3, 0.5), prediction="x_0"),
     "up_only": Chain(num_steps=500, beta="sigmoid", clip_range=2.0),
     "classes": SMALL._replace(dynamic=True, dynamic_quantile=0.9, dynamic_max=1.5),
     "half": SMALL._replace(zero_terminal_snr=True, prediction="v", spacing="trailing", sampler="ddim"),
-    "bfloat16": SMALL._replace(clip=False, prediction="v", spacing="linspace", sampler="unipc", order=1),
+    "bfloat16": SMALL._replace(clip=False, prediction="v", spacing="linspace", sampler="unipc", settings={"order": 1}),
     "shards": SMALL,
     "half_shards": SMALL._replace(clip=False),
     "learned": Chain(beta="cosine", variance="learned", spacing="linspace", steps_offset=1),
@@ -59,10 +62,15 @@ def test_schedulers_that_diffusers_wrote(tmp_path, case):
     assert load_chain(write_folder(tmp_path, case)) == EXPECTED[case]
 
 
-def test_a_scheduler_at_the_root_and_the_names_of_2022(folder):
+def test_all_at_the_root_and_the_names_of_2022(folder):
     expected = Chain(500, "cosine", 0.001, 0.03, prediction="x_0", clip=False)
+    network = load_unet(folder)[0]
     (folder / SCHEDULER).unlink()
     (folder / "scheduler").rmdir()
+    for file in list((folder / "unet").iterdir()):
+        file.rename(folder / file.name)
+    (folder / "unet").rmdir()
+    assert load_unet(folder)[0] == network
     (folder / "scheduler_config.json").write_text(json.dumps(FIRST))
     assert load_chain(folder) == expected
     change(folder / "scheduler_config.json", _class_name="DDPMScheduler")
@@ -108,7 +116,8 @@ def test_a_folder_without_a_scheduler_has_no_chain(folder):
         {"num_train_timesteps": 0},
         {"num_train_timesteps": True},
         {"clip_sample": 1},
-        {"solver_order": 4},
+        {"set_alpha_to_one": "yes"},
+        {"final_sigmas_type": "half"},
         {"use_flow_sigmas": True},
         {"timestep_values": [1, 2]},
         {"noise": list(range(5000))},
@@ -123,6 +132,12 @@ def test_chains_that_are_not_ours_are_refused_by_name(folder, fields):
     assert SCHEDULER in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
+def test_orders_that_no_solver_has(folder):
+    change(folder / SCHEDULER, _class_name="UniPCMultistepScheduler", solver_order=4)
+    with pytest.raises(ValueError, match="solver_order is 4: not 1, 2 or 3"):
+        load_chain(folder)
+
+
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "KarrasVeScheduler", "LCMScheduler", None])
 def test_schedulers_of_other_processes_are_refused_by_name(folder, name):
     change(folder / SCHEDULER, _class_name=name)
@@ -135,15 +150,21 @@ def test_settings_of_other_samplers_that_a_file_carries_along_change_nothing(fol
     before = load_chain(folder)
     assert before is not None
     change(folder / SCHEDULER, skip_prk_steps=True, set_alpha_to_one=False, algorithm_type="deis", solver_order=3)
-    assert load_chain(folder) == before._replace(order=3)
+    assert load_chain(folder) == before
     change(folder / SCHEDULER, _class_name="PNDMScheduler")
     chain = load_chain(folder)
     # This one never clips.
     assert chain is not None
-    assert (chain.sampler, chain.clip) == (None, False) and set(chain.left_out) == {
-        "set_alpha_to_one",
-        "skip_prk_steps",
-    }
+    assert (chain.sampler, chain.clip, chain.final) == (None, False, "sigma_min")
+    assert chain.left_out == {"skip_prk_steps": True}
+    # This one has an algorithm that ours is not, and ends where it is told to.
+    fields = {"solver_type": "logrho", "final_sigmas_type": "sigma_min", "clip_sample": False}
+    change(folder / SCHEDULER, _class_name="DPMSolverMultistepScheduler", **fields)
+    chain = load_chain(folder)
+    assert chain is not None
+    assert (chain.sampler, chain.final) == ("dpm_solver_pp", "sigma_min")
+    assert chain.settings == {"order": 3, "solver_type": "midpoint", "as_released": True}
+    assert chain.left_out == {"algorithm_type": "deis", "solver_type": "logrho"}
 
 
 def test_chains_there_and_back(tmp_path, folder):

@@ -16,7 +16,7 @@ import numpy as np
 from diffusion.networks.unet import UNet
 from diffusion.pretrained.folder import read_file
 from diffusion.pretrained.identify import identify_names
-from diffusion.pretrained.pipeline import Chain
+from diffusion.pretrained.scheduler import Chain
 from diffusion.pretrained.strict import check_keys
 from diffusion.pretrained.unet import shapes
 
