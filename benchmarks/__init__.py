@@ -1,1 +1,1 @@
-"""Measurements: one script a question, results as JSON with the device."""
+"""Measurements: a script per question, results as JSON with the machine they were made on."""

@@ -2,7 +2,7 @@
 
     python -m benchmarks.clip --batch 8 --peer_python /path/to/python/with/torch/and/transformers --json OUT.json
 
-An image is a pair, one picture of 224 pixels and one text of 77 tokens. A training step is the contrastive loss, its
+"An image" is a pair: one picture of 224 pixels and one text of 77 tokens. A training step is the contrastive loss, its
 gradient, AdamW and an average of the weights. Both take turns, medians are reported, and ratios round by round. Without
 a peer only ours is timed. `--tiny` is a check of the script, not a measurement.
 """
@@ -56,7 +56,7 @@ def make_ours(clip: CLIP, batch_size: int) -> turns.Ours:
 
 
 def forward_flop(clip: CLIP) -> float:
-    """Returns the operations of one pair's forward pass: two for each product of a matrix multiplication."""
+    """Returns the operations of one pair's forward pass: two per product of a matrix multiplication."""
     image, text = clip.image, clip.text
     patches = (image.image_size // image.patch_size) ** 2
     products = patches * 3 * image.patch_size**2 * image.width

@@ -2,87 +2,123 @@
 
     ./launch.sh digits && .venv/bin/python -m benchmarks.samplers --workdir=runs/digits
 
-Writes benchmarks/results/samplers.json, and the table in the README, printed too. Distances are in pixel space, of the
-same number of samples against the training images; held-out real images at that count stand beside them.
+Writes benchmarks/results/samplers.json and prints the table of docs/results.md. Distances are in pixel space, of the
+same number of samples against the training images, beside that of held-out real images.
 """
 
-import argparse
-import json
-import platform
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from absl import flags
 
-from diffusion.data.sources import digits
+import diffusion
+from benchmarks.common import make_parser, write_results
+from diffusion.data.sources import Source, digits
 from diffusion.evaluation import PIXELS, compare, reference_set
-from diffusion.files import replacing
-from experiments import command_line, image_modes
-from experiments import digits as experiment
+from diffusion.runs.run import Run
 
 EVALUATIONS = (5, 10, 20, 50, 1000)
-# name: (config.sampling, evaluations of N steps)
+
+
+def sampling(sampler: str, grid: str = "uniform", **fields: Any) -> dict[str, Any]:
+    """Returns the changes of a run's config that choose a sampler with its fields, and a grid."""
+    own = {f"sampling.sampler.{field}": value for field, value in fields.items()}
+    return {"sampling.sampler.name": sampler, "sampling.grid.name": grid, **own}
+
+
 SAMPLERS: dict[str, dict[str, Any]] = {
-    "ancestral, large variance": dict(sampler="ancestral", variance="large", grid="uniform"),
-    "ancestral, small variance": dict(sampler="ancestral", variance="small", grid="uniform"),
-    "DDIM": dict(sampler="ddim", grid="uniform"),
-    "DDIM, quadratic grid": dict(sampler="ddim", grid="quadratic"),
-    "DDIM, Karras grid": dict(sampler="ddim", grid="karras"),
-    "Heun, Karras grid": dict(sampler="heun", grid="karras"),
-    "DPM-Solver++(2M)": dict(sampler="dpm_solver_pp", order=2, grid="uniform"),
-    "DPM-Solver++(2M), Karras grid": dict(sampler="dpm_solver_pp", order=2, grid="karras"),
-    "DPM-Solver++(3M), Karras grid": dict(sampler="dpm_solver_pp", order=3, grid="karras"),
-    "UniPC-2, Karras grid": dict(sampler="unipc", order=2, grid="karras"),
-    "UniPC-3, Karras grid": dict(sampler="unipc", order=3, grid="karras"),
+    "ancestral, large variance": sampling("ancestral", variance="large"),
+    "ancestral, small variance": sampling("ancestral", variance="small"),
+    "DDIM": sampling("ddim"),
+    "DDIM, quadratic grid": sampling("ddim", "quadratic"),
+    "DDIM, Karras grid": sampling("ddim", "karras"),
+    "Heun, Karras grid": sampling("heun", "karras"),
+    "DPM-Solver++(2M)": sampling("dpm_solver_pp", order=2),
+    "DPM-Solver++(2M), Karras grid": sampling("dpm_solver_pp", "karras", order=2),
+    "DPM-Solver++(3M), Karras grid": sampling("dpm_solver_pp", "karras", order=3),
+    "UniPC-2, Karras grid": sampling("unipc", "karras", order=2),
+    "UniPC-3, Karras grid": sampling("unipc", "karras", order=3),
 }
 # Beyond 50 evaluations a solver of the ODE has little to gain; two are shown there.
 LONG = ("ancestral, large variance", "DDIM")
 
 
 def num_steps_of(sampler: str, evaluations: int) -> int:
-    """Returns the steps that take so many evaluations, or one fewer: N of N, or for Heun 2N - 1."""
+    """Returns the number of steps with that many evaluations, or one fewer: N take N, of Heun 2N - 1."""
     return (evaluations + 1) // 2 if sampler == "heun" else evaluations
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", default="runs/digits", help="a trained run of the digits experiment")
-    parser.add_argument("--num_samples", type=int, default=500)
-    parser.add_argument("--json", default="benchmarks/results/samplers.json")
-    arguments = parser.parse_args()
-
-    modes = dict.fromkeys(["train", "sample"], lambda run: None)
-    argv = ["digits", f"--workdir={arguments.workdir}", "--mode=sample"]
-    run, _ = command_line.parse(argv, Path(experiment.__file__), __doc__, "digits_ddpm.py", modes, flags.FlagValues())
-    train, test = digits("train"), digits("test")
-    trained = image_modes.load(run, train)
+def distance_to(train: Source) -> Callable[[np.ndarray], float]:
+    """Returns image -> Fréchet distance to the training images, in pixels."""
     reference = reference_set(train, PIXELS)
-    held_out = test.read(np.arange(test.num_examples))["image"]
-    distance = lambda image: compare(image, PIXELS, reference, ["fid"])["fid"].value  # noqa: E731
 
+    def distance(image: np.ndarray) -> float:
+        value = compare(image, PIXELS, reference, ["fid"])["fid"].value
+        assert isinstance(value, float)
+        return value
+
+    return distance
+
+
+def measure(
+    run: Run,
+    distance: Callable[[np.ndarray], float],
+    num_samples: int,
+    samplers: Mapping[str, dict[str, Any]] = SAMPLERS,
+    evaluations: Sequence[int] = EVALUATIONS,
+) -> list[dict[str, Any]]:
+    """Returns the distance and the seconds of each sampler at each number of evaluations; the last is for `LONG`.
+
+    Args:
+      run: the trained model.
+      distance: of samples uint8[N, H, W, C] from the training images.
+      num_samples: N.
+      samplers: changes of the run's config by name.
+      evaluations: of the network.
+    """
     rows = []
-    for name, settings in SAMPLERS.items():
-        for evaluations in EVALUATIONS if name in LONG else EVALUATIONS[:-1]:
-            config = run.config.copy_and_resolve_references()
-            config.sampling.update(settings)
-            config.sampling.num_steps = num_steps_of(settings["sampler"], evaluations)
-            this_run = run._replace(config=config)
-            image_modes.generate(this_run, train, trained, config.sampling.batch_size, seed=1)  # compiles
+    for name, changes in samplers.items():
+        for count in evaluations if name in LONG else evaluations[:-1]:
+            num_steps = num_steps_of(changes["sampling.sampler.name"], count)
+            changed = run.change({**changes, "sampling.num_steps": num_steps})
+            batch_size = changed.config.sampling.batch_size
+            changed.sample(min(num_samples, batch_size), seed=1)  # compiles
             begun = time.perf_counter()
-            samples = image_modes.generate(this_run, train, trained, arguments.num_samples, seed=0)
+            samples = changed.sample(num_samples, seed=0)
             seconds = time.perf_counter() - begun
             found = distance(samples)
-            rows.append({"sampler": name, "evaluations": evaluations, "frechet_distance": found, "seconds": seconds})
-            print(f"{name:32} {evaluations:5} {found:8.4f} {seconds:7.1f} s", flush=True)
+            rows.append({"sampler": name, "evaluations": count, "frechet_distance": found, "seconds": seconds})
+            print(f"{name:32} {count:5} {found:8.4f} {seconds:7.1f} s", flush=True)
+    return rows
 
-    result = {
-        "device": jax.devices()[0].device_kind,
-        "cpu_count": len(jax.devices()) if jax.default_backend() != "cpu" else platform.machine(),
-        "jax": jax.__version__,
-        "steps_trained": trained.step,
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the rows as Markdown: a line per sampler, evaluations across."""
+    counts = sorted({row["evaluations"] for row in rows})
+    lines = ["| sampler | " + " | ".join(map(str, counts)) + " |", "|---" * (len(counts) + 1) + "|"]
+    for name in dict.fromkeys(row["sampler"] for row in rows):
+        of = {row["evaluations"]: f"{row['frechet_distance']:.3f}" for row in rows if row["sampler"] == name}
+        lines.append(f"| {name} | " + " | ".join(of.get(count, "") for count in counts) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--workdir", default="runs/digits", help="a trained run of the digits experiment")
+    parser.add_argument("--num_samples", type=int, default=500)
+    parser.add_argument("--evaluations", type=int, nargs="+", default=EVALUATIONS, help="the last for two samplers")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/samplers.json"))
+    arguments = parser.parse_args()
+
+    run = diffusion.open_run(arguments.workdir)
+    train, test = digits("train"), digits("test")
+    distance = distance_to(train)
+    held_out = test.read(np.arange(test.num_examples))["image"]
+    rows = measure(run, distance, arguments.num_samples, evaluations=arguments.evaluations)
+    results = {
+        "steps_trained": run.step,
         "num_samples": arguments.num_samples,
         "seeds": [0],
         "features": "pixels in [-1, 1], 64 values",
@@ -90,18 +126,8 @@ def main() -> None:
         "held_out": {"frechet_distance": distance(held_out), "count": len(held_out)},
         "rows": rows,
     }
-    with replacing(arguments.json) as temporary:
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
+    write_results(arguments.out, results)
     print(table(rows))
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Returns the rows as Markdown: a sampler a line, evaluations across."""
-    lines = ["| sampler | " + " | ".join(map(str, EVALUATIONS)) + " |", "|---" * (len(EVALUATIONS) + 1) + "|"]
-    for name in SAMPLERS:
-        of = {row["evaluations"]: f"{row['frechet_distance']:.3f}" for row in rows if row["sampler"] == name}
-        lines.append(f"| {name} | " + " | ".join(of.get(count, "") for count in EVALUATIONS) + " |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,39 +1,28 @@
 """Text to image on the scenes over the time of training: what runs have learned at each checkpoint they kept.
 
     ./launch.sh scenes
-    ./launch.sh scenes --config=experiments/configs/scenes_unet.py
+    ./launch.sh scenes --config=scenes:unet
     python -m benchmarks.scenes runs/scenes runs/scenes_unet
 
 Prompts in combinations that training never shows are drawn and read back. Minutes are those spent in steps. Writes
 benchmarks/results/scenes.json, with the report of each run, and scenes_curve.png beside it.
 """
 
-import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import jax
 import matplotlib.figure
 import numpy as np
-from absl import flags
 
-from diffusion.data.scenes import scene
+import diffusion
+from benchmarks.common import make_parser, write_results
 from diffusion.evaluation import composition
 from diffusion.files import replacing
+from diffusion.model.config import plain
+from diffusion.runs.run import Run
 from diffusion.training.checkpoints import steps_in
-from experiments import command_line, scenes, text_modes
-from experiments.command_line import Run, plain
-
-
-def open_run(folder: Path, step: int) -> Run:
-    """Returns the run of a work folder as after `step` steps."""
-    values = flags.FlagValues()
-    text_modes.define_flags(values)
-    arguments = ["scenes", f"--workdir={folder}", "--mode=evaluate", f"--checkpoint={step}"]
-    modes: Any = {"evaluate": None, "train": None}
-    return command_line.parse(arguments, Path(scenes.__file__), "", "scenes_mmdit.py", modes, values)[0]
+from experiments import scenes
 
 
 def losses(folder: Path, batch_size: int) -> list[dict[str, float]]:
@@ -47,30 +36,28 @@ def losses(folder: Path, batch_size: int) -> list[dict[str, float]]:
     ]
 
 
-def satisfied(run: Run, count: int, read: composition.Reader) -> dict[str, float]:
+def satisfied(run: Run, count: int, judge: scenes.Read) -> dict[str, float]:
     """Returns the shares of `count` never-seen prompts that a run's pictures wholly satisfy, by kind."""
-    parts, canvas = scenes.make_parts(run), run.config.data.canvas
-    trained = text_modes.load(run, parts, scenes.a_batch(run))
-    wanted = [scene(scenes.SEED, "held_out", i, canvas) for i in range(count)]
-    images = text_modes.generate(run, parts, trained, [one.caption for one in wanted], np.arange(count))
-    shares = composition.by_kind(wanted, composition.wholly(wanted, images, read))
+    wanted = scenes.prompts_of(run, "held_out", count)
+    images = run.sample(prompts=[one.caption for one in wanted], seed=0)
+    shares = composition.by_kind(wanted, judge(wanted, images))
     return {name: round(share, 3) for name, share in shares.items()}
 
 
 def measure(folder: Path, count: int) -> dict[str, Any]:
     """Returns a run's network, its report, and loss and satisfied prompts by minutes of training."""
-    runs = {step: open_run(folder, step) for step in sorted(steps_in(folder / "checkpoints"))}
-    config = next(iter(runs.values())).config
-    curve = losses(folder, config.data.batch_size)
+    runs = {step: diffusion.open_run(folder, step=step) for step in sorted(steps_in(folder / "checkpoints"))}
+    first = next(iter(runs.values()))
+    curve = losses(folder, first.config.data.batch_size)
     minutes = {int(line["step"]): line["minutes"] for line in curve}
-    read = composition.fit_reader(config.data.canvas)
+    judge = scenes.make_judge(first)
     points = []
     for step, run in runs.items():
-        points.append({"step": step, "minutes": minutes[step], **satisfied(run, count, read)})
+        points.append({"step": step, "minutes": minutes[step], **satisfied(run, count, judge)})
         print(folder, json.dumps(points[-1]), flush=True)
     report = json.loads((folder / "report.json").read_text())
     return {
-        "network": plain(config)["network"],
+        "network": plain(first.config)["network"],
         "report": [
             {key: one[key] for key in ("name", "value", "num_samples", "note")} for one in report["measurements"]
         ],
@@ -102,20 +89,14 @@ def draw(results: dict[str, Any], count: int, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="work folders")
     parser.add_argument("--prompts", type=int, default=120)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scenes.json"))
     arguments = parser.parse_args()
     results = {folder.name: measure(folder, arguments.prompts) for folder in arguments.runs}
     draw(results, arguments.prompts, arguments.out.with_name(f"{arguments.out.stem}_curve.png"))
-    content = {
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
-        "prompts": arguments.prompts,
-        **results,
-    }
-    with replacing(arguments.out) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    write_results(arguments.out, {"prompts": arguments.prompts, **results})
 
 
 if __name__ == "__main__":

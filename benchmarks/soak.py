@@ -1,15 +1,15 @@
-"""Random kills of a digits run and random damage to its checkpoints: how many are survived with the same bits.
+"""Random kills of a digits run and random damage to its checkpoints: how many it survives with the same bits.
 
     python -m benchmarks.soak --kills 200 --damages 500
 
-A run is killed with SIGKILL at random instants, in the middle of saves too, and started again until it comes to its
-end. It has survived its kills when the last checkpoint, the logged numbers, the previews and the stored averages are
-those, bit for bit, of a run that nothing stopped. A damaged checkpoint is survived when it is told from a sound one,
-kept aside, and the one before it is restored bit for bit. Goes on where an earlier call ended.
+A run is killed with SIGKILL at random instants, in the middle of saves too, and started again until it ends by itself.
+It has survived its kills when the last checkpoint, the logged numbers, the previews and the stored averages are those,
+bit for bit, of a run that nothing stopped. A damaged checkpoint is survived when it is detected and kept aside, and the
+one before it is restored bit for bit. Resumes where an earlier call ended.
 """
 
-import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -24,36 +24,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Before JAX: dropout, noise and batches are spread over two devices, as on a real machine.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-os.environ["JAX_PLATFORMS"] = "cpu"
-
 import jax
-import numpy as np
-from absl import flags
 
+import diffusion
+from benchmarks.common import SMALL, make_parser, write_results
 from diffusion import training
+from diffusion.data.sources import digits
 from diffusion.files import replacing
+from diffusion.model.config import make_settings
+from diffusion.model.experiment import abstract_batch, make_learner, make_model
+from diffusion.runs.command_line import use_compilation_cache
+from diffusion.runs.train import train_run
 from diffusion.training import checkpoints as checkpoint_files
-from experiments import command_line, digits, image_diffusion, image_modes
 
-FLAGS = """
---config.network.channels=8 --config.network.num_blocks=1 --config.network.multipliers=(1,)
---config.network.attention_resolutions=() --config.network.num_groups=4 --config.data.batch_size=16
---config.training.num_previews=8 --config.sampling.num_steps=3 --config.sampling.batch_size=8
---config.training.num_steps=40 --config.training.checkpoint_every=4 --config.training.log_every=5
---config.training.preview_every=20 --config.training.snapshot_every=20 --config.evaluation.after_training=False
-""".split()  # noqa: SIM905 (as one would type them)
+PROGRESS = "progress.jsonl"
 
 
 def train(workdir: Path) -> None:
-    """Runs the experiment's own command; never returns."""
-    sys.argv = ["digits", f"--workdir={workdir}", *FLAGS]
-    image_modes.main(digits.__file__, "", default_config="digits_ddpm.py", make_source=digits.make_source)
+    """Trains the small run, or resumes it."""
+    use_compilation_cache()
+    train_run(diffusion.load_config("digits", SMALL), digits("train"), workdir, name="digits")
 
 
 def in_child(work: Callable[[], Any], log: Path, kill_after: float | None = None) -> int:
-    """Forks, before JAX has started anything; returns how the child ended, as `os.waitstatus_to_exitcode` says."""
+    """Forks, before JAX has started anything, and returns the child's exit code, or minus the signal that ended it."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -82,51 +76,41 @@ def in_child(work: Callable[[], Any], log: Path, kill_after: float | None = None
         time.sleep(0.001)
 
 
+def file_digest(path: Path) -> str:
+    """Returns the sha256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def digest(workdir: Path) -> dict[str, str]:
     """Returns a hash of everything that two equal runs have in common."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("images_per_second")
-    found = {"metrics": hashlib.sha256(json.dumps(lines).encode()).hexdigest()}
-    found["state"] = restored(workdir)[1]
+    found = {"metrics": hashlib.sha256(json.dumps(lines).encode()).hexdigest(), "state": restored(workdir)[1]}
     for pattern in ("previews/*.png", "averages/*.safetensors"):
         for path in sorted(workdir.glob(pattern)):
-            found[str(path.relative_to(workdir))] = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[str(path.relative_to(workdir))] = file_digest(path)
     return found
 
 
 def restored(workdir: Path, read_only: bool = True) -> tuple[int | None, str]:
-    """Returns the step of the newest sound checkpoint and a hash of its every array."""
+    """Returns the step of the newest intact checkpoint and a hash of its every array."""
     with checkpoint_files.Checkpoints(workdir / "checkpoints", read_only=read_only) as checkpoints:
-        state = checkpoints.restore(ABSTRACT)
-        step = checkpoints.newest
-    sums = hashlib.sha256()
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
-        sums.update(jax.tree_util.keystr(keys).encode())
-        sums.update(np.ascontiguousarray(leaf).tobytes())
-    return step, sums.hexdigest()
+        state = checkpoints.restore(abstract_state())
+        return checkpoints.newest, training.digest(state)
 
 
-ABSTRACT: Any = None
-PROGRESS = "progress.jsonl"
-
-
-def set_abstract(workdir: Path) -> None:
-    """Finds what a state looks like, once for all restores in this process."""
-    global ABSTRACT
-    values = flags.FlagValues()
-    argv = ["digits", f"--workdir={workdir}", *FLAGS]
-    modes: Any = {"train": None}
-    run, _ = command_line.parse(argv, Path(digits.__file__), "", "digits_ddpm.py", modes, values)
-    source = digits.make_source(run.config, "train")
-    shape = (run.config.data.batch_size, *source.image_shape)
-    batch = {"image": jax.ShapeDtypeStruct(shape, np.uint8), "label": jax.ShapeDtypeStruct(shape[:1], np.int32)}
-    experiment = image_diffusion.make_experiment(run.config, source, run.mesh)
-    ABSTRACT = training.abstract_train_state(experiment, image_diffusion.make_settings(run.config), run.mesh, batch)
+@functools.cache
+def abstract_state() -> training.TrainState:
+    """Returns the shapes of the small run's state."""
+    config, source = diffusion.load_config("digits", SMALL), digits("train")
+    model = make_model(config, source.image_shape, source.num_classes)
+    learner, batch = make_learner(config, model), abstract_batch(config, model)
+    return training.abstract_train_state(learner, make_settings(config), training.make_mesh(), batch)
 
 
 def write_digest(workdir: Path, out: Path) -> None:
-    set_abstract(workdir)
+    """Writes the digest of a finished run as JSON."""
     out.write_text(json.dumps(digest(workdir)))
 
 
@@ -139,13 +123,13 @@ def digest_in_child(workdir: Path, folder: Path) -> dict[str, str]:
 
 
 def kill_one_run(number: int, folder: Path, seconds: float, expected: dict[str, str]) -> dict[str, Any]:
-    """Kills run `number` again and again at instants drawn from its number, until it ends by itself."""
+    """Kills run `number` repeatedly, at instants drawn from its number, until it ends by itself."""
     draw = random.Random(number)
     workdir = folder / f"killed_{number}"
     shutil.rmtree(workdir, ignore_errors=True)
     kills = in_save = 0
     while True:
-        # Beyond its length now and then, so that runs end; not more than a few kills without a checkpoint between.
+        # Sometimes beyond the run's length, so that runs end.
         after = draw.uniform(0, 1.3 * seconds)
         code = in_child(lambda: train(workdir), folder / "log", after)
         if code == 0:
@@ -177,13 +161,13 @@ def kill_runs(worker: int, workers: int, kills: int, folder: Path, reference: di
 
 
 def read_progress(folder: Path) -> list[dict[str, Any]]:
-    """Returns what became of the runs so far, of earlier calls too."""
+    """Returns the results of the runs so far, of earlier calls too."""
     path = folder / PROGRESS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def damage(path: Path, draw: random.Random) -> str:
-    """Damages a file in one of the ways that disks and people do; returns which."""
+    """Damages a file in one of the ways that disks and people do, and returns which."""
     data = bytearray(path.read_bytes())
     kind = draw.choice(["bit flip", "truncation", "deletion", "garbage", "zeros"])
     first = draw.randrange(len(data)) if data else 0
@@ -206,7 +190,6 @@ def damage(path: Path, draw: random.Random) -> str:
 
 def damage_checkpoints(count: int, source: Path, folder: Path) -> dict[str, Any]:
     """Damages the newest checkpoint of `source` in `count` ways, a fresh copy each time."""
-    set_abstract(source)
     copy, survived, kinds = folder / "damaged", 0, {}
     steps = sorted(checkpoint_files.steps_in(source / "checkpoints"))[-2:]
     shutil.rmtree(copy, ignore_errors=True)
@@ -220,7 +203,7 @@ def damage_checkpoints(count: int, source: Path, folder: Path) -> dict[str, Any]
         as_it_was = victim.read_bytes()
         kind = damage(victim, draw)
         if victim.exists() and victim.read_bytes() == as_it_was:
-            victim.unlink()  # garbage that hit upon what was there
+            victim.unlink()  # the garbage was what was there
             kind = "deletion"
         aside = newest.with_name(f"{newest.name}.bad")
         with contextlib.redirect_stderr(io.StringIO()):  # every damage is named there
@@ -230,13 +213,13 @@ def damage_checkpoints(count: int, source: Path, folder: Path) -> dict[str, Any]
         kinds[kind] = (tried + 1, good + sound)
         survived += sound
         if not sound:
-            print(f"damage {number} ({kind} of {victim.name}) went unseen", file=sys.stderr)
+            print(f"damage {number} ({kind} of {victim.name}) was not detected", file=sys.stderr)
         shutil.rmtree(aside if aside.exists() else newest)
     return {"tried": count, "survived": survived, "tried and survived by kind": kinds}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--damages", type=int, default=500)
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
@@ -245,6 +228,9 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
+    # Before JAX starts: dropout, noise and batches are spread over two devices, as on a real machine.
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    jax.config.update("jax_platforms", "cpu")
 
     whole = folder / "whole"
     if not (folder / "expected.json").exists():
@@ -265,19 +251,17 @@ def main() -> None:
             os._exit(0)
         pids.append(pid)
     if any([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]):
-        raise SystemExit("a worker failed; the same command goes on")
+        raise SystemExit("a worker failed: the same command resumes")
     done = read_progress(folder)
     tried = sum(run["kills"] for run in done)
     survived = sum(run["kills"] for run in done if run["same"])
     kills = {"tried": tried, "survived": survived, "in the middle of a save": sum(run["in_save"] for run in done)}
     kills["runs"] = len(done)
 
-    results = {"kills": kills, "killed after": f"0 to {1.3 * reference['seconds']:.1f} s, evenly"}
+    results: dict[str, Any] = {"kills": kills, "killed after": f"0 to {1.3 * reference['seconds']:.1f} s, evenly"}
     # JAX starts in this process only now: before, it forks.
     results["damages"] = damage_checkpoints(arguments.damages, whole, folder) if arguments.damages else None
-    results["device"] = f"{jax.devices()[0].device_kind}, {len(jax.devices())} simulated, {os.cpu_count()} cores"
-    with replacing(arguments.out) as temporary:
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
+    write_results(arguments.out, results)
     print(f"kills survived: {survived} of {tried}")
     if results["damages"]:
         print(f"damages survived: {results['damages']['survived']} of {results['damages']['tried']}")

@@ -2,17 +2,17 @@
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from diffusion.files import replacing
+from benchmarks import common
 from diffusion.training import Experiment, init_state, make_mesh, make_train_step, place_batch
 
 # timer(what, count) -> the seconds of `count` single runs of "train" or "forward".
@@ -20,9 +20,14 @@ Timer = Callable[[str, int], list[float]]
 
 
 class Ours:
-    """This project's own train step (with averaging) of an experiment, and `forward`, compiled ahead of time.
+    """A timer of this project's own train step (with averaging) of an experiment, and of `forward`.
 
-    `forward` is a function of (params, batch); `batch` holds arrays of the host.
+    Both are compiled ahead of time.
+
+    Args:
+      experiment: that is trained.
+      forward: (params, batch) -> output.
+      batch: arrays of the host.
     """
 
     def __init__(self, experiment: Experiment, forward: Callable[[Any, Any], Any], batch: dict[str, Any]):
@@ -54,7 +59,7 @@ class Ours:
 
 
 class Peer:
-    """A script beside this file that calls `turns_peer.serve`, in a process of its own."""
+    """A process of its own for a script beside this file that calls `turns_peer.serve`."""
 
     def __init__(self, python: str, script: str, arguments: list[str]):
         self.process = subprocess.Popen(
@@ -83,25 +88,25 @@ class Peer:
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
     """Returns the flags of every such benchmark."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.make_parser(doc)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--count", type=int, default=2, help="runs a round; the round's median counts")
-    parser.add_argument("--peer_python", help="an interpreter with what the peer needs")
+    parser.add_argument("--count", type=int, default=2, help="runs per round; the round's median counts")
+    parser.add_argument("--peer_python", help="an interpreter with the packages that the peer needs")
     parser.add_argument("--peer_modes", default="eager,compiled")
     parser.add_argument("--json", help="where to write the result")
     return parser
 
 
 def compare(arguments: argparse.Namespace, ours: Ours, script: str, extra: list[str], flop: float) -> None:
-    """Prints, and writes to --json, what `measure` finds of ours and of the peer in `script`, if there is one.
+    """Prints, and writes to --json, what `measure` finds of ours, and of the peer where --peer_python names one.
 
     Args:
       arguments: of `make_parser`.
       ours: what is timed.
       script: the peer's file.
-      extra: what it is given beside --batch and --dtype.
+      extra: its arguments beside --batch and --dtype.
       flop: of one forward pass of one example.
     """
     timers: dict[str, Timer] = {"ours": ours}
@@ -110,46 +115,42 @@ def compare(arguments: argparse.Namespace, ours: Ours, script: str, extra: list[
         given = ["--batch", str(arguments.batch), "--dtype", arguments.dtype, *extra]
         peer = Peer(arguments.peer_python, script, given)
         timers |= {f"torch {mode}": peer.mode(mode) for mode in arguments.peer_modes.split(",")}
-    result = {
-        "device": jax.devices()[0].device_kind,
-        "cpu_count": os.cpu_count(),
+    results = {
         "batch_size": arguments.batch,
         "dtype": arguments.dtype,
-        "versions": {"jax": jax.__version__, **(peer.versions if peer else {})},
+        "versions": peer.versions if peer else {},
         "compile_seconds": ours.compile_seconds,
         **measure(timers, arguments.rounds, arguments.count, arguments.batch, flop),
     }
     if peer is not None:
         peer.process.kill()
-    text = json.dumps(result, indent=2) + "\n"
-    print(text, end="")
-    if arguments.json:
-        with replacing(arguments.json) as temporary:
-            temporary.write_text(text)
+    print(common.write_results(arguments.json, results), end="")
 
 
-def measure(timers: dict[str, Timer], rounds: int, count: int, batch_size: int, flop: float) -> dict:
-    """Returns, for "train" and "forward", everyone's images per second and the ratio of ours to each, in medians."""
-    result = {}
+def measure(timers: dict[str, Timer], rounds: int, count: int, batch_size: int, flop: float) -> dict[str, Any]:
+    """Returns, for "train" and "forward", the images per second of each timer and ours over each, in medians."""
+    results = {}
     for what in ("train", "forward"):
         for timer in timers.values():
             timer(what, 2)  # warm-up, and the peer's compilation
-        seconds = {name: [] for name in timers}
-        for _ in range(rounds):
-            for name, timer in timers.items():
-                seconds[name].append(statistics.median(timer(what, count)))
+        seconds = common.take_turns(
+            {name: partial(median_of, timer, what, count) for name, timer in timers.items()}, rounds
+        )
         rates = {name: batch_size / statistics.median(values) for name, values in seconds.items()}
-        ratios = {
-            name: statistics.median([peer / ours for peer, ours in zip(values, seconds["ours"], strict=True)])
-            for name, values in seconds.items()
-            if name != "ours"
+        ours_over = {
+            name: common.median_ratio(values, seconds["ours"]) for name, values in seconds.items() if name != "ours"
         }
         # Training costs three forward passes: the gradients by inputs and by weights.
         each = 3 * flop if what == "train" else flop
-        result[what] = {
+        results[what] = {
             "images_per_second": {name: round(rate, 2) for name, rate in rates.items()},
-            "ours_over": {name: round(ratio, 3) for name, ratio in ratios.items()},
+            "ours_over": {name: round(ratio, 3) for name, ratio in ours_over.items()},
             "gflop_per_second": round(rates["ours"] * each / 1e9, 1),
             "rounds": {name: [round(value, 4) for value in values] for name, values in seconds.items()},
         }
-    return result
+    return results
+
+
+def median_of(timer: Timer, what: str, count: int) -> float:
+    """Returns the median of the seconds of `count` runs."""
+    return statistics.median(timer(what, count))

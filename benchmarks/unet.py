@@ -2,8 +2,8 @@
 
     python -m benchmarks.unet --batch 8 --peer_python /path/to/python/with/torch/and/diffusers --json OUT.json
 
-Ours and the peer's runs take turns, so that a machine whose speed drifts does not favour one; medians are reported, and
-ratios round by round. Without a peer only ours is timed. On a GPU: `--batch 512 --dtype bfloat16`.
+Ours and the peer take turns, so that a machine whose speed drifts does not favour one; medians are reported, and ratios
+round by round. Without a peer only ours is timed. On a GPU: `--batch 512 --dtype bfloat16`.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""A checkpoint of one Python and JAX is read by another: its training goes on, and its samples are the same images.
+"""A checkpoint of one Python and JAX is read by another: its training resumes, and its samples are the same images.
 
     python -m benchmarks.versions --other_python=PATH
 
@@ -6,7 +6,6 @@ Small digits runs, both ways; PATH is an interpreter with the project's requirem
 benchmarks/results/versions_cpu.json; every line of it is also a claim that fails the script when it does not hold.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -15,17 +14,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from benchmarks.common import make_parser, write_results
 from benchmarks.processes import FLAGS, LAST, apart, curve
-from diffusion.files import replacing
 from diffusion.training.checkpoints import read_description
 
 # Of the losses. Two versions of XLA round differently in every step, by parts of 1e-7, and each step builds on it.
 LARGEST_DIFFERENCE = 1e-4
 
 
-def digits(python: str, workdir: Path, *flags: str) -> None:
+def run_digits(python: str, workdir: Path, *flags: str) -> None:
     """Runs the experiment under an interpreter, in this checkout."""
     command = [python, "-m", "experiments.digits", f"--workdir={workdir}", *flags]
     done = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
@@ -35,17 +35,17 @@ def digits(python: str, workdir: Path, *flags: str) -> None:
 
 def sampled(python: str, workdir: Path, out: Path) -> np.ndarray:
     """Returns uint8[64, H, W, C], sampled under an interpreter."""
-    digits(python, workdir, "--mode=sample", "--num_samples=64", "--sampler=ddim", "--steps=20", f"--out={out}")
+    run_digits(python, workdir, "--mode=sample", "--num_samples=64", "--sampler=ddim", "--steps=20", f"--out={out}")
     return np.load(out)["arr_0"]
 
 
 def handed_over(writer: str, reader: str, whole: Path, folder: Path) -> dict[str, Any]:
-    """Half a run by `writer`, the rest by `reader`, against the writer's `whole`; samples of both from the half."""
+    """Compares half a run by `writer` and the rest by `reader` with the writer's `whole`, and samples of the half."""
     half, rest = folder / "half", folder / "rest"
     shutil.rmtree(folder, ignore_errors=True)
-    digits(writer, half, *FLAGS, f"--config.training.num_steps={LAST // 2}")
+    run_digits(writer, half, *FLAGS, f"--config.training.num_steps={LAST // 2}")
     shutil.copytree(half, rest)
-    digits(reader, rest, *FLAGS)
+    run_digits(reader, rest, *FLAGS)
     losses = apart(whole, rest)
     assert curve(rest)[: LAST // 2] == curve(whole)[: LAST // 2] and losses < LARGEST_DIFFERENCE, losses
     own = sampled(writer, half, folder / "own.npz")
@@ -60,17 +60,18 @@ def handed_over(writer: str, reader: str, whole: Path, folder: Path) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--other_python", required=True)
     parser.add_argument("--folder", type=Path, default=Path("runs/versions"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/versions_cpu.json"))
     arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # where the runs are
     pythons = {"this": sys.executable, "the other": arguments.other_python}
     results: dict[str, Any] = {}
     for name, python in pythons.items():
         workdir = arguments.folder / f"whole_{name.replace(' ', '_')}"
         shutil.rmtree(workdir, ignore_errors=True)
-        digits(python, workdir, *FLAGS)
+        run_digits(python, workdir, *FLAGS)
         results[name] = read_description(workdir / "checkpoints" / str(LAST))["provenance"]["versions"]
     assert results["this"] != results["the other"], "the two have the same versions"
     for writer, reader in (("this", "the other"), ("the other", "this")):
@@ -78,8 +79,7 @@ def main() -> None:
         name = f"written by {writer}, read by {reader}"
         results[name] = handed_over(pythons[writer], pythons[reader], whole, arguments.folder / "handed_over")
         print(name, json.dumps(results[name]), flush=True)
-    with replacing(arguments.out) as temporary:
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
+    write_results(arguments.out, results)
 
 
 if __name__ == "__main__":
