@@ -71,10 +71,12 @@ def score(call: Call, run: Run) -> Measurement:
 def ready(call: Call) -> None:
     """Checks what `evaluate` needs: held-out pairs, features, metrics."""
     settings = call.config.evaluation
-    evaluation.check_names(settings.metrics, evaluation.make_extractor(settings.features, settings.weights))
+    extractor = evaluation.make_extractor(settings.features, settings.weights)
+    source = call.task.read(call.config, TEST)
+    count = min(call.flags.num_samples or settings.num_samples, source.num_examples)
+    evaluation.check_names(settings.metrics, extractor, num_samples=count, num_reference=source.num_examples)
     if settings.judge:
         load_judge(settings.judge)
-    call.task.read(call.config, TEST)
 
 
 def evaluate(call: Call, run: Run) -> list[Measurement]:

@@ -17,13 +17,6 @@ from diffusion.runs.run import Run
 from diffusion.runs.sample import draw_samples
 from diffusion.training import check_seed
 
-TITLES = {
-    "fid": "Fréchet distance",
-    "kid": "kernel distance",
-    "inception_score": "inception score",
-    "precision_recall": "precision and recall",
-}
-
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of this mode."""
@@ -52,10 +45,11 @@ def ready(call: Call) -> None:
     settings, asked = call.config.evaluation, call.flags
     metrics = [name for name in asked.metrics or settings.metrics if name != "bits_per_dim"]
     extractor = evaluation.make_extractor(settings.features, settings.weights)
-    evaluation.check_names(metrics, extractor)
-    test, num_samples = call.task.read(call.config, TEST), asked.num_samples or settings.num_samples
-    if min(test.num_examples, num_samples) < 2:
-        raise ValueError(f"{num_samples} samples and {test.num_examples} test images: at least 2 of each are needed")
+    num_samples = asked.num_samples or settings.num_samples
+    train, test = (call.task.read(call.config, split) for split in (TRAIN, TEST))
+    evaluation.check_names(metrics, extractor, num_samples=num_samples, num_reference=train.num_examples)
+    if "fid" in metrics:
+        evaluation.check_names(["fid"], num_samples=test.num_examples)
 
 
 def of_images(call: Call, run: Run) -> list[Measurement]:
@@ -111,7 +105,9 @@ def score(
         count = scores[0][name].num_samples
         note = evaluation.bias_note(reference, count) if name == "fid" else ""
         value = evaluation.over_seeds([one[name].value for one in scores])
-        measurements.append(Measurement(TITLES[name], value, count, note=note, **made, **made_by(run)))
+        measurements.append(
+            Measurement(evaluation.METRICS[name].title, value, count, note=note, **made, **made_by(run))
+        )
     return measurements
 
 

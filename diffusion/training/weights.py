@@ -29,7 +29,9 @@ def digest(params: Params) -> str:
     total = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         total.update(jax.tree_util.keystr(path).encode())
-        total.update(np.ascontiguousarray(multihost_utils.process_allgather(leaf, tiled=True)).tobytes())
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)  # of others, it would join the processes' copies
+        total.update(np.ascontiguousarray(leaf).tobytes())
     return f"sha256:{total.hexdigest()}"
 
 
