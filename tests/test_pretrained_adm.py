@@ -13,7 +13,7 @@ from test_torch_files import Storage, as_zip, dumps, tensor
 
 from diffusion.networks.unet import UNet
 from diffusion.pretrained.adm import load_adm
-from diffusion.pretrained.pipeline import Chain
+from diffusion.pretrained.scheduler import Chain
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "adm_tiny.npz")
 

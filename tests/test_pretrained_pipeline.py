@@ -5,7 +5,8 @@ import json
 import pytest
 from published_folders import NAMES, write_folder
 
-from diffusion.pretrained.pipeline import Chain, load_chain, save_pipeline
+from diffusion.pretrained.pipeline import load_chain, load_pipeline, save_pipeline
+from diffusion.pretrained.scheduler import Chain
 from diffusion.pretrained.unet import load_unet
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -60,6 +61,19 @@ def change(path, **fields):
 @pytest.mark.parametrize("case", NAMES)
 def test_schedulers_that_diffusers_wrote(tmp_path, case):
     assert load_chain(write_folder(tmp_path, case)) == EXPECTED[case]
+
+
+def test_a_whole_pipeline(tmp_path):
+    folder = write_folder(tmp_path, "learned")
+    published = load_pipeline(folder)
+    assert published.chain == EXPECTED["learned"] and published.image_shape == (8, 12, 3)
+    assert published.network == load_unet(folder)[0]
+    assert load_pipeline(folder / "unet").chain is None
+    change(folder / SCHEDULER, variance_type="fixed_small")
+    with pytest.raises(ValueError, match="from 3 to 6 channels does not fit a scheduler whose variance is small"):
+        load_pipeline(folder)
+    change(folder / "unet" / "config.json", sample_size=None)
+    assert load_pipeline(folder / "unet", image_size=(8, 12)).image_shape == (8, 12, 3)
 
 
 def test_all_at_the_root_and_the_names_of_2022(folder):

@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from diffusion.networks.unet import UNet
 from diffusion.pretrained.folder import read_weights
-from diffusion.pretrained.pipeline import Chain, load_chain, save_pipeline
+from diffusion.pretrained.pipeline import load_chain, save_pipeline
+from diffusion.pretrained.scheduler import Chain
 from diffusion.pretrained.unet import load_unet, save_unet, to_diffusers
 from diffusion.pretrained.unet_config import config_of, network_of
 

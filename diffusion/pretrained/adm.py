@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from diffusion.networks.unet import UNet
 from diffusion.pretrained.folder import read_file
 from diffusion.pretrained.identify import identify_names
+from diffusion.pretrained.pipeline import Published
 from diffusion.pretrained.scheduler import Chain
 from diffusion.pretrained.strict import check_keys
 from diffusion.pretrained.unet import shapes
@@ -45,15 +46,6 @@ _PARTS = {
     "out": "proj_out",
 }
 _QKV = ("query", "key", "value")
-
-
-class Published(NamedTuple):
-    """A published model: network, parameters (the tree under "params"), (height, width, channels), and its chain."""
-
-    network: UNet
-    params: dict[str, Any]
-    image_shape: tuple[int, int, int]
-    chain: Chain
 
 
 def load_adm(

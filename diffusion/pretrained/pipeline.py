@@ -2,12 +2,51 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusion.networks.unet import UNet
 from diffusion.pretrained.folder import new_folder, read_json, resolve, write_json
 from diffusion.pretrained.scheduler import Chain, chain_of, scheduler_of
-from diffusion.pretrained.unet import save_unet
+from diffusion.pretrained.unet import load_unet, save_unet
+from diffusion.pretrained.unet_config import network_of
+
+
+class Published(NamedTuple):
+    """A published model.
+
+    Attributes:
+      network: computes in float32.
+      params: the tree under "params".
+      image_shape: (height, width, channels).
+      chain: how it was trained and is sampled; None where that is not published.
+    """
+
+    network: UNet
+    params: dict[str, Any]
+    image_shape: tuple[int, int, int]
+    chain: Chain | None
+
+
+def load_pipeline(
+    folder: str | os.PathLike,
+    variant: str | None = None,
+    null_class: bool | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> Published:
+    """Returns the model of a pipeline's folder, or of its network's alone; see `load_unet` for the arguments.
+
+    Raises:
+      ValueError: as `load_unet` and `load_chain`, or a network that does not return what the chain needs.
+    """
+    network, params, config = load_unet(folder, variant, null_class, image_size)
+    image_shape, chain = network_of(config, null_class, image_size)[1], load_chain(folder)
+    channels = image_shape[-1] * (2 if chain is not None and chain.variance == "learned" else 1)
+    if chain is not None and network.out_channels != channels:
+        raise ValueError(
+            f"{folder}: a network from {image_shape[-1]} to {network.out_channels} channels does not fit a scheduler "
+            f"whose variance is {chain.variance}"
+        )
+    return Published(network, params, image_shape, chain)
 
 
 def load_chain(folder: str | os.PathLike) -> Chain | None:
