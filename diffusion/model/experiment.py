@@ -12,11 +12,13 @@ from jax.sharding import Mesh
 from diffusion.data.batches import batch_indices, make_batches
 from diffusion.data.sources import Source
 from diffusion.model import prompts
-from diffusion.model.choices import make_draw, make_process, make_sampling, make_weight, pick
+from diffusion.model.choices import pick
 from diffusion.model.condition import Condition, Facts, classes, nothing
 from diffusion.model.config import Config, round_up
 from diffusion.model.model import Model, init, make_generate, make_loss
 from diffusion.model.optimizers import make_optimizer
+from diffusion.model.processes import make_draw, make_process, make_weight
+from diffusion.model.sampling import make_sampling
 from diffusion.model.space import pixels
 from diffusion.networks.mmdit import MMDiT
 from diffusion.networks.unet import UNet

@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion.model.choices import GRIDS, PROCESSES, SAMPLERS, THRESHOLDS, fields_of
+from diffusion.model.choices import fields_of
 from diffusion.model.config import Config, from_plain, plain
 from diffusion.model.experiment import CONDITIONS, NETWORKS
 from diffusion.model.optimizers import OPTIMIZERS, SHARED
+from diffusion.model.processes import PROCESSES
+from diffusion.model.sampling import GRIDS, SAMPLERS, THRESHOLDS
 from diffusion.training import RunError
 from diffusion.training.workdir import flatten
 

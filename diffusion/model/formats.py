@@ -7,10 +7,12 @@ format 2   one config; `image_shape`, `num_classes` and `condition` stand beside
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion.model.choices import PROCESSES, SAMPLERS, fields_of
+from diffusion.model.choices import fields_of
 from diffusion.model.config import from_plain, plain
 from diffusion.model.fields import complete
 from diffusion.model.optimizers import OPTIMIZERS, SHARED
+from diffusion.model.processes import PROCESSES
+from diffusion.model.sampling import SAMPLERS
 from diffusion.training import RunError
 
 # Shapes and numbers of classes of the data sets whose runs did not store them.

@@ -10,9 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from diffusion import gaussian, likelihood
-from diffusion.model.choices import THRESHOLDS, pick
+from diffusion.model.choices import pick
 from diffusion.model.config import Config
 from diffusion.model.model import Model, make_denoise, parts
+from diffusion.model.sampling import THRESHOLDS
 from diffusion.training import run_key
 from diffusion.types import denoised
 

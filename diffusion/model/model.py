@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion import losses, predictions
-from diffusion.model.choices import Process, Sampling
 from diffusion.model.condition import Condition, Told
+from diffusion.model.processes import Process
+from diffusion.model.sampling import Sampling
 from diffusion.model.space import Space
 from diffusion.samplers import Denoise
 from diffusion.training import Loss, Mean, run_key

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from diffusion.data.batches import full_batches
 from diffusion.data.samples import load_samples, save_samples
-from diffusion.model.choices import make_sampling
 from diffusion.model.config import Config, plain, round_up
 from diffusion.model.model import Model, Use, from_noise, make_generate
+from diffusion.model.sampling import make_sampling
 
 Programs = dict[str, Callable[..., Any]]  # compiled by what they depend on
 

@@ -14,8 +14,8 @@ import numpy as np
 from absl import flags
 
 from diffusion import editing
-from diffusion.model.choices import make_sampling
 from diffusion.model.model import draw_noise, make_denoise, parts
+from diffusion.model.sampling import make_sampling
 from diffusion.runs.call import TEST, Call
 from diffusion.runs.draw import draw, refuse_not_finite
 from diffusion.runs.likelihood import own_requests

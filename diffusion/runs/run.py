@@ -18,12 +18,12 @@ from jax.sharding import Mesh
 
 from diffusion import training
 from diffusion.model import formats
-from diffusion.model.choices import make_sampling
 from diffusion.model.config import Config, from_plain, make_settings, plain
 from diffusion.model.experiment import abstract_batch, make_learner, make_model, warnings_of
 from diffusion.model.fields import change
 from diffusion.model.likelihood import Likelihood, bits_per_dim
 from diffusion.model.model import Model, from_noise, guided
+from diffusion.model.sampling import make_sampling
 from diffusion.runs.draw import Painter, Programs, draw
 from diffusion.training import RunError, check_finite, check_seed, make_mesh, snapshots
 from diffusion.training.checkpoints import open_existing

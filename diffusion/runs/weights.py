@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from diffusion.model.choices import PROCESSES, SAMPLERS, fields_of, make_sampling
+from diffusion.model.choices import fields_of
 from diffusion.model.config import Config, make_settings, plain
 from diffusion.model.experiment import abstract_batch, make_learner, make_model
 from diffusion.model.fields import choose, complete
+from diffusion.model.processes import PROCESSES
+from diffusion.model.sampling import SAMPLERS, make_sampling
 from diffusion.pretrained import adm, folder, pipeline, unet
 from diffusion.pretrained.scheduler import Chain
 from diffusion.runs.call import Call

@@ -1,0 +1,163 @@
+"""How a trained model is sampled: samplers, grids and thresholds by name, guidance."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffusion import grids, guidance, samplers, schedules
+from diffusion.model.choices import pick
+from diffusion.model.config import Config
+from diffusion.model.processes import Process
+from diffusion.samplers import Denoise
+
+
+def uniform(process: Process, num_steps: int, *, shift: float = 1.0) -> schedules.Grid:
+    """Returns steps even in time, of a flow shifted towards noise."""
+    return process.even(num_steps, 1.0, shift)
+
+
+def quadratic(process: Process, num_steps: int) -> schedules.Grid:
+    """Returns DDIM's quadratic spacing, closer together near the data."""
+    return process.even(num_steps, 2.0, 1.0)
+
+
+def log_snr(process: Process, num_steps: int) -> schedules.Grid:
+    """Returns steps even in log-SNR."""
+    return process.respaced(num_steps, math.inf)
+
+
+def karras(process: Process, num_steps: int, *, rho: float = 7.0) -> schedules.Grid:
+    """Returns Karras et al.'s spacing of noise / signal."""
+    return process.respaced(num_steps, rho)
+
+
+def leading(
+    process: Process, num_steps: int, *, steps_offset: int = 0, final: str = "zero", skip_last: bool = False
+) -> schedules.Grid:
+    """Returns the steps that diffusers' "leading" schedulers visit (`grids.spaced_grid`)."""
+    return grids.spaced_grid(chain_of(process, "leading"), num_steps, "leading", steps_offset, final, skip_last)
+
+
+def trailing(process: Process, num_steps: int, *, final: str = "zero") -> schedules.Grid:
+    """Returns the steps that diffusers' "trailing" schedulers visit (`grids.spaced_grid`)."""
+    return grids.spaced_grid(chain_of(process, "trailing"), num_steps, "trailing", final=final)
+
+
+def linspace(process: Process, num_steps: int, *, final: str = "zero", skip_last: bool = False) -> schedules.Grid:
+    """Returns the steps that diffusers' "linspace" schedulers visit (`grids.spaced_grid`)."""
+    return grids.spaced_grid(chain_of(process, "linspace"), num_steps, "linspace", 0, final, skip_last)
+
+
+def chain_of(process: Process, spacing: str) -> schedules.Schedule:
+    """Returns the chain of a process. Raises ValueError where it is none."""
+    if process.schedule is None:
+        raise ValueError(f"sampling.grid.name={spacing} spaces the steps of a chain: it needs process.name=ddpm")
+    return process.schedule
+
+
+GRIDS = {
+    "uniform": uniform,
+    "quadratic": quadratic,
+    "log_snr": log_snr,
+    "karras": karras,
+    "leading": leading,
+    "trailing": trailing,
+    "linspace": linspace,
+}
+
+
+SAMPLERS = {
+    "ancestral": samplers.ancestral,
+    "ddim": samplers.ddim,
+    "euler": samplers.ddim,  # what it is on a flow's grid
+    "heun": samplers.heun,
+    "dpm_solver_pp": samplers.dpm_solver_pp,
+    "unipc": samplers.unipc,
+}
+THRESHOLDS = {"clip": guidance.clip, "dynamic": guidance.dynamic_threshold, "none": lambda denoise: denoise}
+
+
+class Sampling(NamedTuple):
+    """How a trained model is sampled.
+
+    Attributes:
+      sampler: (denoise, x_T, grid, key) -> x_0.
+      grid: where it steps.
+      scale: of classifier-free guidance; 1 is none.
+      interval: (first, last) time, as the network is given it, at which guidance acts; None: always.
+      threshold: of x_0_hat, a Denoise -> Denoise.
+    """
+
+    sampler: Callable[..., Any]
+    grid: schedules.Grid
+    scale: float
+    interval: tuple[float, float] | None
+    threshold: Callable[[Denoise], Denoise]
+
+    def guide(self, conditional: Denoise, unconditional: Denoise) -> Denoise:
+        """Returns `conditional` led away from `unconditional`, with its x_0_hat bounded."""
+        denoise = guidance.classifier_free(conditional, unconditional, self.scale)
+        if self.interval:
+            denoise = guidance.limited_interval(denoise, conditional, *self.interval)
+        return self.threshold(denoise)
+
+
+def make_sampling(config: Config, process: Process) -> Sampling:
+    """Returns what `config.sampling` says.
+
+    Raises:
+      ValueError: an unknown name or field, a number that cannot be, a grid that the process does not have, a variance
+        that was not learned, or a prediction that holds no image where the grid begins.
+    """
+    settings = config.sampling
+    if settings.sampler.get("variance") == "learned" and not config.loss.learned_variance:
+        raise ValueError(
+            "sampling.sampler.variance=learned needs a network trained with loss.learned_variance=True: "
+            "use large or small"
+        )
+    if not math.isfinite(settings.guidance):
+        raise ValueError(f"sampling.guidance is {settings.guidance}: give a finite number (1 is no guidance)")
+    if settings.batch_size < 1:
+        raise ValueError(f"sampling.batch_size is {settings.batch_size}: it has to be at least 1")
+    grid = pick(GRIDS, settings.grid, "sampling.grid")(process, settings.num_steps)
+    if config.loss.prediction == "eps" and grid.signal[0] == 0:
+        raise ValueError(
+            "loss.prediction=eps holds no image where sampling begins, for there the signal is 0: predict v, velocity "
+            "or x_0"
+        )
+    return Sampling(
+        pick(SAMPLERS, settings.sampler, "sampling.sampler"),
+        grid,
+        float(settings.guidance),
+        guided_times(grid, tuple(settings.guidance_interval)),
+        pick(THRESHOLDS, settings.threshold, "sampling.threshold"),
+    )
+
+
+def guided_times(grid: schedules.Grid, interval: tuple[float, ...]) -> tuple[float, float] | None:
+    """Returns the least and largest time of the grid at which noise / signal is within `interval`; None: everywhere.
+
+    The unit of the interval is the same for every process: sigma, as in Kynkäänniemi et al. (2024).
+
+    Raises:
+      ValueError: it is no pair of numbers that rise, or no step of the grid is within it.
+    """
+    if not interval:
+        return None
+    if len(interval) != 2 or not interval[0] < interval[1]:
+        raise ValueError(
+            f"sampling.guidance_interval is {interval}: give the least and the largest noise / signal, as (0.3, 5.0), "
+            "or () for no limit"
+        )
+    signal, noise, time = (np.asarray(field, np.float64)[:-1] for field in grid)
+    with np.errstate(divide="ignore"):
+        sigma = noise / signal
+    within = time[(interval[0] <= sigma) & (sigma <= interval[1])]
+    if not len(within):
+        raise ValueError(
+            f"sampling.guidance_interval={interval}: no step of the grid has noise / signal within it, they have "
+            f"{sigma.min():.3g} to {sigma.max():.3g}"
+        )
+    return float(within.min()), float(within.max())
