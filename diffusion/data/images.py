@@ -44,11 +44,12 @@ def check_uint8_images(image: np.ndarray, what: str = "images") -> None:
                     f"{what} hold {image[tuple(first)]} at example {first[0]}: repair or remove that example"
                 )
             ends = f" in [{image.min():.4g}, {image.max():.4g}]"
+            remedy = "floats in [-1, 1] are converted by images.to_uint8"
+            if 0 <= image.min() and image.max() <= 1:
+                remedy = "floats in [0, 1] are converted by np.round(255 * x).astype(np.uint8)"
         else:
-            ends = ""
-        raise ValueError(
-            f"{what} are {image.dtype}{ends}, not uint8: floats in [-1, 1] are converted by images.to_uint8"
-        )
+            ends, remedy = "", "0..255 are converted by .astype(np.uint8)"
+        raise ValueError(f"{what} are {image.dtype}{ends}, not uint8: {remedy}")
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
         raise ValueError(
             f"{what} have shape {list(image.shape)}, not [N, H, W, C] with C = 1, 3 or 4 and nothing empty"

@@ -111,8 +111,9 @@ def choose(config: Config, place: str, name: str) -> None:
         raise RunError(f"{place}.name is {name!r}: choose from {', '.join(table)}")
     fields = defaults_of(table[name]) | {field: block[field] for field in ALWAYS.get(place, ()) if field in block}
     kept = {field: block[field] for field in fields if field in block}
-    if name == "ancestral" and config.loss.learned_variance:
-        fields["variance"] = "learned"
+    if name == "ancestral":
+        preserving = config.process.name in ("ddpm", "vp")  # elsewhere there is no beta, which "large" is
+        fields["variance"] = "learned" if config.loss.learned_variance else "large" if preserving else "small"
     with config.unlocked():
         for field in list(block):
             del block[field]

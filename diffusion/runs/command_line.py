@@ -167,6 +167,7 @@ def override(config: Config, arguments: list[str], known: flags.FlagValues) -> C
     if unused:
         raise RunError(f"unexpected argument {unused[0]!r}: flags look like --name=value (--help lists all)")
     if known.steps is not None:
+        check_field(config, "sampling.num_steps")
         config.sampling.num_steps = known.steps
     return config
 
