@@ -45,7 +45,7 @@ def check_uint8_images(image: np.ndarray, what: str = "images") -> None:
                 )
             ends = f" in [{image.min():.4g}, {image.max():.4g}]"
             remedy = "floats in [-1, 1] are converted by images.to_uint8"
-            if 0 <= image.min() and image.max() <= 1:
+            if image.min() >= 0 and image.max() <= 1:
                 remedy = "floats in [0, 1] are converted by np.round(255 * x).astype(np.uint8)"
         else:
             ends, remedy = "", "0..255 are converted by .astype(np.uint8)"
