@@ -12,7 +12,7 @@
 import hashlib
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from diffusion.model.fields import choose, complete
 from diffusion.model.processes import PROCESSES
 from diffusion.model.sampling import SAMPLERS, make_sampling
 from diffusion.pretrained import adm, folder, pipeline, unet
+from diffusion.pretrained.pipeline import Published
 from diffusion.pretrained.scheduler import Chain
 from diffusion.runs.call import Call
 from diffusion.training import Checkpoints, Experiment, RunError, check_finite, init_state, workdir
@@ -46,42 +47,19 @@ def published_folder(call: Call) -> Path:
     return Path(call.flags.weights).expanduser()
 
 
-class Published(NamedTuple):
-    """A published model, as a run needs it.
+def load_published(call: Call, path: Path) -> tuple[Published, list[Path]]:
+    """Returns the model at --weights, and the files that it was read from.
 
-    Attributes:
-      network: a U-Net.
-      params: its parameters, the tree under "params".
-      image_shape: (height, width, channels).
-      chain: as its authors trained and sampled it; None where nothing says so.
-      files: that it was read from.
-      dropout: for training further; None where nothing says so.
+    A file is a checkpoint of guided-diffusion (ADM); the config says what leaves no trace in its weights.
     """
-
-    network: Any
-    params: Any
-    image_shape: tuple[int, int, int]
-    chain: Chain | None
-    files: list[Path]
-    dropout: float | None
-
-
-def read_folder(published: Path) -> Published:
-    """Returns the model in a folder as diffusers publishes it: the whole pipeline's, or its network's."""
-    network, params, fields = unet.load_unet(published)
-    shape = unet.network_of(fields)[1]
-    files = folder.weights_files(unet.unet_folder(published))
-    return Published(network, params, shape, pipeline.load_chain(published), files, fields.get("dropout"))
-
-
-def read_checkpoint(call: Call, published: Path) -> Published:
-    """Returns the model in a file of guided-diffusion (ADM); the config says what leaves no trace in its weights."""
     config = call.config
+    if path.is_dir():
+        return pipeline.load_pipeline(path), folder.weights_files(unet.unet_folder(path))
     if config.network.name != "unet" or not config.data.image_size:
-        raise RunError(f"{published} does not hold the size of its images: add --config.data.image_size=N")
+        raise RunError(f"{path} does not hold the size of its images: add --config.data.image_size=N")
     heads = config.network.head_channels
-    found = adm.load_adm(
-        published,
+    published = adm.load_adm(
+        path,
         config.data.image_size,
         new_attention_order=call.flags.new_attention_order,
         num_heads=None if heads else config.network.num_heads,
@@ -90,28 +68,21 @@ def read_checkpoint(call: Call, published: Path) -> Published:
         noise_schedule=config.process.beta,
         num_steps=config.process.num_steps,
     )
-    return Published(*found, [published], config.network.dropout)
+    return published, [path]
 
 
 def import_weights(call: Call) -> None:
     """Makes --workdir a run at step 0 whose raw and averaged weights both are the published ones."""
     path = published_folder(call)
-    published = read_checkpoint(call, path) if path.is_file() else read_folder(path)
+    published, files = load_published(call, path)
     network, shape = published.network, published.image_shape
     config = call.config.copy_and_resolve_references().unlock()
     describe_network(config, network)
-    if published.dropout is not None:
-        config.network.dropout = published.dropout
     if published.chain is None:
         logging.warning("%s has no scheduler: it is taken to be %s", path, plain(config)["process"])
         config.loss.learned_variance = network.out_channels == 2 * shape[-1]
     else:
         describe_chain(config, published.chain)
-    if network.out_channels != (1 + config.loss.learned_variance) * shape[-1]:
-        raise RunError(
-            f"a network from {shape[-1]} to {network.out_channels} channels does not fit a scheduler whose variance is "
-            f"{'learned' if config.loss.learned_variance else 'fixed'}"
-        )
     config.training.ema_profiles = ()  # of the training that led here nothing is known
     config.evaluation.after_training = False
     config = complete(config)
@@ -119,8 +90,7 @@ def import_weights(call: Call) -> None:
     make_sampling(config, model.process)  # what cannot be sampled is refused now
     facts = {"image_shape": list(shape), "num_classes": network.num_classes, "condition": {}}
     learner, batch = make_learner(config, model), abstract_batch(config, model)
-    params = {"params": published.params}
-    write_run(call.workdir, call.task.name, config, learner, batch, params, published.files, facts)
+    write_run(call.workdir, call.task.name, config, learner, batch, {"params": published.params}, files, facts)
 
 
 def describe_network(config: Config, network: Any) -> None:
