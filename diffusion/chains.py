@@ -125,7 +125,7 @@ def cosine_beta(num_steps: int, offset: float = 0.008, largest: float = 0.999) -
 
     Example:
       >>> print(cosine_beta(4).round(3))
-      [0.153 0.414 0.711 0.999]
+      [0.153 0.417 0.708 0.999]
     """
     check_num_steps(num_steps)
     angle = (np.arange(num_steps + 1) / num_steps + offset) / (1 + offset) * np.pi / 2

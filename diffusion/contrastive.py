@@ -1,7 +1,11 @@
 """Losses of paired embeddings x_i, y_i of length 1 over a whole batch: CLIP's softmax and SigLIP's sigmoid.
 
 The B x B similarities are never held: they are made a few rows at a time, forward and backward, so memory grows as B
-times `rows`. Under a global `jit` the batch is the global one, whatever the devices.
+times `rows`. Under a global `jit` the batch is the global one on any number of devices.
+
+In the examples
+
+>>> x, y = jnp.eye(2), jnp.eye(2)
 """
 
 import math
@@ -16,7 +20,7 @@ LARGEST_LOG_SCALE = math.log(100.0)  # Radford et al. 2021, section 2.5: to keep
 
 
 class Contrast(NamedTuple):
-    """Per pair, float32[B]: the loss, and 1 where a member finds its partner among all B, either way."""
+    """Per pair, float32[B]: the loss, and 1 where x finds its y among all B, and where y finds its x."""
 
     loss: Float[Array, "B"]
     x_to_y: Float[Array, "B"]
@@ -26,10 +30,22 @@ class Contrast(NamedTuple):
 def softmax_loss(
     x: Float[Array, "B E"], y: Float[Array, "B E"], scale: Float[Array, ""] | float, rows: int | None = None
 ) -> Contrast:
-    """(-log p(y_i | x_i) - log p(x_i | y_i)) / 2, each a softmax of scale x.y over the batch (CLIP, figure 3).
+    """Returns (-log p(y_i | x_i) - log p(x_i | y_i)) / 2, each a softmax of scale x.y over the batch.
+
+    Args:
+      x: embeddings of length 1.
+      y: their partners.
+      scale: the inverse temperature.
+      rows: how many rows of similarities are made at a time, all by default.
+
+    Source: Radford et al. 2021 (CLIP), figure 3.
 
     Raises:
-      ValueError: if `rows` (default: all) do not divide the batch.
+      ValueError: `rows` does not divide the batch.
+
+    Example:
+      >>> print(np.asarray(softmax_loss(x, y, 1.0).loss).round(3))  # log(1 + 1 / e)
+      [0.313 0.313]
     """
 
     def cross_entropy(x_rows: Float[Array, "r E"], y_rows: Float[Array, "r E"], y: Float[Array, "B E"]):
@@ -49,9 +65,23 @@ def sigmoid_loss(
     bias: Float[Array, ""] | float,
     rows: int | None = None,
 ) -> Contrast:
-    """-sum_j log sigmoid(z_ij (scale x_i.y_j + bias)), z_ij = 1 where i = j, else -1 (Zhai et al. 2023, equation 1).
+    """Returns -sum_j log sigmoid(z_ij (scale x_i.y_j + bias)), z_ij = 1 where i = j, else -1.
 
-    The paper starts at scale = 10, bias = -10. Raises ValueError as `softmax_loss`.
+    Args:
+      x: embeddings of length 1.
+      y: their partners.
+      scale: the inverse temperature; the paper starts at 10.
+      bias: added to all logits; the paper starts at -10.
+      rows: as in `softmax_loss`.
+
+    Source: Zhai et al. 2023 (SigLIP), equation 1.
+
+    Raises:
+      ValueError: `rows` does not divide the batch.
+
+    Example:
+      >>> print(np.asarray(sigmoid_loss(x, y, 10.0, -10.0).loss).round(3))  # log 2
+      [0.693 0.693]
     """
 
     def binary(x_rows: Float[Array, "r E"], y_rows: Float[Array, "r E"], y: Float[Array, "B E"]):
@@ -69,12 +99,12 @@ def sigmoid_loss(
 
 
 def _is_best(own: Float[Array, "r"], logits: Float[Array, "r B"]) -> Float[Array, "r"]:
-    """1 where no logit of the row is above the pair's own, but for rounding."""
+    """Returns 1 where no logit of the row is above the pair's own, but for rounding."""
     return (own >= jnp.max(logits, axis=-1) - 1e-5 * jnp.abs(own)).astype(jnp.float32)
 
 
 def _by_rows(function: Callable, x: Float[Array, "B E"], y: Float[Array, "B E"], rows: int | None):
-    """function(some rows of x, the same rows of y, all y), a tuple of [rows], for all rows: a tuple of [B]."""
+    """Returns a tuple of [B] from function(some rows of x, the same rows of y, all y), which returns one of [rows]."""
     batch, width = x.shape
     rows = rows or batch
     if batch % rows:
@@ -83,7 +113,7 @@ def _by_rows(function: Callable, x: Float[Array, "B E"], y: Float[Array, "B E"],
         return function(x, y, y)
     parts = batch // rows
 
-    # Part number i holds the rows i, i + parts, ...: every row stays on the device it is on, and all devices work.
+    # Part number i holds the rows i, i + parts, ...: every row stays on its device, and all devices work.
     def split(z: Float[Array, "B E"]) -> Float[Array, "parts rows E"]:
         return z.reshape(rows, parts, width).swapaxes(0, 1)
 

@@ -1,8 +1,15 @@
 """Uses of a trained model that begin with images: img2img, interpolation, inpainting.
 
 Each takes any sampler of `samplers` (or a `functools.partial` of one), and works for any process: images enter a grid
-at one of its points as x = signal * x_0 + noise * eps, and the sampler goes on from there. `key` is one key or one an
-image, as in the samplers. Call them inside `jax.jit`.
+at one of its points as x = signal * x_0 + noise * eps, and the sampler continues from there. `key` is one key or one
+per image, as in the samplers. Call them inside `jax.jit`.
+
+In the examples
+
+>>> from diffusion.samplers import ddim
+>>> from diffusion.schedules import flow_grid
+>>> denoise = lambda x_t, time: 0.5 * jnp.ones_like(x_t)
+>>> x_0, key = jnp.ones((1, 2)), jax.random.key(0)
 """
 
 from collections.abc import Callable
@@ -23,9 +30,14 @@ Sampler = Callable[[Denoise, Any, Grid, Any], Any]
 
 
 def last_steps(grid: Grid, strength: float) -> Grid:
-    """The part of a grid that is its last strength * N steps, to the nearest whole number but at least one.
+    """Returns the last strength * N steps of a grid, rounded to a whole number and at least one.
 
-    Raises ValueError where strength is outside (0, 1].
+    Raises:
+      ValueError: a strength outside (0, 1].
+
+    Example:
+      >>> print(last_steps(flow_grid(4), 0.5).time)
+      [0.5  0.25 0.  ]
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength is {strength}: it has to lie in (0, 1], where 1 is every step of the grid.")
@@ -35,11 +47,28 @@ def last_steps(grid: Grid, strength: float) -> Grid:
 
 
 def img2img(sampler: Sampler, denoise: Denoise, x_0: Images, grid: Grid, key: Keys, strength: float) -> Any:
-    """Adds noise to images and samples from there: what the noise hid is made anew (SDEdit, Meng et al. 2022).
+    """Adds noise to images and samples from there: what the noise hid is made anew.
 
-    strength, in (0, 1], is the share of the grid's steps that are run: near 0 returns the images, 1 samples from the
-    grid's first point, where of x_0 only its `signal` is left. Returns what the sampler does. Raises ValueError where
-    strength is outside (0, 1].
+    Args:
+      sampler: sampler(denoise, x_T, grid, key).
+      denoise: (x_t, time) -> x_0_hat.
+      x_0: the images.
+      grid: the whole grid.
+      key: one key or one per image.
+      strength: in (0, 1], the share of the grid's steps that are run: near 0 the images come back, and at 1 only the
+        `signal` of the grid's first point is left of them.
+
+    Returns:
+      What the sampler returns.
+
+    Source: Meng et al. 2022 (SDEdit).
+
+    Raises:
+      ValueError: a strength outside (0, 1].
+
+    Example:
+      >>> print(img2img(ddim, denoise, x_0, flow_grid(4), key, strength=0.5))
+      [[0.5 0.5]]
     """
     grid = last_steps(grid, strength)
     eps = normal_like(fold_in(key, 0), x_0)
@@ -58,10 +87,28 @@ def interpolate(
 ) -> Float[Array, "K B *shape"]:
     """Interpolates between images in the space of x_t: (1 - share) x_t + share x_t', decoded by the sampler.
 
-    DDPM, section 4.4 and figures 8 and 9; strength says how noisy x_t is, as in `img2img`. x_t and x_t' hold the same
-    eps, so that every mixture has the amount of noise the network knows (mixtures of two draws of noise have less), and
-    all shares use the same draws. Shares 0 and 1 give what `img2img` makes of either image. Raises ValueError where
-    strength is outside (0, 1].
+    - x_t and x_t' hold the same eps, so that every mixture has the amount of noise that the network was trained on
+      (mixtures of two draws of noise have less), and all shares use the same draws.
+    - Shares 0 and 1 return what `img2img` makes of either image.
+
+    Args:
+      sampler: sampler(denoise, x_T, grid, key).
+      denoise: (x_t, time) -> x_0_hat.
+      x_0: the images at share 0.
+      x_0_other: the images at share 1.
+      grid: the whole grid.
+      key: one key or one per image.
+      strength: how noisy x_t is, as in `img2img`.
+      shares: the K mixtures.
+
+    Source: DDPM, section 4.4, figures 8 and 9.
+
+    Raises:
+      ValueError: a strength outside (0, 1].
+
+    Example:
+      >>> interpolate(ddim, denoise, x_0, -x_0, flow_grid(4), key, 0.5, jnp.linspace(0, 1, 3)).shape
+      (3, 1, 2)
     """
 
     def decode(share: Array) -> Array:
@@ -74,21 +121,37 @@ def interpolate(
 def inpaint(
     sampler: Sampler, denoise: Denoise, x_0: Images, known: Array, grid: Grid, key: Keys, resample: int = 10
 ) -> Images:
-    """Samples the pixels that are not `known`, to go with those that are (RePaint, Lugmayr et al. 2022, Algorithm 1).
+    """Samples the pixels that are not `known`, to fit those that are.
 
-    `known` is bool and broadcasts to x_0, whose other pixels are never read; the known ones are returned as they are.
-    After every step of the sampler the known pixels are set to x_0 with noise; `resample` - 1 times the step is then
-    undone by noise and taken again, by which the rest comes to fit: more of it, or a finer grid, is nearer to the
-    conditional distribution. (N - 1) * resample + 1 steps in one scan.
+    - After every step of the sampler the known pixels are set to x_0 with noise; `resample` - 1 times the step is then
+      undone by noise and repeated, which adapts the other pixels to them.
+    - It is (N - 1) * resample + 1 steps in one scan.
+    - The sampler is given one interval at a time, so that multistep ones have order 1 and heun's s_churn acts at once.
 
-    The sampler is given one interval at a time, so that multistep ones have order 1 and heun's s_churn acts at once.
-    Raises ValueError where `known` is not bool or does not broadcast to x_0, or resample < 1.
+    Args:
+      sampler: sampler(denoise, x_T, grid, key).
+      denoise: (x_t, time) -> x_0_hat.
+      x_0: the images; pixels that are not known are never read.
+      known: bool, broadcasts to x_0; these pixels are returned as they are.
+      grid: where to step.
+      key: one key or one per image.
+      resample: how often each step but the last is taken: more, or a finer grid, is nearer to the conditional
+        distribution.
+
+    Source: Lugmayr et al. 2022 (RePaint), Algorithm 1.
+
+    Raises:
+      ValueError: `known` is not bool or does not broadcast to x_0, or resample < 1.
+
+    Example:
+      >>> print(inpaint(ddim, denoise, x_0, jnp.asarray([True, False]), flow_grid(4), key, resample=2))
+      [[1.  0.5]]
     """
     if resample < 1:
         raise ValueError(f"resample is {resample}: it has to be at least 1, every step taken once.")
     if known.dtype != bool or known.ndim > x_0.ndim or not _broadcasts(known.shape, x_0.shape):
         raise ValueError(f"known is {known.dtype}{list(known.shape)}: give bool that broadcasts to {list(x_0.shape)}.")
-    # Samplers check the values of a grid, which they cannot in the scan.
+    # Samplers check the values of a grid, which they cannot do in the scan.
     jax.eval_shape(lambda: sampler(lambda x, _: (x, x), x_0, grid, key))
 
     num_steps = grid.signal.shape[0] - 1

@@ -1,8 +1,16 @@
 """Likelihoods in bits/dim: DDPM's variational bound, and the probability-flow ODE.
 
-Both count 8-bit images: a number of x_0 stands for its bin of width 2/255 in [-1, 1]. The bound does so in its decoder.
-The ODE gives a density, whose bits/dim are those of density * bin width, so dequantised images (`dequantize`) have at
-least as many bits as the discrete ones, and for data that are no images `bin_width=1` leaves the density alone.
+Both count 8-bit images, where a number of x_0 represents its bin of width 2/255 in [-1, 1]:
+
+- The bound does so in its decoder.
+- The ODE gives a density, whose bits/dim are those of density * bin width. Dequantised images (`dequantize`) therefore
+  have at least as many bits as the discrete ones; for data that are no images `bin_width=1` gives the density itself.
+
+In the examples
+
+>>> from diffusion.schedules import flow_grid, linear_beta, make_schedule
+>>> schedule, x_0, key = make_schedule(linear_beta(10, 0.1, 0.5)), jnp.ones((1, 2)), jax.random.key(0)
+>>> denoise = lambda x_t, time: 0.5 * x_t
 """
 
 import math
@@ -31,7 +39,7 @@ from diffusion.types import Denoise, Images, Keys, denoised, per_example
 
 
 class Bound(NamedTuple):
-    """The terms of the bound on -log2 p(x_0) / D: `steps[:, t - 1]` is L_{t-1}, but 0 for L_0, which is `decoder`."""
+    """The terms of the bound on -log2 p(x_0) / D: `steps[:, t - 1]` is L_{t-1}, or 0 at t = 1: L_0 is `decoder`."""
 
     prior: Float[Array, " B"]
     steps: Float[Array, "B T"]
@@ -52,13 +60,27 @@ def variational_bound(
     time: Float[Array, " T"] | None = None,
     decoder_variance: float | Float[Array, ""] | None = None,
 ) -> Bound:
-    """Returns DDPM's bound (eq. 5) term by term in bits/dim, each from one draw of x_t ~ q(x_t | x_0).
+    """Returns DDPM's bound term by term in bits/dim, each from one draw of x_t ~ q(x_t | x_0).
 
-    `variance` is "large" or "small" (`gaussian.p_variance`), or "learned", when denoise returns (x_0_hat, v).
-    `time[t - 1]` is what the network is given at t: t - 1 by default; a respaced chain needs its own.
-    `decoder_variance` is sigma_1^2 where it is not that of `variance`: DDPM's published bits/dim, with "large", have
-    the small one there, `p_variance(schedule, "small")[1]`. Raises ValueError if the variance is unknown, or is learned
-    and denoise gives no v.
+    Args:
+      key: one key or one per image.
+      denoise: (x_t, time) -> x_0_hat, or `Denoised` with v.
+      schedule: the chain.
+      x_0: images on the 256 levels of [-1, 1].
+      variance: "large" or "small" (`gaussian.p_variance`), or "learned" if denoise returns v.
+      time: `time[t - 1]` is what the network is given at t: t - 1 by default; a respaced chain needs its own.
+      decoder_variance: sigma_1^2 where it is not that of `variance`: DDPM's published bits/dim, with "large", have the
+        small one there, `p_variance(schedule, "small")[1]`.
+
+    Source: DDPM, eq. 5.
+
+    Raises:
+      ValueError: an unknown variance, or "learned" though denoise returns no v.
+
+    Example:
+      >>> bound = variational_bound(key, denoise, schedule, x_0)
+      >>> bound.steps.shape, bound.total.shape
+      ((1, 10), (1,))
     """
     num_steps = schedule.beta.shape[0] - 1
     x_0 = jnp.asarray(x_0)
@@ -96,14 +118,32 @@ def estimate_bound(
     variance: str = "large",
     decoder_variance: float | Float[Array, ""] | None = None,
 ) -> BoundEstimate:
-    """Returns an unbiased estimate of `variational_bound` from `num_terms` of its steps an image, and the decoder.
+    """Returns an unbiased estimate of `variational_bound` from `num_terms` of its steps per image, and the decoder.
 
-    `u` in (0, 1), even and one an image, places the steps: one in each of `num_terms` equal strata of sqrt((t - 2) /
-    (T - 1)), for the terms are largest at small t. The decoder's term is always taken. The rest is as there.
+    The decoder's term is always taken. The steps are drawn one in each of `num_terms` equal strata of sqrt((t - 2) /
+    (T - 1)), as the terms are largest at small t.
+
+    Args:
+      key: one key or one per image.
+      denoise: as in `variational_bound`, like all that is not listed here.
+      schedule: the chain.
+      x_0: images on the 256 levels of [-1, 1].
+      u: evenly drawn from (0, 1), one per image: it places the steps.
+      num_terms: how many steps.
+      variance: as there.
+      decoder_variance: as there.
+
+    Raises:
+      ValueError: as there, or fewer than 1 term or 2 steps of the chain.
+
+    Example:
+      >>> estimate = estimate_bound(key, denoise, schedule, x_0, u=jnp.asarray([0.5]), num_terms=3)
+      >>> print(estimate.t)
+      [[2 4 8]]
     """
     num_steps = schedule.beta.shape[0] - 1
     if num_steps < 2 or num_terms < 1:
-        raise ValueError(f"{num_terms} terms of a chain of {num_steps} steps: both need to be more")
+        raise ValueError(f"{num_terms} terms of a chain of {num_steps} steps: give at least 1 term and 2 steps")
     x_0 = jnp.asarray(x_0)
     terms_at = _make_terms(key, denoise, schedule, x_0, variance, decoder_variance=decoder_variance)
     quantile = (jnp.arange(num_terms) + u[:, None]) / num_terms
@@ -120,7 +160,7 @@ class _Terms(NamedTuple):
 
 
 def _make_terms(key, denoise, schedule, x_0, variance, time=None, decoder_variance=None) -> Callable[[Array], _Terms]:
-    """Returns t (one for all, or one an image) -> what step t adds to the bound, and its error in eps."""
+    """Returns t (one for all, or one per image) -> what step t adds to the bound, and its error in eps."""
     num_steps = schedule.beta.shape[0] - 1
     time = jnp.arange(num_steps, dtype=schedule.beta.dtype) if time is None else time
     chex.assert_shape(time, (num_steps,))
@@ -146,14 +186,19 @@ def _make_terms(key, denoise, schedule, x_0, variance, time=None, decoder_varian
 
 
 def _prior(schedule: Schedule, x_0: Array) -> Float[Array, " B"]:
-    """KL(q(x_T | x_0) || N(0, I)), bits/dim."""
+    """Returns KL(q(x_T | x_0) || N(0, I)) in bits/dim."""
     x_T = Normal(jnp.sqrt(schedule.alpha_bar[-1]) * x_0, schedule.one_minus_alpha_bar[-1])
     nats = _sum(normal_kl(x_T, Normal(jnp.zeros(()), jnp.ones(()))))
     return nats / (math.prod(x_0.shape[1:]) * jnp.log(2))
 
 
 def dequantize(key: Keys, x_0: Images) -> Float[Array, "B *shape"]:
-    """Spreads the 256 levels of [-1, 1] evenly over their bins of width 2/255."""
+    """Spreads the 256 levels of [-1, 1] evenly over their bins of width 2/255.
+
+    Example:
+      >>> print(jnp.abs(dequantize(key, x_0) - x_0).max() <= 1 / 255)
+      True
+    """
     x_0 = jnp.asarray(x_0)
     return x_0 + HALF_BIN * draw_like(lambda *args: jax.random.uniform(*args, minval=-1.0), key, x_0)
 
@@ -168,16 +213,30 @@ def ode_likelihood(
 ) -> Float[Array, " B"]:
     """Returns -log2(p(x_0) * bin_width^D) / D for the density p of the probability-flow ODE.
 
-    Any process will do. It is seen as w = x_t / sqrt(signal^2 + noise^2), which turns by the angle phi = atan(noise /
-    signal) with dw / dphi = v_hat, the v-prediction (Salimans & Ho 2022, appendix D): finite where signal is 0, and 0
-    where noise is 0 if the data's density is smooth. So the grid is climbed from x_0 on, by the trapezoidal rule: Euler
-    predicts, and the one evaluation at the predicted point both corrects and predicts the next. That is of order 2 like
-    Heun's method for half its cost. The prior is the samplers', x_T ~ N(0, noise[0]^2 I).
+    - Any process will do: w = x_t / sqrt(signal^2 + noise^2) turns by the angle phi = atan(noise / signal) with
+      dw / dphi = v_hat, the v-prediction: finite where signal is 0, and 0 where noise is 0 if the density is smooth.
+    - The grid is climbed from x_0 by the trapezoidal rule: Euler predicts, and the one evaluation at the predicted
+      point both corrects and predicts the next. That is of order 2 like Heun's method at half its cost.
+    - The prior is the samplers', x_T ~ N(0, noise[0]^2 I).
+    - It costs N evaluations, and for each probe as many products with the network's transposed Jacobian.
 
-    The divergence (Song et al. 2021, eq. 39) is estimated from `num_probes` Rademacher probes a step (Hutchinson's
-    method, without bias in log p); None takes it exactly, at the cost of D probes. x_0 is taken as it is: `dequantize`
-    8-bit images first. Costs N evaluations and for each probe as many products with the network's transposed Jacobian.
-    Raises ValueError if num_probes < 1.
+    Args:
+      key: one key or one per image, for the probes.
+      denoise: (x_t, time) -> x_0_hat.
+      x_0: the data as they are: `dequantize` 8-bit images first.
+      grid: the grid of a sampler.
+      num_probes: Rademacher probes per step that estimate the divergence (Hutchinson's method, without bias in log p);
+        None computes it exactly, at the cost of D probes.
+      bin_width: 1 for the density itself.
+
+    Source: Song et al. 2021, eq. 39, for the divergence; Salimans & Ho 2022, appendix D, for the angle.
+
+    Raises:
+      ValueError: num_probes < 1.
+
+    Example:
+      >>> ode_likelihood(key, denoise, x_0, flow_grid(4)).shape
+      (1,)
     """
     if num_probes is not None and num_probes < 1:
         raise ValueError(f"num_probes is {num_probes}: give at least 1, or None for the exact divergence")

@@ -40,11 +40,21 @@ class Denoised(NamedTuple):
 
 
 def denoised(output: Any) -> Denoised:
-    """Returns the output of a `Denoise`, which is x_0_hat, (x_0_hat, v) or a Denoised, as a Denoised."""
+    """Returns the output of a `Denoise`, which is x_0_hat, (x_0_hat, v) or a Denoised, as a Denoised.
+
+    Example:
+      >>> denoised((0.5, 0.1)).v, denoised(0.5).v
+      (0.1, None)
+    """
     return Denoised(*output) if isinstance(output, tuple) else Denoised(output)
 
 
 def per_example(numbers: ArrayLike, images: Array | np.ndarray) -> Array:
-    """Returns [B] numbers with the axes of `images`, so that the two multiply per image; other shapes unchanged."""
+    """Returns [B] numbers with the axes of `images`, so that the two multiply per image; other shapes unchanged.
+
+    Example:
+      >>> per_example(jnp.ones(2), jnp.ones((2, 4, 4, 3))).shape
+      (2, 1, 1, 1)
+    """
     numbers = jnp.asarray(numbers)
     return numbers.reshape(numbers.shape + (1,) * (images.ndim - numbers.ndim)) if numbers.ndim == 1 else numbers

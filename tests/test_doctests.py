@@ -1,12 +1,13 @@
 """The examples in the papers' docstrings: every public function has one, and it prints what it shows.
 
-In the examples np is NumPy and jnp is jax.numpy, and the names of the module itself are there.
+In the examples jax, jnp and np are imported, and the module's names and what its own docstring defines are there too.
 """
 
 import doctest
 import importlib
 import inspect
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,7 +20,10 @@ MODULES = [
 
 def examples(module):
     """Name -> doctests of each public function and class that the module defines."""
-    finder, names = doctest.DocTestFinder(), {**vars(module), "np": np, "jnp": jnp}
+    names = {**vars(module), "jax": jax, "jnp": jnp, "np": np}
+    for example in doctest.DocTestParser().get_examples(module.__doc__):
+        exec(example.source, names)
+    finder = doctest.DocTestFinder()
     for name, value in vars(module).items():
         public = not name.startswith("_") and inspect.getmodule(value) is module
         if public and (inspect.isroutine(value) or inspect.isclass(value)):

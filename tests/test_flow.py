@@ -56,6 +56,15 @@ def test_shift_time_multiplies_the_noise_to_signal_ratio(shift):
     np.testing.assert_allclose(jax.jit(flow.shift_time)(t, shift), shifted, atol=1e-15)
 
 
+def test_shift_time_keeps_numpys_float64():
+    with jax.enable_x64(False):
+        t = np.linspace(0, 1, 11)
+        shifted = flow.shift_time(t, 3.0)
+        assert isinstance(shifted, np.ndarray) and shifted.dtype == np.float64
+        np.testing.assert_allclose(shifted / (1 - shifted + 1e-300), 3 * t / (1 - t + 1e-300), rtol=1e-13)
+        assert flow.shift_time(jnp.asarray(t, jnp.bfloat16), 3.0).dtype == jnp.bfloat16
+
+
 def test_bfloat16_and_gradients_at_the_ends():
     x_0, eps = (x.astype(jnp.bfloat16) for x in images())
     for t in (0.0, 1.0):

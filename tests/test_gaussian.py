@@ -1,5 +1,6 @@
 """DDPM's equations against Bayes' rule, numerical integrals and each other."""
 
+import decimal
 import functools
 
 import jax
@@ -157,6 +158,27 @@ def test_normal_kl_is_the_integral():
     np.testing.assert_array_equal(gaussian.normal_kl(same, same), np.zeros((1, 3)))
 
 
+@pytest.mark.parametrize("ratio", [4e-40, 4e-11, 1e-3, 0.3, 0.49, 0.51, 0.9, 1 + 1e-9, 2.5, 1e7, 3e30])
+def test_normal_kl_keeps_its_digits_at_every_ratio_of_variances(ratio):
+    """Against 50 digits. Near 1 it is (ratio - 1)^2 / 4, a difference of two numbers of size |ratio - 1|."""
+    with decimal.localcontext(prec=50):
+        exact = decimal.Decimal(ratio)
+        expected = float((exact - 1 - exact.ln()) / 2)
+    p, q = (Normal(jnp.zeros((1, 1)), jnp.full((1, 1), v)) for v in (ratio, 1.0))
+    # Those are rounded to 1e-16 of their size each, which is 4e-16 / |ratio - 1| of the difference.
+    np.testing.assert_allclose(gaussian.normal_kl(p, q), [[expected]], rtol=1e-15 / min(1, abs(ratio - 1)))
+    _, derivative = jax.jvp(lambda v: gaussian.normal_kl(p._replace(variance=v), q), (p.variance,), (jnp.ones((1, 1)),))
+    np.testing.assert_allclose(derivative, [[(1 - 1 / ratio) / 2]], rtol=1e-12, atol=1e-15)
+
+
+def test_normal_kl_of_float32_and_of_a_variance_of_0():
+    with jax.enable_x64(False):
+        q = Normal(jnp.zeros(()), jnp.ones(()))
+        tiny = gaussian.normal_kl(Normal(jnp.zeros(()), jnp.asarray(1e-12)), q)  # 1 - 1e-12 is 1 in float32
+        np.testing.assert_allclose(tiny, (12 * np.log(10) - 1) / 2, rtol=1e-6)
+        assert gaussian.normal_kl(Normal(jnp.zeros(()), jnp.zeros(())), q) == np.inf
+
+
 @pytest.mark.parametrize("std", [1e-4, 1e-2, 0.1, 1.0, 30.0])
 @pytest.mark.parametrize("mean", [-3.0, -1.0, 0.0123, 0.9, 2.0])
 def test_the_decoder_is_a_distribution_over_the_levels(mean, std):
@@ -261,5 +283,5 @@ def test_mistakes_are_named():
         gaussian.p_sample(jax.random.key(0), schedule, eps, x_0, 1, "fixedlarge")
     with pytest.raises((AssertionError, TypeCheckError)):  # chex's, or before it jaxtyping's, which only tests have
         gaussian.q_sample(schedule, x_0, 1, eps[:, :1])
-    with pytest.raises(ValueError, match="one an image"):
+    with pytest.raises(ValueError, match="one per image"):
         gaussian.p_sample(jax.random.split(jax.random.key(0), 3), schedule, eps, x_0, 1)

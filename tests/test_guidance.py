@@ -124,6 +124,31 @@ def test_clip():
     np.testing.assert_array_equal(clip(lambda x, time: x, 0.0, 2.0)(X, jnp.float32(0)), jnp.clip(X, 0, 2))
 
 
+def test_ddim_takes_eps_from_the_unclipped_x_0_hat_if_told_to():
+    # x = 0.6 x_0_hat + 0.8 eps_hat with x_0_hat = 2 is 0.6 * 2 + 0.8 * 1: clipped, a step to (1, 0.5) gives 1 + 0.5 * 1,
+    # and with eps_hat of the clipped x_0_hat 1 + 0.5 * (2 - 0.6) / 0.8.
+    grid = schedules.Grid(jnp.asarray([0.6, 1.0]), jnp.asarray([0.8, 0.5]), jnp.asarray([1.0, 0.0]))
+    x, twice = jnp.full((1, 3), 2.0), lambda x, time: (2 * jnp.ones_like(x), -x)
+    for wrap in (clip, dynamic_threshold):
+        kept = wrap(twice, keep_eps=True)
+        np.testing.assert_allclose(samplers.ddim(kept, x, grid), 1.5, rtol=1e-6)
+        np.testing.assert_allclose(samplers.ddim(wrap(twice), x, grid), 1 + 0.5 * 1.4 / 0.8, rtol=1e-6)
+        assert wrap(twice)(x, 0.0).unclipped is None
+        np.testing.assert_array_equal(kept(x, 0.0).v, -x)
+        for sampler in (samplers.heun, samplers.dpm_solver_pp):  # they have one x_0_hat, and take the clipped one
+            np.testing.assert_array_equal(sampler(kept, x, grid), sampler(wrap(twice), x, grid))
+    # Guided anew, x_0_hat is another, and so is its eps_hat.
+    assert classifier_free(clip(twice, keep_eps=True), network_b, 2.0)(x, 0.0).unclipped is None
+
+
+def test_an_interval_of_two_forms_of_output():
+    """A pair on one side and a Denoised on the other are the same thing."""
+    pair = lambda x, time: (x, -x)  # noqa: E731
+    guided = jax.jit(limited_interval(classifier_free(pair, network_b, 2.0), pair, 0.2, 0.8))
+    np.testing.assert_allclose(guided(X, jnp.float32(0.5)).x_0_hat, 2 * X - network_b(X, 0.5), rtol=1e-5)
+    np.testing.assert_array_equal(guided(X, jnp.float32(0.9)).x_0_hat, X)
+
+
 def test_dynamic_threshold():
     small = X / jnp.abs(X).max()
     np.testing.assert_array_equal(dynamic_threshold(lambda x, time: x)(small, jnp.float32(0)), small)

@@ -164,7 +164,7 @@ def test_inception_score_is_the_mutual_information():
 def test_inception_score_refuses():
     with pytest.raises(ValueError, match="softmax"):
         inception_score(rng.randn(20, 5))
-    with pytest.raises(ValueError, match="5 images cannot be cut into 10 splits"):
+    with pytest.raises(ValueError, match="5 images cannot be split into 10 parts"):
         inception_score(np.eye(5))
 
 

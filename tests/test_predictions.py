@@ -194,7 +194,7 @@ def test_the_network_is_given_times_as_they_are():
 def test_a_network_with_learned_variance_gives_both():
     x_t, v = images()
     denoise = predictions.denoiser("eps", lambda x, time: (x, v), PROCESS_OF["vp"][0])
-    x_0_hat, v_hat = denoise(x_t, 0.3)
+    x_0_hat, v_hat, _ = denoise(x_t, 0.3)
     plain = predictions.denoiser("eps", lambda x, time: x, PROCESS_OF["vp"][0])(x_t, 0.3)
     np.testing.assert_array_equal(x_0_hat, plain)
     np.testing.assert_array_equal(v_hat, v)
@@ -218,7 +218,7 @@ def test_mistakes_are_named():
         lambda: predictions.denoiser("epsilon", lambda x, time: x, PROCESS_OF["vp"][0]),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match="unknown prediction 'epsilon': choose one of eps, x_0, v, velocity, F"):
+        with pytest.raises(ValueError, match="unknown prediction 'epsilon': choose from eps, x_0, v, velocity, F"):
             call()
     denoise = predictions.denoiser("eps", lambda x, time: jnp.concatenate([x, x], -1), PROCESS_OF["vp"][0])
     with pytest.raises(AssertionError):

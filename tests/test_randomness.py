@@ -48,5 +48,5 @@ def test_other_draws_keep_shape_and_dtype():
 
 
 def test_a_wrong_number_of_keys_is_refused():
-    with pytest.raises(ValueError, match="one an image"):
+    with pytest.raises(ValueError, match="one per image"):
         normal_like(jax.random.split(jax.random.key(0), 3), jnp.zeros((2, 2)))

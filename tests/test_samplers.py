@@ -517,7 +517,7 @@ def zeros(x, time):
         (lambda: ddim(zeros, X_T, Grid(*(field[::-1] for field in schedules.flow_grid(5)))), "has to fall"),
         (
             lambda: ancestral(zeros, jnp.ones((3, 2)), schedules.ddpm_grid(CHAIN, 5), jax.random.split(KEY)),
-            "one an image",
+            "one per image",
         ),
     ],
 )

@@ -1,6 +1,7 @@
 """Schedules, processes and grids: exact ends, precision, monotony, and what is refused."""
 
 import math
+import pathlib
 from fractions import Fraction
 
 import jax
@@ -16,14 +17,17 @@ from diffusion.schedules import (
     flow_grid,
     karras_grid,
     linear_beta,
+    linear_beta_for,
     make_schedule,
     process_grid,
+    rescale_zero_terminal_snr,
     respace,
     respaced_beta,
     vp_process,
 )
 
 CHAIN = make_schedule(linear_beta(1000))
+GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "schedulers.npz")
 
 
 def test_linear_beta_is_ddpms():
@@ -44,6 +48,50 @@ def test_cosine_beta_has_the_papers_alpha_bar():
         np.testing.assert_allclose(alpha_bar, f / np.cos(0.008 / 1.008 * np.pi / 2) ** 2, rtol=1e-12)
     assert cosine_beta(1000).max() == 0.999
     assert cosine_beta(4000, largest=0.5).max() == 0.5
+
+
+def test_linear_beta_for_any_length_is_ddpms_at_1000_and_ends_in_the_same_noise():
+    np.testing.assert_allclose(linear_beta_for(1000), linear_beta(1000), rtol=1e-14)
+    # -log alpha_bar_T is the sum of beta and of beta^2 / 2 + ...: 1000 steps sum to 10.05, and so do T steps of
+    # 1000 / T times the size, where the rest, of order 1000 / T, is 13.4 / T.
+    for num_steps in (100, 250, 4000):
+        log_alpha_bar = np.log1p(-linear_beta_for(num_steps)).sum()
+        np.testing.assert_allclose(log_alpha_bar, -10.05, atol=0.14 * 1000 / num_steps)
+    beta = linear_beta_for(10)
+    assert beta.max() == 0.999 and np.all(np.isfinite(make_schedule(beta).alpha_bar))
+
+
+def test_beta_tables_are_diffusers():
+    # theirs are float32: a rounding of the table's numbers, and, where a root is squared, of twice that
+    np.testing.assert_allclose(schedules.sigmoid_beta(1000), GOLDEN["beta/sigmoid"], rtol=1e-6)
+    np.testing.assert_allclose(schedules.sqrt_linear_beta(1000), GOLDEN["beta/sqrt_linear"], rtol=1e-6)
+    # 1 - alpha of float32 alphas is off by 6e-8, in betas from 1e-4
+    np.testing.assert_allclose(rescale_zero_terminal_snr(linear_beta(1000)), GOLDEN["beta/zero_snr"], atol=5e-7)
+
+
+def test_sigmoid_and_sqrt_linear_beta_by_their_definitions():
+    beta = schedules.sigmoid_beta(13, 0.1, 0.3)
+    share = (beta - 0.1) / 0.2
+    np.testing.assert_allclose(np.log(share / (1 - share)), np.arange(-6, 7), atol=1e-12)
+    roots = np.sqrt(schedules.sqrt_linear_beta(11, 0.01, 0.04))
+    np.testing.assert_allclose(roots, 0.1 + 0.01 * np.arange(11), rtol=1e-14)
+
+
+@pytest.mark.parametrize("beta", [linear_beta(1000), cosine_beta(50), schedules.sqrt_linear_beta(1000)])
+def test_rescaled_chains_end_in_pure_noise(beta):
+    rescaled = rescale_zero_terminal_snr(beta)
+    assert rescaled[-1] == 1 and rescaled[0] == beta[0]
+    with jax.enable_x64(True):
+        before, after = make_schedule(beta), make_schedule(rescaled)
+        assert (after.alpha_bar[-1], after.one_minus_alpha_bar[-1]) == (0, 1)
+        # The root of alpha_bar is an affine function of what it was, the first one kept (Algorithm 1).
+        root, expected = np.sqrt(after.alpha_bar[1:]), np.sqrt(before.alpha_bar[1:])
+        expected = (expected - expected[-1]) * expected[0] / (expected[0] - expected[-1])
+        np.testing.assert_allclose(root, expected, rtol=1e-9, atol=1e-12)
+        short = make_schedule(respaced_beta(rescaled, np.asarray([1, len(beta)])))
+        assert short.alpha_bar[-1] == 0 and np.all(np.isfinite(jnp.stack(short)))
+    grid = ddpm_grid(make_schedule(rescaled), 5)
+    assert (grid.signal[0], grid.noise[0]) == (0, 1)
 
 
 def test_schedule_begins_with_clean_data():
@@ -97,6 +145,30 @@ def test_ddpm_grid_at_every_step_is_the_chain():
     for power in (1.0, 2.0):
         np.testing.assert_array_equal(ddpm_grid(CHAIN, 1000, power).time, np.arange(999, -2, -1))
     assert np.diff(ddpm_grid(CHAIN, 20, 2.0).time)[-1] > np.diff(ddpm_grid(CHAIN, 20, 2.0).time)[0]
+
+
+def test_trailing_spacing_is_the_even_ddpm_grid():
+    for num_steps in (1, 10, 250, 1000):
+        spaced = schedules.spaced_grid(CHAIN, num_steps, "trailing")
+        np.testing.assert_array_equal(jnp.stack(spaced), jnp.stack(ddpm_grid(CHAIN, num_steps)))
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_spaced_grids_for_any_number_of_steps(spacing):
+    for num_steps in range(1, 500):  # beyond it the times of "leading" may repeat under skip_last
+        for skip_last in (False, True):
+            grid = schedules.spaced_grid(CHAIN, num_steps, spacing, skip_last=skip_last)
+            t = np.asarray(grid.time, int) + 1
+            assert t.shape == (num_steps + 1,) and t[-2] >= 1 and t[0] <= 1000 and np.all(np.diff(t) < 0)
+    np.testing.assert_array_equal(grid.signal, jnp.sqrt(CHAIN.alpha_bar[t]))
+
+
+def test_a_spaced_grid_may_end_at_the_noise_of_the_first_step():
+    grid = schedules.spaced_grid(CHAIN, 4, "leading", steps_offset=1, final="sigma_min")
+    np.testing.assert_array_equal(grid.time, [751, 501, 251, 1, -1])
+    np.testing.assert_array_equal(
+        [grid.signal[-1], grid.noise[-1]], np.sqrt([CHAIN.alpha_bar[1], CHAIN.one_minus_alpha_bar[1]])
+    )
 
 
 def test_discrete_process_gathers_the_chain():
@@ -157,6 +229,15 @@ def test_flow_grid():
     ratio = (shifted.noise / shifted.signal)[1:-1] / (grid.noise / grid.signal)[1:-1]
     np.testing.assert_allclose(ratio, 3, rtol=1e-5)
     assert (shifted.time[0], shifted.time[-1]) == (1, 0)
+
+
+def test_released_flow_grid_is_shifted_twice_at_its_end():
+    # A shift multiplies noise / signal: 1 / 999 at the end of 1000 training times, twice shifted by 3.
+    grid = schedules.released_flow_grid(10, shift=3.0)
+    np.testing.assert_allclose(grid.noise[-2] / grid.signal[-2], 9 / 999, rtol=1e-5)
+    assert (grid.noise[0], grid.noise[-1], grid.signal[-1]) == (1, 0, 1)
+    even = schedules.released_flow_grid(10, shift=1.0)
+    np.testing.assert_allclose(even.time[:-1], 1 - 0.999 * np.arange(10) / 9, rtol=1e-6)
 
 
 def test_karras_grid():
@@ -223,6 +304,17 @@ def test_jit_and_vmap():
         (lambda: ddpm_grid(CHAIN, 1001), r"within 1\.\.1000"),
         (lambda: ddpm_grid(CHAIN, 10, 0.5), "power"),
         (lambda: respace(flow_grid(10), 11), r"within 1\.\.10"),
+        (lambda: schedules.released_flow_grid(0), "at least 1"),
+        (lambda: schedules.linear_beta_for(0), "at least 1"),
+        (lambda: schedules.sqrt_linear_beta(0), "at least 1"),
+        (lambda: schedules.sigmoid_beta(0), "at least 1"),
+        (lambda: schedules.spaced_grid(CHAIN, 1001, "leading"), r"within 1\.\.1000"),
+        (lambda: schedules.spaced_grid(CHAIN, 10, "karras"), "choose leading, trailing or linspace"),
+        (lambda: schedules.spaced_grid(CHAIN, 10, "leading", final="one"), "choose zero or sigma_min"),
+        (lambda: schedules.spaced_grid(CHAIN, 1000, "leading", steps_offset=1), r"do not fall within 0\.\.999"),
+        (lambda: schedules.spaced_grid(CHAIN, 1000, "leading", skip_last=True), r"do not fall within 0\.\.999"),
+        (lambda: rescale_zero_terminal_snr(np.asarray([0.1])), "at least 2"),
+        (lambda: rescale_zero_terminal_snr(np.asarray([0.1, 0.0])), r"\(0, 1\)"),
         (lambda: karras_grid(5, sigma_min=0.0), "sigma_min"),
         (lambda: karras_grid(5, sigma_min=2.0, sigma_max=1.0), "sigma_min"),
         (lambda: make_schedule(np.asarray([0.1, 0.0])), r"\(0, 1\)"),
