@@ -125,8 +125,8 @@ def test_clip():
 
 
 def test_ddim_takes_eps_from_the_unclipped_x_0_hat_if_told_to():
-    # x = 0.6 x_0_hat + 0.8 eps_hat with x_0_hat = 2 is 0.6 * 2 + 0.8 * 1: clipped, a step to (1, 0.5) gives 1 + 0.5 * 1,
-    # and with eps_hat of the clipped x_0_hat 1 + 0.5 * (2 - 0.6) / 0.8.
+    # x = 2 is 0.6 x_0_hat + 0.8 eps_hat with x_0_hat = 2 and eps_hat = 1. Clipped, a step to (1, 0.5) gives
+    # 1 + 0.5 * 1, and with eps_hat of the clipped x_0_hat 1 + 0.5 * (2 - 0.6) / 0.8.
     grid = schedules.Grid(jnp.asarray([0.6, 1.0]), jnp.asarray([0.8, 0.5]), jnp.asarray([1.0, 0.0]))
     x, twice = jnp.full((1, 3), 2.0), lambda x, time: (2 * jnp.ones_like(x), -x)
     for wrap in (clip, dynamic_threshold):
