@@ -76,6 +76,8 @@ def make_network(config: Config, channels: int, condition: Condition, time_scale
         block = {**config.network, "dtype": jnp.dtype(dtype)}
     except TypeError as error:
         raise ValueError(f"network.dtype is {dtype!r}: choose from float32, bfloat16, float16") from error
+    if "head_channels" in block:
+        block["head_channels"] = block["head_channels"] or None  # 0 in a config, whose fields keep their type
     make = pick(NETWORKS, block, "network")
     outputs = channels * (1 + config.loss.learned_variance)
     if config.network.name == "unet":
@@ -85,7 +87,7 @@ def make_network(config: Config, channels: int, condition: Condition, time_scale
         raise ValueError(f"network.name=mmdit reads prompts, and condition.name is {config.condition.name}: use unet")
     if config.loss.learned_variance:
         raise ValueError("loss.learned_variance needs network.name=unet: an MM-DiT has no variance in its output")
-    return make(**condition.widths, channels=channels, time_scale=time_scale)
+    return make(**condition.widths, out_channels=channels, time_scale=time_scale)
 
 
 def warnings_of(config: Config, model: Model) -> list[str]:

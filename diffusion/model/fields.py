@@ -156,7 +156,7 @@ def check_field(config: Config, field: str) -> None:
     if place in CHOICES and (block := block_at(config, place)) is not None:
         own = [name for name in block if name != "name"]
         has = f"it has {', '.join(own)}" if own else "it has no fields"
-        raise RunError(f"{last} is not a field of {place}.name={block.name}: {has}")
+        raise RunError(f"{last} is not a field of {place}.name={block.name}{nearest(last, own) or ':'} {has}")
     raise RunError(f"unknown config field {field}{nearest(field, fields)} (--help lists all)")
 
 
@@ -178,7 +178,7 @@ def block_at(config: Config, place: str) -> Any:
 
 
 def defaults_of(function: Any) -> dict[str, Any]:
-    """Returns the fields of a choice as a config holds them."""
-    fields = {name: default for name, default in fields_of(function).items() if default is not None}
+    """Returns the fields of a choice as a config holds them: None, which has no type to keep, is 0."""
+    fields = {name: 0 if value is None else value for name, value in fields_of(function).items()}
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     return fields | ({"dtype": "float32"} if "dtype" in fields else {})

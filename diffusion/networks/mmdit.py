@@ -126,7 +126,7 @@ class MMDiT(nn.Module):
     depth: int = 24
     num_heads: int = 24
     patch: int = 2
-    channels: int = 16
+    out_channels: int = 16
     context_width: int = 4096
     pooled_width: int = 2048
     table_size: int = 192

@@ -49,7 +49,7 @@ def shapes(network: MMDiT) -> dict[str, Any]:
     """Returns the network's tree of parameters as shapes (the one under "params"), nothing allocated."""
     size = network.patch
     inputs = (
-        jax.ShapeDtypeStruct((1, size, size, network.channels), jnp.float32),
+        jax.ShapeDtypeStruct((1, size, size, network.out_channels), jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.float32),
         jax.ShapeDtypeStruct((1, 1, network.context_width), jnp.float32),
         jax.ShapeDtypeStruct((1, network.pooled_width), jnp.float32),
@@ -104,7 +104,7 @@ def _to_torch(network: MMDiT, path: Any, weight: np.ndarray) -> np.ndarray:
     if path[-1].key != "kernel":
         return weight.reshape(-1)
     if path[-2].key == "patch_in":
-        return weight.reshape(network.patch, network.patch, network.channels, -1).transpose(3, 2, 0, 1)
+        return weight.reshape(network.patch, network.patch, network.out_channels, -1).transpose(3, 2, 0, 1)
     out = weight.shape[-1] if path[-2].key.endswith("_out") else np.prod(weight.shape[1:])
     return weight.reshape(-1, out).T
 
