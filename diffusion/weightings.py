@@ -124,8 +124,11 @@ def vlb(
     """
     t = jnp.asarray(t)
     beta, alpha, alpha_bar, one_minus_alpha_bar = (at(table, t, t) for table in schedule)
-    weight_of_eps = beta**2 / (2 * at(p_variance(schedule, variance), t, t) * alpha * one_minus_alpha_bar)
-    return weight_of_eps * eps_mse(kind, jnp.sqrt(alpha_bar), jnp.sqrt(one_minus_alpha_bar), sigma_data)
+    levels, sigma_2 = (jnp.sqrt(alpha_bar), jnp.sqrt(one_minus_alpha_bar)), at(p_variance(schedule, variance), t, t)
+    of_eps = beta**2 / (2 * sigma_2 * alpha * one_minus_alpha_bar) * eps_mse(kind, *levels, sigma_data)
+    # The same from eq. 7's mean, for a last beta of 1: there alpha is 0 and x_t holds nothing of x_0.
+    share_of_x_0 = jnp.sqrt(at(schedule.alpha_bar, t - 1, t)) * beta / one_minus_alpha_bar
+    return jnp.where(alpha > 0, of_eps, share_of_x_0**2 / (2 * sigma_2) * x_0_mse(kind, *levels, sigma_data))
 
 
 def uniform(key: Keys, batch_size: int) -> Float[Array, " B"]:

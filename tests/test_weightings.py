@@ -11,7 +11,7 @@ from scipy import integrate, stats
 
 from diffusion import gaussian, losses, predictions, weightings
 from diffusion.gaussian import Normal
-from diffusion.schedules import linear_beta, make_schedule
+from diffusion.schedules import linear_beta, make_schedule, rescale_zero_terminal_snr
 
 KINDS = predictions.KINDS
 ANGLES = np.asarray([1e-2, 0.4, 0.8, 1.2, 1.56])
@@ -124,6 +124,18 @@ def test_vlb_weights_make_the_mse_the_bounds_term(kind, variance):
     assert_close(weightings.vlb(kind, schedule, t, variance) * mse(levels, kind), kl(x_0_hat) - constant, rtol=1e-9)
     if variance == "small":
         np.testing.assert_allclose(constant, 0, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["x_0", "v", "velocity", "F"])
+def test_vlb_weights_of_a_chain_that_ends_in_pure_noise(kind):
+    schedule = make_schedule(rescale_zero_terminal_snr(linear_beta(100, 1e-3, 0.1)))
+    t = jnp.asarray([99, 100, 100, 100, 100])
+    levels = jnp.sqrt(schedule.alpha_bar[t]), jnp.sqrt(schedule.one_minus_alpha_bar[t])
+    x_0, _, x_t, x_0_hat = predicted(levels)
+    sigma_2 = gaussian.at(gaussian.p_variance(schedule, "small"), t, x_t)
+    q, p = (Normal(gaussian.q_posterior(schedule, x, x_t, t).mean, sigma_2) for x in (x_0, x_0_hat))
+    expected = gaussian.normal_kl(q, p).mean(axis=(1, 2, 3))
+    assert_close(weightings.vlb(kind, schedule, t, "small") * mse(levels, kind), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["x_0", "v", "velocity", "F"])
