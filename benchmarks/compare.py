@@ -182,9 +182,8 @@ def main() -> None:
     print(table(rows))
     worse = [row.name for row in rows if row.verdict == "worse"]
     if worse:
-        sys.exit(
-            f"{len(worse)} of {len(rows)} figures are worse by more than {arguments.noise:.0%} beyond their rounds"
-        )
+        print(f"{len(worse)} of {len(rows)} figures are worse by more than {arguments.noise:.0%}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
