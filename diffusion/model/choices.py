@@ -40,7 +40,10 @@ def pick(table: Mapping[str, Callable[..., Any]], block: Any, where: str) -> Cal
     if unknown := sorted(fields.keys() - known.keys()):
         has = f"it has {', '.join(known)}" if known else "it has no fields"
         raise ValueError(f"{where}.{unknown[0]} is not a field of {name}: {has}")
-    return partial(table[name], **fields)
+    # A field without a value is 0 in a config, and None to a function.
+    return partial(
+        table[name], **{field: (value or None) if known[field] is None else value for field, value in fields.items()}
+    )
 
 
 def of_name(table: Mapping[str, Any], name: str, where: str) -> Any:

@@ -76,8 +76,6 @@ def make_network(config: Config, channels: int, condition: Condition, time_scale
         block = {**config.network, "dtype": jnp.dtype(dtype)}
     except TypeError as error:
         raise ValueError(f"network.dtype is {dtype!r}: choose from float32, bfloat16, float16") from error
-    if "head_channels" in block:
-        block["head_channels"] = block["head_channels"] or None  # 0 in a config, whose fields keep their type
     make = pick(NETWORKS, block, "network")
     outputs = channels * (1 + config.loss.learned_variance)
     if config.network.name == "unet":

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import flags
+from ml_collections import ConfigDict
 
 from diffusion.model.choices import fields_of
 from diffusion.model.config import Config, make_settings, plain
@@ -95,12 +96,9 @@ def import_weights(call: Call) -> None:
 
 def describe_network(config: Config, network: Any) -> None:
     """Changes a config into that of a published U-Net."""
-    choose(config, "network", "unet")
-    for field in config.network:
-        if field not in ("name", "dtype", "remat"):
-            value = getattr(network, field)
-            config.network[field] = 0 if field == "head_channels" and value is None else value
-    config.network.dtype = "float32"
+    own = {field: getattr(network, field) for field in fields_of(type(network))}
+    own = {field: 0 if value is None else value for field, value in own.items()}
+    config.network = ConfigDict({**own, "name": "unet", "dtype": "float32", "remat": False})
     choose(config, "condition", "nothing" if network.num_classes is None else "classes")
 
 
