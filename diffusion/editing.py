@@ -47,7 +47,7 @@ def last_steps(grid: Grid, strength: float) -> Grid:
 
 
 def img2img(sampler: Sampler, denoise: Denoise, x_0: Images, grid: Grid, key: Keys, strength: float) -> Any:
-    """Adds noise to images and samples from there: what the noise hid is made anew.
+    """Adds noise to images and samples from there: details hidden by the noise are drawn anew.
 
     Args:
       sampler: sampler(denoise, x_T, grid, key).

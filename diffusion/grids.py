@@ -18,8 +18,8 @@ from diffusion.types import Process, Scalars
 class Grid(NamedTuple):
     """The N + 1 points a sampler visits, from noise to data: x = signal * x_0 + noise * eps at each of them.
 
-    The last point is clean data (signal 1, noise 0) unless a function says otherwise; no sampler calls the network
-    there, so its time is only a name. A part of a grid, `Grid(*(field[i:j] for field in grid))`, is a grid too.
+    The last point is clean data (signal 1, noise 0) but for `spaced_grid(final="sigma_min")`; no sampler calls the
+    network there, so its time is not used. A part of a grid, `Grid(*(field[i:j] for field in grid))`, is a grid too.
     """
 
     signal: Float[Array, "N_plus_1"]
@@ -101,9 +101,9 @@ def spaced_grid(
         case "linspace":
             time = np.round(np.linspace(0, total - 1, points)).astype(int)[::-1]
         case _:
-            raise ValueError(f"unknown spacing {spacing!r}: choose leading, trailing or linspace")
+            raise ValueError(f"unknown spacing {spacing!r}: choose from leading, trailing, linspace")
     if final not in ("zero", "sigma_min"):
-        raise ValueError(f"unknown final {final!r}: choose zero or sigma_min")
+        raise ValueError(f"unknown final {final!r}: choose from zero, sigma_min")
     time = time[:num_steps]
     if time[0] >= total or time[-1] < 0 or np.any(np.diff(time) >= 0):
         raise ValueError(f"times {time.tolist()} do not fall within 0..{total - 1}: choose fewer steps or offset 0.")

@@ -116,7 +116,7 @@ def hybrid_loss(
       x_0: the images.
       x_t: the images at step t.
       t: the step.
-      x_0_hat: what the network's output says of x_0; no gradient reaches it.
+      x_0_hat: from the network's output; no gradient reaches it.
       v: the network's variance output.
       weight: of L_vlb.
 

@@ -54,7 +54,7 @@ def dpm_solver_pp(
       [[0.5 0.5]]
     """
     if solver_type not in ("midpoint", "heun"):
-        raise ValueError(f"unknown solver_type {solver_type!r}: choose midpoint or heun")
+        raise ValueError(f"unknown solver_type {solver_type!r}: choose from midpoint, heun")
     num_steps = grid.signal.shape[0] - 1
     left = num_steps - jnp.arange(num_steps)  # 1 at the last step
     at_clean_data = grid.noise[-1] == 0
@@ -79,8 +79,8 @@ def unipc(
 ) -> Sampled:
     """Samples by UniPC with B(h) = e^h - 1 in x_0's terms.
 
-    DPM-Solver++'s step, then, once x_0_hat is known at its end, the same step again with that one too, at no further
-    evaluation.
+    Each step is DPM-Solver++'s; once x_0_hat at its end is evaluated, the step is repeated with that one too, at no
+    further evaluation.
 
     Args:
       denoise: (x_t, time) -> x_0_hat.
@@ -137,7 +137,7 @@ def _multistep(
         return jnp.concatenate([(there.noise / here.noise)[:, None], there.signal[:, None] * table], axis=1)
 
     predictor = weights([])
-    # x at a point is corrected one scan step after it was predicted: when x_0_hat is known there.
+    # x at a point is corrected one scan step after it was predicted: when x_0_hat has been evaluated there.
     corrector = jnp.roll(weights([jnp.ones_like(h)]), 1, axis=0) if corrected else None
 
     def step(x, memory, interval, predictor, corrector):

@@ -1,15 +1,18 @@
 """Samplers: from noise x_T along a grid to x_0, each one `lax.scan` over the grid's intervals.
 
-`denoise(x_t, time) -> x_0_hat` is all a sampler knows of a network; `predictions.denoiser` makes it of any kind. x_T
-is the image at the grid's first point: `grid.noise[0]` times standard normal noise (plus `grid.signal[0]` times x_0 to
-start from an image). Every formula holds for any process x = signal * x_0 + noise * eps and is finite at signal = 0,
-where flow starts, and at noise = 0, where every grid ends. A step goes from (s, n) to (s', n'); with lambda = log(s/n),
+- `denoise(x_t, time) -> x_0_hat` is all that a sampler needs of a network; `predictions.denoiser` makes it of any kind.
+- x_T is at the grid's first point: `grid.noise[0]` times standard normal noise, plus `grid.signal[0]` times x_0 where
+  sampling starts from an image.
+- Every formula holds for any process x = signal * x_0 + noise * eps and is finite at signal = 0, where flow starts, and
+  at noise = 0, where grids end.
+- All samplers take `trajectory=True` and then return (x_0, x_0_hats[N, ...]), with the prediction of every step.
+- They compute in the wider of x_T's float and the grid's, whatever float the network returns.
+- Call them inside `jax.jit` (or jit `functools.partial(ddim, denoise, grid=grid)`): outside it a scan is compiled at
+  every call.
+
+A step goes from (s, n) to (s', n'); with lambda = log(s / n),
 
     h = lambda' - lambda,   r = exp(-h) = (n' s) / (n s').
-
-All samplers take `trajectory=True` and then return (x_0, x_0_hats[N, ...]): what the network saw in x at every step.
-They compute in the wider of x_T's float and the grid's, whatever float the network returns. Call them inside `jax.jit`
-(or jit `functools.partial(ddim, denoise, grid=grid)`), as any scan is compiled anew at each call outside it.
 """
 
 import jax.numpy as jnp

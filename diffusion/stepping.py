@@ -1,4 +1,4 @@
-"""What the samplers have in common: the scan over a grid's intervals, and what a step is made of."""
+"""What the samplers share: the scan over a grid's intervals, and the parts of a step."""
 
 from collections.abc import Callable
 from typing import Any

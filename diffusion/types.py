@@ -22,7 +22,7 @@ Denoise = Callable[[Array, Any], Any]  # (x_t, time) -> x_0_hat, or a Denoised
 
 
 class Denoised(NamedTuple):
-    """What a `Denoise` knows of x_0. Read the fields by name.
+    """What a `Denoise` may return. Read the fields by name.
 
     Attributes:
       x_0_hat: the clean images.
@@ -35,7 +35,7 @@ class Denoised(NamedTuple):
     unclipped: Array | None = None
 
     def plain(self) -> "Array | Denoised":
-        """Returns x_0_hat itself if it is all there is: the simplest form that a `Denoise` may return."""
+        """Returns x_0_hat itself if the other fields are None."""
         return self if any(field is not None for field in self[1:]) else self.x_0_hat
 
 

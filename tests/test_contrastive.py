@@ -46,7 +46,7 @@ def test_sigmoid_loss_is_the_papers():
     np.testing.assert_array_equal(contrast.y_to_x, logits.argmax(0) == np.arange(12))
 
 
-def test_of_embeddings_that_say_nothing_it_is_log_batch():
+def test_it_is_log_batch_for_equal_embeddings():
     same = jnp.tile(jnp.eye(1, 8), (64, 1))
     np.testing.assert_allclose(softmax_loss(same, same, 14.3).loss, math.log(64), rtol=1e-6)
 

@@ -50,7 +50,7 @@ def make(name, num_steps):
 
 
 def remember(denoise, x, grid, key):
-    """A sampler that returns what it was given."""
+    """A sampler that returns its arguments."""
     return x, grid, key
 
 
@@ -74,7 +74,7 @@ def test_strength_is_the_share_of_the_steps_that_are_left(strength, steps):
 
 
 @pytest.mark.parametrize("strength", [0.0, -0.5, 1.01, float("nan")])
-def test_a_strength_that_is_no_share_is_refused(strength):
+def test_a_strength_outside_0_to_1_is_an_error(strength):
     grid, denoise = make("flow", 4)
     x_0 = jnp.zeros((2, 2))
     for use in (
@@ -207,7 +207,7 @@ def test_inpainting_draws_from_the_conditional_distribution(name, grid, sampler)
 
 @pytest.mark.parametrize(("name", "sampler"), [*((name, "ancestral") for name in GRIDS), ("flow", "ddim")])
 def test_every_take_of_a_step_keeps_the_amount_of_noise(name, sampler):
-    """Where the network knows x_0, x ~ N(signal x_0, noise^2) at every point, whether it comes from above or below."""
+    """If the network always returns x_0, x ~ N(signal x_0, noise^2) at every point, stepped to or returned to."""
     grid = GRIDS[name][1](10)
     part = Grid(*(field[:5] for field in grid))
     x_0 = jnp.asarray([0.6, -0.4, 0.1])
@@ -344,14 +344,14 @@ def test_a_learned_variance_passes_through():
         (np.zeros(2, bool), 0, "resample is 0: it has to be at least 1"),
     ],
 )
-def test_what_cannot_be_inpainted_is_refused_in_one_line(known, resample, message):
+def test_error_messages_of_inpainting_are_one_line(known, resample, message):
     grid, denoise = make("flow", 4)
-    with pytest.raises(ValueError, match=message) as refused:
+    with pytest.raises(ValueError, match=message) as error:
         inpaint(ddim, denoise, jnp.zeros((4, 2)), jnp.asarray(known), grid, KEY, resample)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
 
 
-def test_inpainting_refuses_what_the_sampler_does():
+def test_inpainting_raises_what_the_sampler_raises():
     grid, denoise = make("flow", 4)
     with pytest.raises(ValueError, match="use variance='small'"):
         inpaint(ancestral, denoise, jnp.zeros((4, 2)), jnp.asarray([True, False]), grid, KEY)

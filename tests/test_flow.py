@@ -74,7 +74,7 @@ def test_bfloat16_and_gradients_at_the_ends():
         assert np.isfinite(jax.grad(lambda t: flow.interpolate(x_0, eps, t).astype(jnp.float32).sum())(t))
 
 
-def test_mistakes_are_named():
+def test_error_messages():
     x_0, eps = images()
     for shift in (0, -1.0):
         with pytest.raises(ValueError, match="give a number above 0"):

@@ -49,7 +49,7 @@ def test_q_sample_is_the_chain_of_single_steps(name):
     for t in range(1, len(beta) + 1):
         mean, variance = np.sqrt(1 - beta[t - 1]) * mean, (1 - beta[t - 1]) * variance + beta[t - 1]
         if t in (1, 2, len(beta) // 2, len(beta)):
-            # A product of 1000 factors and the sum of their logarithms may part by 1000 roundings of 1e-16.
+            # A product of 1000 factors and the sum of their logarithms may differ by 1000 roundings of 1e-16.
             assert_close(gaussian.q_sample(schedule, x_0, t, zero), [[mean]], rtol=1e-12)
             assert_close(gaussian.q_sample(schedule, zero, t, one) ** 2, [[variance]], rtol=1e-12)
     assert_close(gaussian.q_sample(schedule, x_0, 0, one), x_0)  # t = 0 is the clean image
@@ -120,7 +120,7 @@ def test_p_sample_adds_no_noise_at_the_last_step(chain):
     assert (x[2:] != mean[2:]).all()
 
 
-def test_p_sample_with_a_key_an_image_does_not_depend_on_the_batch():
+def test_p_sample_with_one_key_per_image_does_not_depend_on_the_batch():
     schedule = make_schedule(BETAS["short"])
     x_t, eps_hat = images()
     keys = jax.random.split(jax.random.key(3), 4)
@@ -258,7 +258,7 @@ def test_one_step_and_one_image():
         np.testing.assert_array_equal(gaussian.p_variance(schedule, variance)[1], 0.5)
 
 
-def test_t_is_a_scalar_or_one_an_image_under_jit_and_vmap(chain):
+def test_t_is_a_scalar_or_one_per_image_under_jit_and_vmap(chain):
     schedule, t = chain
     x_0, eps = images()
     together = jax.jit(gaussian.q_sample)(schedule, x_0, t, eps)
@@ -276,7 +276,7 @@ def test_a_step_outside_the_chain_is_nan_and_not_its_last():
     assert np.isfinite(x_t[0]).all() and np.isfinite(x_t[3]).all() and np.isnan(x_t[1:3]).all()
 
 
-def test_mistakes_are_named():
+def test_error_messages():
     schedule = make_schedule(BETAS["short"])
     x_0, eps = images()
     with pytest.raises(ValueError, match="unknown variance 'fixedlarge': choose 'large'"):

@@ -124,7 +124,7 @@ def test_clip():
     np.testing.assert_array_equal(clip(lambda x, time: x, 0.0, 2.0)(X, jnp.float32(0)), jnp.clip(X, 0, 2))
 
 
-def test_ddim_takes_eps_from_the_unclipped_x_0_hat_if_told_to():
+def test_ddim_takes_eps_from_the_unclipped_x_0_hat_with_keep_eps():
     # x = 2 is 0.6 x_0_hat + 0.8 eps_hat with x_0_hat = 2 and eps_hat = 1. Clipped, a step to (1, 0.5) gives
     # 1 + 0.5 * 1, and with eps_hat of the clipped x_0_hat 1 + 0.5 * (2 - 0.6) / 0.8.
     grid = schedules.Grid(jnp.asarray([0.6, 1.0]), jnp.asarray([0.8, 0.5]), jnp.asarray([1.0, 0.0]))
@@ -137,7 +137,7 @@ def test_ddim_takes_eps_from_the_unclipped_x_0_hat_if_told_to():
         np.testing.assert_array_equal(kept(x, 0.0).v, -x)
         for sampler in (samplers.heun, samplers.dpm_solver_pp):  # they have one x_0_hat, and take the clipped one
             np.testing.assert_array_equal(sampler(kept, x, grid), sampler(wrap(twice), x, grid))
-    # Guided anew, x_0_hat is another, and so is its eps_hat.
+    # Guidance after clipping changes x_0_hat, and eps_hat is taken from the new one.
     assert classifier_free(clip(twice, keep_eps=True), network_b, 2.0)(x, 0.0).unclipped is None
 
 
@@ -182,13 +182,13 @@ def test_drop_labels():
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
         (lambda: limited_interval(network_a, network_b, 0.8, 0.2), "smaller time first"),
         (lambda: dynamic_threshold(network_a, 1.5), "quantile"),
         (lambda: drop_labels(jax.random.key(0), jnp.arange(3), 10, 1.5), "rate"),
     ],
 )
-def test_refusals(call, says):
-    with pytest.raises(ValueError, match=says):
+def test_error_messages(call, message):
+    with pytest.raises(ValueError, match=message):
         call()

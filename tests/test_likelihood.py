@@ -43,7 +43,7 @@ def exact(data, schedule):
 
 @pytest.fixture
 def quadrature(monkeypatch):
-    """Takes the bound's noise from Gauss-Hermite nodes, an image a node; their weighted mean is the expectation."""
+    """Takes the bound's noise from Gauss-Hermite nodes, one image per node; their weighted mean is the expectation."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(60)
     spread = lambda key, x: jnp.broadcast_to(jnp.asarray(nodes).reshape(-1, *[1] * (x.ndim - 1)), x.shape)  # noqa: E731
     monkeypatch.setattr(likelihood, "normal_like", spread)
@@ -73,7 +73,7 @@ def test_the_bound_is_the_likelihood_where_large_variance_is_exact(quadrature):
 
 
 def test_the_bound_is_the_likelihood_where_the_learned_variance_is_exact(quadrature):
-    """For other Gaussian data the reverse variance is the posterior's + slope^2 Var[x_0 | x_t]: v can say so."""
+    """For other Gaussian data the reverse variance is the posterior's + slope^2 Var[x_0 | x_t]: v can represent it."""
     count, expectation = quadrature
     data = closed_form.Gaussian(jnp.asarray(0.1), jnp.asarray(0.4))
     schedule = make_schedule(linear_beta(60, 0.01, 0.7))
@@ -199,7 +199,7 @@ def test_memory_does_not_grow_with_the_steps():
         assert memory is not None
         return memory.temp_size_in_bytes
 
-    # what may grow is tables of T numbers: far less than one image a step
+    # what may grow is tables of T numbers: far less than one image per step
     assert bytes_at_once(1000) - bytes_at_once(100) < 900 * 10_000
 
 
@@ -354,7 +354,7 @@ def test_a_learned_variance_is_only_used_where_asked_for():
     np.testing.assert_array_equal(ode_likelihood(key, both, x_0, grid), ode_likelihood(key, plain, x_0, grid))
 
 
-def test_mistakes_are_named():
+def test_error_messages():
     schedule, x_0 = make_schedule(linear_beta(4)), jnp.zeros((1, 2))
     plain, key = (lambda x, time: x), jax.random.key(0)
     with pytest.raises(ValueError, match="unknown variance 'medium'"):

@@ -43,7 +43,7 @@ def test_bfloat16_is_summed_in_float32():
 
 
 @pytest.mark.parametrize("beta", [linear_beta(10, 0.01, 0.5), cosine_beta(50)])
-def test_a_perfect_network_pays_nothing_but_the_decoder(beta):
+def test_a_perfect_network_costs_only_the_decoders_term(beta):
     schedule = make_schedule(beta)
     x_0, eps = images(1)
     t = jnp.asarray([1, 2, 3, len(beta) - 1, len(beta)])
@@ -75,7 +75,7 @@ def test_the_terms_gradient_is_finite_at_every_step():
                 assert np.isfinite(part).all()
 
 
-def test_hybrid_gradients_go_where_the_paper_sends_them():
+def test_hybrid_gradients_reach_what_the_paper_says():
     """eps_hat learns from L_simple alone and v from L_vlb alone (Nichol & Dhariwal 2021, section 3.1)."""
     schedule = make_schedule(linear_beta(20, 0.01, 0.3))
     x_0, eps, eps_hat, v = images(3)
@@ -94,7 +94,7 @@ def test_hybrid_gradients_go_where_the_paper_sends_them():
     of_eps_hat, of_v = jax.grad(hybrid, (0, 1))(eps_hat, v)
     alone = jax.grad(lambda eps_hat: losses.simple_loss(eps, eps_hat).sum())(eps_hat)
     np.testing.assert_allclose(of_eps_hat, alone, rtol=1e-12)
-    # 20 steps times the weight; p_mean (eq. 11) and the posterior's mean part by roundings of x_0_hat
+    # 20 steps times the weight; p_mean (eq. 11) and the posterior's mean differ by roundings of x_0_hat
     np.testing.assert_allclose(of_v, 20 * 0.01 * jax.grad(term)(v), rtol=1e-8, atol=1e-12)
     simple = losses.simple_loss(eps, eps_hat).sum()
     np.testing.assert_allclose(hybrid(eps_hat, v), simple + 20 * 0.01 * term(v), rtol=1e-10)
@@ -116,7 +116,7 @@ def test_the_learned_variance_is_best_where_theory_has_it():
     assert (gradient(v + 0.1) > 0).all() and (gradient(v - 0.1) < 0).all()
 
 
-def test_mistakes_are_named():
+def test_error_messages():
     x_0, eps = images(1)
     with pytest.raises((AssertionError, TypeCheckError)):  # chex's, or before it jaxtyping's, which only tests have
         losses.simple_loss(x_0, eps[:, :1])

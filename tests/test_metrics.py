@@ -82,7 +82,7 @@ def test_frechet_distance_is_metric_in_scale():
         assert scaled == pytest.approx(scale**2 * one, rel=1e-12)
 
 
-def test_frechet_distance_refuses():
+def test_frechet_distances_error_messages():
     mean, cov = np.zeros(3), np.eye(3)
     with pytest.raises(ValueError, match=r"agree in D.*\(4, 4\)"):
         frechet_distance(mean, cov, mean, np.eye(4))
@@ -161,7 +161,7 @@ def test_inception_score_is_the_mutual_information():
     assert got == pytest.approx((np.mean(exact), np.std(exact)), rel=1e-5)  # float32 rows sum to 1 only to 1e-7
 
 
-def test_inception_score_refuses():
+def test_inception_scores_error_messages():
     with pytest.raises(ValueError, match="softmax"):
         inception_score(rng.randn(20, 5))
     with pytest.raises(ValueError, match="5 images cannot be split into 10 parts"):

@@ -51,7 +51,7 @@ def test_every_conversion_round_trips(kind, signal, noise):
         assert_close(there, predictions.target(other, x_0, eps, signal, noise))
 
 
-def test_numbers_an_example_act_on_their_own_example():
+def test_numbers_per_image_act_on_their_own_image():
     x_0, eps = images()
     signal, noise = jnp.asarray([0.9, 0.5, 0.1]), jnp.asarray([0.1, 0.6, 0.99])
     for kind in KINDS:
@@ -108,7 +108,7 @@ def test_the_ends_are_exact_where_the_prediction_holds_the_answer(kind, signal, 
     assert np.isfinite(output).all()
     x_0_hat = predictions.to_x_0(kind, output, x_t, signal, noise)
     if kind == "eps" and signal == 0:
-        assert not np.isfinite(x_0_hat).any(), "x_t is eps alone: there is no x_0 to tell, and no number to make up"
+        assert not np.isfinite(x_0_hat).any(), "x_t is eps alone and does not determine x_0"
     else:
         assert_close(x_0_hat, x_0)
     eps_hat = predictions.to_eps(kind, output, x_t, signal, noise)
@@ -147,7 +147,7 @@ def test_jit_vmap_and_grad(kind):
     by_one = jax.vmap(lambda *args: to_x_0(args[0][None], args[1][None], *args[2:])[0])(x_0, x_t, signal, noise)
     assert_close(by_one, plain)
     grad = jax.grad(lambda output: to_x_0(output, x_t, signal, noise).sum())(x_0)
-    # The slope is the answer's change for a change of 1 in the output, as it is linear.
+    # The result is linear in the output: the slope is its change for a change of 1 in the output.
     np.testing.assert_allclose(grad, to_x_0(x_0 + 1, x_t, signal, noise) - plain, rtol=1e-10)
 
 
@@ -208,7 +208,7 @@ def test_a_bfloat16_network_gives_float32_images():
         assert x_0_hat.dtype == jnp.float32 and np.isfinite(x_0_hat).all()
 
 
-def test_mistakes_are_named():
+def test_error_messages():
     x_0, eps = images()
     calls = [
         lambda: predictions.to_x_0("epsilon", x_0, eps, 0.6, 0.8),

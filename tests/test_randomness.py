@@ -8,7 +8,7 @@ import pytest
 from diffusion.randomness import draw_like, fold_in, normal_like
 
 
-def test_with_a_key_an_image_the_batch_does_not_matter():
+def test_with_one_key_per_image_the_batch_does_not_matter():
     keys, x = jax.random.split(jax.random.key(0), 6), jnp.zeros((6, 4, 3))
     noise = normal_like(fold_in(keys, 5), x)
     np.testing.assert_array_equal(normal_like(fold_in(keys[2:4], 5), x[2:4]), noise[2:4])
@@ -47,6 +47,6 @@ def test_other_draws_keep_shape_and_dtype():
     assert normal_like(jax.random.key(0), jnp.zeros((2, 2), jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-def test_a_wrong_number_of_keys_is_refused():
+def test_a_wrong_number_of_keys_is_an_error():
     with pytest.raises(ValueError, match="one per image"):
         normal_like(jax.random.split(jax.random.key(0), 3), jnp.zeros((2, 2)))

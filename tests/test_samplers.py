@@ -273,7 +273,9 @@ def test_grids_of_published_pipelines(name):
     if name == "flow_euler":
         # Its shift is applied in float32 twice: 4 roundings of 6e-8 each.
         np.testing.assert_allclose(jnp.stack(grid[:2]), expected[:2], rtol=1e-6, atol=1e-7)
-        np.testing.assert_allclose(1000 * grid.time[:-1], expected[2, :-1], rtol=1e-6)  # the last is but a name
+        np.testing.assert_allclose(
+            1000 * grid.time[:-1], expected[2, :-1], rtol=1e-6
+        )  # no network is called at the last
         return
     # Their alpha_bar is a product of 1000 float32 numbers, off by 1000 roundings of 6e-8 at most, and 1 - alpha_bar
     # cancels at t = 1. rescale_zero_snr subtracts and divides such products: at its smallest signal, 0.01, by 1e-5.
@@ -500,7 +502,7 @@ def zeros(x, time):
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
         (lambda: ancestral(zeros, X_T, schedules.ddpm_grid(CHAIN, 5), KEY, variance="medium"), "choose 'small'"),
         (lambda: ancestral(zeros, X_T, schedules.flow_grid(5), KEY, variance="large"), "use variance='small'"),
@@ -511,7 +513,7 @@ def zeros(x, time):
         (lambda: heun(zeros, X_T, schedules.karras_grid(5), s_churn=1.0), "give it a key"),
         (lambda: heun(zeros, X_T, schedules.flow_grid(5), KEY, s_churn=1.0), "karras_grid"),
         (lambda: dpm_solver_pp(zeros, X_T, schedules.flow_grid(5), order=4), "1, 2 or 3"),
-        (lambda: dpm_solver_pp(zeros, X_T, schedules.flow_grid(5), solver_type="bh2"), "choose midpoint or heun"),
+        (lambda: dpm_solver_pp(zeros, X_T, schedules.flow_grid(5), solver_type="bh2"), "choose from midpoint, heun"),
         (lambda: unipc(zeros, X_T, schedules.flow_grid(5), order=0), "1, 2 or 3"),
         (lambda: ddim(zeros, X_T, Grid(*(field[:1] for field in schedules.flow_grid(5)))), "at least 2 points"),
         (lambda: ddim(zeros, X_T, Grid(*(field[::-1] for field in schedules.flow_grid(5)))), "has to fall"),
@@ -521,7 +523,7 @@ def zeros(x, time):
         ),
     ],
 )
-def test_impossible_combinations_say_what_to_change(call, says):
-    with pytest.raises(ValueError, match=says) as error:
+def test_error_messages_of_impossible_combinations(call, message):
+    with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)

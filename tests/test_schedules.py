@@ -1,4 +1,4 @@
-"""Schedules, processes and grids: exact ends, precision, monotony, and what is refused."""
+"""Schedules, processes and grids: exact ends, precision, monotonicity, and error messages."""
 
 import math
 import pathlib
@@ -35,7 +35,7 @@ def test_linear_beta_is_ddpms():
     assert beta.dtype == np.float64 and beta.shape == (1000,)
     assert (beta[0], beta[-1]) == (1e-4, 0.02)
     np.testing.assert_allclose(np.diff(beta), (0.02 - 1e-4) / 999)
-    # The prior term of DDPM's bound on CIFAR-10 comes of this end: alpha_bar_T = 4.0358e-5.
+    # The prior term of DDPM's bound on CIFAR-10 depends on this end: alpha_bar_T = 4.0358e-5.
     np.testing.assert_allclose(CHAIN.alpha_bar[-1], 4.0358297e-05, rtol=1e-5)
 
 
@@ -52,8 +52,8 @@ def test_cosine_beta_has_the_papers_alpha_bar():
 
 def test_linear_beta_for_any_length_is_ddpms_at_1000_and_ends_in_the_same_noise():
     np.testing.assert_allclose(linear_beta_for(1000), linear_beta(1000), rtol=1e-14)
-    # -log alpha_bar_T is the sum of beta and of beta^2 / 2 + ...: 1000 steps sum to 10.05, and so do T steps of
-    # 1000 / T times the size, where the rest, of order 1000 / T, is 13.4 / T.
+    # -log alpha_bar_T is the sum of beta + beta^2 / 2 + ...: that of beta is 10.05 at every T, and that of beta^2 / 2 is
+    # 0.067 * 1000 / T; twice as much leaves room for the higher powers.
     for num_steps in (100, 250, 4000):
         log_alpha_bar = np.log1p(-linear_beta_for(num_steps)).sum()
         np.testing.assert_allclose(log_alpha_bar, -10.05, atol=0.14 * 1000 / num_steps)
@@ -291,7 +291,7 @@ def test_jit_and_vmap():
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
         (lambda: linear_beta(0), "at least 1"),
         (lambda: cosine_beta(-1), "at least 1"),
@@ -307,8 +307,8 @@ def test_jit_and_vmap():
         (lambda: schedules.sqrt_linear_beta(0), "at least 1"),
         (lambda: schedules.sigmoid_beta(0), "at least 1"),
         (lambda: schedules.spaced_grid(CHAIN, 1001, "leading"), r"within 1\.\.1000"),
-        (lambda: schedules.spaced_grid(CHAIN, 10, "karras"), "choose leading, trailing or linspace"),
-        (lambda: schedules.spaced_grid(CHAIN, 10, "leading", final="one"), "choose zero or sigma_min"),
+        (lambda: schedules.spaced_grid(CHAIN, 10, "karras"), "choose from leading, trailing, linspace"),
+        (lambda: schedules.spaced_grid(CHAIN, 10, "leading", final="one"), "choose from zero, sigma_min"),
         (lambda: schedules.spaced_grid(CHAIN, 1000, "leading", steps_offset=1), r"do not fall within 0\.\.999"),
         (lambda: schedules.spaced_grid(CHAIN, 1000, "leading", skip_last=True), r"do not fall within 0\.\.999"),
         (lambda: rescale_zero_terminal_snr(np.asarray([0.1])), "at least 2"),
@@ -325,7 +325,7 @@ def test_jit_and_vmap():
         (lambda: respaced_beta(linear_beta(10), np.asarray([5, 11])), "increase"),
     ],
 )
-def test_refusals(call, says):
-    with pytest.raises(ValueError, match=says) as error:
+def test_error_messages(call, message):
+    with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)

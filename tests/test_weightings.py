@@ -57,7 +57,7 @@ def predicted(levels):
 
 
 def mse(levels, kind):
-    """The mse of a network that answers `kind`, whose x_0_hat is the one of `predicted`."""
+    """The mse of a network that predicts `kind`, with the x_0_hat of `predicted`."""
     x_0, eps, x_t, x_0_hat = predicted(levels)
     output = predictions.from_x_0(kind, x_0_hat, x_t, *levels)
     return losses.weighted_mse(1.0, predictions.target(kind, x_0, eps, *levels), output)
@@ -140,7 +140,7 @@ def test_vlb_weights_of_a_chain_that_ends_in_pure_noise(kind):
 
 @pytest.mark.parametrize("kind", ["x_0", "v", "velocity", "F"])
 def test_weights_at_the_ends(kind):
-    """Pure noise tells nothing of x_0 by SNR; a clean image has infinite SNR, which min-SNR and P2 bound."""
+    """Pure noise has SNR 0 and counts nothing in x_0; a clean image has infinite SNR, which min-SNR and P2 bound."""
     noisy, clean = (jnp.zeros(1), jnp.ones(1)), (jnp.ones(1), jnp.zeros(1))
     for weight in (weightings.simple, weightings.min_snr, weightings.p2):
         np.testing.assert_array_equal(weight(kind, *noisy), [0])
@@ -265,7 +265,7 @@ def test_the_least_and_the_largest_draws_stay_inside(monkeypatch, x64):
                 assert ((t >= 1) & (t <= num_steps)).all()
 
 
-def test_mistakes_are_named():
+def test_error_messages():
     schedule = make_schedule(linear_beta(10))
     with pytest.raises(ValueError, match="unknown prediction 'noise'"):
         weightings.min_snr("noise", 0.6, 0.8)
