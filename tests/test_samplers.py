@@ -273,9 +273,7 @@ def test_grids_of_published_pipelines(name):
     if name == "flow_euler":
         # Its shift is applied in float32 twice: 4 roundings of 6e-8 each.
         np.testing.assert_allclose(jnp.stack(grid[:2]), expected[:2], rtol=1e-6, atol=1e-7)
-        np.testing.assert_allclose(
-            1000 * grid.time[:-1], expected[2, :-1], rtol=1e-6
-        )  # no network is called at the last
+        np.testing.assert_allclose(1000 * grid.time[:-1], expected[2, :-1], rtol=1e-6)  # the last is not used
         return
     # Their alpha_bar is a product of 1000 float32 numbers, off by 1000 roundings of 6e-8 at most, and 1 - alpha_bar
     # cancels at t = 1. rescale_zero_snr subtracts and divides such products: at its smallest signal, 0.01, by 1e-5.

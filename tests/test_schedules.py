@@ -52,8 +52,8 @@ def test_cosine_beta_has_the_papers_alpha_bar():
 
 def test_linear_beta_for_any_length_is_ddpms_at_1000_and_ends_in_the_same_noise():
     np.testing.assert_allclose(linear_beta_for(1000), linear_beta(1000), rtol=1e-14)
-    # -log alpha_bar_T is the sum of beta + beta^2 / 2 + ...: that of beta is 10.05 at every T, and that of beta^2 / 2 is
-    # 0.067 * 1000 / T; twice as much leaves room for the higher powers.
+    # -log alpha_bar_T is the sum of beta + beta^2 / 2 + ...: that of beta is 10.05 at every T, and that of beta^2 / 2
+    # is 0.067 * 1000 / T; twice as much leaves room for the higher powers.
     for num_steps in (100, 250, 4000):
         log_alpha_bar = np.log1p(-linear_beta_for(num_steps)).sum()
         np.testing.assert_allclose(log_alpha_bar, -10.05, atol=0.14 * 1000 / num_steps)
