@@ -24,16 +24,17 @@ def run(notebook: dict[str, Any]) -> list[list[bytes]]:
 
     names: dict[str, Any] = {"__name__": "__main__"}
     drawn = []
-    for number, cell in enumerate(notebook["cells"]):
-        drawn.append([])
-        if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), f"{NOTEBOOK.name}, cell {number}", "exec"), names)
-        for figure in map(plt.figure, plt.get_fignums()):
-            file, small = io.BytesIO(), io.BytesIO()
-            figure.savefig(file, format="png")
-            Image.open(file).convert("RGB").quantize(64).save(small, "png", optimize=True)
-            drawn[-1].append(small.getvalue())
-        plt.close("all")
+    with matplotlib.rc_context():  # the notebook sets some
+        for number, cell in enumerate(notebook["cells"]):
+            drawn.append([])
+            if cell["cell_type"] == "code":
+                exec(compile("".join(cell["source"]), f"{NOTEBOOK.name}, cell {number}", "exec"), names)
+            for figure in map(plt.figure, plt.get_fignums()):
+                file, small = io.BytesIO(), io.BytesIO()
+                figure.savefig(file, format="png")
+                Image.open(file).convert("RGB").quantize(64).save(small, "png", optimize=True)
+                drawn[-1].append(small.getvalue())
+            plt.close("all")
     return drawn
 
 
