@@ -202,7 +202,7 @@ def test_networks_there_and_back():
     for network, size in [
         (UNet(out_channels=3, head_channels=64, num_classes=10), 32),
         (UNet(out_channels=6, attention_resolutions=(), multipliers=(1, 2)), (64, 32)),
-        (UNet(out_channels=3, multipliers=(1, 2), scale_shift=True, resblock_updown=True, middle_groups=0), 16),
+        (UNet(out_channels=3, multipliers=(1, 2), scale_shift=True, resblock_updown=True, middle_norm=False), 16),
         (UNet(out_channels=3, up_attention_resolutions=(), middle_attention=False, num_heads=1), 32),
     ]:
         assert network_of(config_of(network, size, 3))[0] == network
@@ -217,7 +217,7 @@ def test_networks_that_diffusers_does_not_have():
         (two_heads.clone(up_attention_resolutions=(32,)), "set head_channels to one number"),
         (UNet(time_scale=1000.0), "multiplies it by 1000"),
         (UNet(multipliers=(2, 2)), "as many channels as its first level has, 256"),
-        (UNet(middle_groups=0), "normalises before the attention"),
+        (UNet(middle_norm=False), "normalises before the attention"),
     ]:
         with pytest.raises(ValueError, match=message):
             config_of(network, 32, 3)

@@ -263,6 +263,9 @@ def test_explicit_widths_and_attention_on_one_side(params, inputs, apply):
     # The same widths named one by one, and the same heights on both sides, are the same network.
     same = TINY.clone(multipliers=(), widths=(8, 16, 16), up_attention_resolutions=(4,))
     np.testing.assert_array_equal(apply(same, params, *inputs), apply(TINY, params, *inputs))
+    # A config has no None: 0 means the same.
+    zeros = TINY.clone(widths=0, up_attention_resolutions=0, middle_groups=0)
+    np.testing.assert_array_equal(apply(zeros, params, *inputs), apply(TINY, params, *inputs))
     one_sided = TINY.clone(up_attention_resolutions=(), middle_attention=False)
     names = jax.eval_shape(one_sided.init, jax.random.key(0), *inputs)["params"]
     assert {name for name in params if "attention" in name} - {name for name in names if "attention" in name} == {

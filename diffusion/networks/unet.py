@@ -100,16 +100,18 @@ class UNet(nn.Module):
 
     Attributes:
       channels: width of the sines and cosines of the time, and a quarter of the embedding's.
-      widths: channels of the levels where they are no multiples; the first convolution has those of level 0 then.
+      widths: channels of the levels where they are no multiples, else None, 0 or (); the first convolution has those
+        of level 0 then.
       attention_resolutions: heights at which attention follows every block.
-      up_attention_resolutions: the same on the way up; None for the same heights.
+      up_attention_resolutions: the same on the way up; None or 0 for the same heights, () for none.
       middle_attention: whether there is attention in the middle.
-      middle_groups: groups of its normalisation; None for `num_groups`, 0 for no normalisation.
-      num_heads: heads of equal width, where `head_channels` is None.
+      middle_norm: whether that has a normalisation.
+      middle_groups: groups of it; None or 0 for `num_groups`.
+      num_heads: heads of equal width, where `head_channels` is None or 0.
       head_channels: width of one head, or one for each level.
       num_classes: label `num_classes` is the null class ("no class"), and so is a label of None.
       null_class: False for a network without a null class, which cannot go without labels.
-      out_channels: None for as many as the image has.
+      out_channels: None or 0 for as many as the image has.
       norm_eps: epsilon of the normalisations; 1e-5 in PyTorch and ADM.
       time_scale: multiplies `time` before its embedding: 1 for DDPM's t - 1, 1000 for a time in [0, 1].
       freq_shift, flip_sin_to_cos: of the time embedding, see `sinusoidal_embedding`; 0 and True in ADM.
@@ -128,11 +130,12 @@ class UNet(nn.Module):
 
     channels: int = 128
     multipliers: Sequence[int] = (1, 2, 2, 2)
-    widths: Sequence[int] | None = None
+    widths: Sequence[int] | int | None = None
     num_blocks: int = 2
     attention_resolutions: Sequence[int] = (16,)
-    up_attention_resolutions: Sequence[int] | None = None
+    up_attention_resolutions: Sequence[int] | int | None = None
     middle_attention: bool = True
+    middle_norm: bool = True
     middle_groups: int | None = None
     dropout: float = 0.1
     num_heads: int = 1
@@ -164,9 +167,7 @@ class UNet(nn.Module):
         train: bool = False,
     ) -> Float[Array, "B H W out"]:
         """Returns the output, float32; `train` turns dropout on (pass `rngs={"dropout": key}` to apply)."""
-        down, up = self.attention_resolutions, self.up_attention_resolutions
-        up = down if up is None else up
-        widths = self.widths or [self.channels * multiplier for multiplier in self.multipliers]
+        widths, (down, up) = self.level_widths(), self.attention_heights()
         num_levels = len(widths)
         self._check(x_t, label, num_levels, {*down, *up})
         embedding = nn.silu(self._embedding(time, label, pooled))
@@ -207,7 +208,7 @@ class UNet(nn.Module):
 
         h = block(h, num_levels - 1, "middle_block_0")
         if self.middle_attention:
-            groups = self.num_groups if self.middle_groups is None else self.middle_groups
+            groups = (self.middle_groups or self.num_groups) if self.middle_norm else 0
             h = attend(h, num_levels - 1, "middle_attention", groups)
         h = block(h, num_levels - 1, "middle_block_1")
 
@@ -225,6 +226,19 @@ class UNet(nn.Module):
 
         h = nn.silu(GroupNorm(self.num_groups, self.norm_eps, name="norm_out")(h))
         return Conv(self.out_channels or x_t.shape[-1], kernel_init=zeros_init, name="conv_out")(h)
+
+    def level_widths(self) -> list[int]:
+        """Returns the channels of every level."""
+        return (
+            list(self.widths)
+            if isinstance(self.widths, Sequence) and self.widths
+            else [self.channels * multiplier for multiplier in self.multipliers]
+        )
+
+    def attention_heights(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Returns the heights at which attention follows every block on the way down, and on the way up."""
+        up = self.up_attention_resolutions
+        return self.attention_resolutions, up if isinstance(up, Sequence) else self.attention_resolutions
 
     def _embedding(
         self, time: Float[Array, "B"], label: Int[Array, "B"] | None, pooled: Float[Array, "B P"] | None

@@ -195,7 +195,7 @@ def _network(found: Mapping[str, tuple[int, ...]], image_size: int) -> tuple[UNe
 
 def _layers(network: UNet, like: Mapping[str, Any]) -> dict[str, str]:
     """Returns their names of our modules: they number blocks from the first to the last, on the way down and up."""
-    names, num_levels = dict(_LAYERS), len(network.widths or network.multipliers)
+    names, num_levels = dict(_LAYERS), len(network.level_widths())
     number = 1
     for level in range(num_levels):
         for i in range(network.num_blocks):
@@ -224,7 +224,8 @@ def _name(path: Any, layers: Mapping[str, str]) -> str:
 
 
 def _heads(network: UNet, channels: int) -> int:
-    return channels // network.head_channels if isinstance(network.head_channels, int) else network.num_heads
+    given = network.head_channels
+    return channels // given if given and isinstance(given, int) else network.num_heads
 
 
 def _split(weight: np.ndarray, num_heads: int, new_attention_order: bool) -> np.ndarray:

@@ -88,7 +88,9 @@ def network_of(
     widths, classes = fields["block_out_channels"], fields["num_class_embeds"]
     counts = {name: fields[name] for name in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")}
     counts |= {f"block_out_channels[{level}]": channels for level, channels in enumerate(widths)}
+    groups = fields["attn_norm_num_groups"]
     counts |= {} if classes is None else {"num_class_embeds": classes}
+    counts |= {} if groups is None else {"attn_norm_num_groups": groups}
     for name, count in counts.items():
         if type(count) is not int or count < 1:
             raise ValueError(f"{name} is {reprlib.repr(count)}, not a whole number of at least 1")
@@ -108,7 +110,9 @@ def network_of(
             None if up == down else tuple(height // 2**level for level, here in enumerate(up) if here)
         ),
         middle_attention=fields["add_attention"],
-        middle_groups=_middle_groups(fields["attn_norm_num_groups"], fields["norm_num_groups"], scale_shift),
+        # Diffusers has no normalisation there with scale_shift, unless its groups are named.
+        middle_norm=not scale_shift or groups is not None,
+        middle_groups=None if groups == fields["norm_num_groups"] else groups,
         dropout=fields["dropout"],
         head_channels=_head_channels(fields["attention_head_dim"], len(widths)),
         num_classes=None if classes is None else classes - null_class,
@@ -138,19 +142,18 @@ def config_of(network: UNet, image_size: int | tuple[int, int], in_channels: int
             "networks of process.name=ddpm can be written"
         )
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    widths = list(network.widths or [network.channels * multiplier for multiplier in network.multipliers])
+    widths = network.level_widths()
     if widths[0] != network.channels:
         raise ValueError(
             f"a UNet2DModel embeds the time in as many channels as its first level has, {widths[0]}, but this network "
             f"in {network.channels}"
         )
-    down = [height // 2**level in network.attention_resolutions for level in range(len(widths))]
-    resolutions = network.up_attention_resolutions
-    up = down if resolutions is None else [height // 2**level in resolutions for level in range(len(widths))]
+    down, up = (
+        [height // 2**level in heights for level in range(len(widths))] for heights in network.attention_heights()
+    )
     attends = [down[level] or up[level] for level in range(len(widths))]
     attends[-1] |= network.middle_attention
-    groups = network.num_groups if network.middle_groups is None else network.middle_groups
-    if network.middle_attention and not network.scale_shift and not groups:
+    if network.middle_attention and not network.scale_shift and not network.middle_norm:
         raise ValueError("a UNet2DModel normalises before the attention in its middle, but with scale_shift")
     sampler = "resnet" if network.resblock_updown else "conv"
     return {
@@ -173,7 +176,7 @@ def config_of(network: UNet, image_size: int | tuple[int, int], in_channels: int
         "dropout": network.dropout,
         "attention_head_dim": _head_dim(network, widths, attends),
         "norm_num_groups": network.num_groups,
-        "attn_norm_num_groups": groups or None if network.scale_shift else network.middle_groups,
+        "attn_norm_num_groups": _norm_groups(network),
         "norm_eps": network.norm_eps,
         "resnet_time_scale_shift": "scale_shift" if network.scale_shift else "default",
         "add_attention": network.middle_attention,
@@ -226,13 +229,11 @@ def _block_type(way: str, attends: bool, resblock_updown: bool) -> str:
     return f"Resnet{way}sampleBlock2D" if resblock_updown else f"{way}Block2D"
 
 
-def _middle_groups(groups: Any, num_groups: int, scale_shift: bool) -> int | None:
-    """Returns our `middle_groups`: diffusers has no normalisation there with scale_shift, unless it is named."""
-    if groups is not None and (type(groups) is not int or groups < 1):
-        raise ValueError(f"attn_norm_num_groups is {reprlib.repr(groups)}, not a whole number of at least 1")
-    if groups is None:
-        return 0 if scale_shift else None
-    return None if groups == num_groups else groups
+def _norm_groups(network: UNet) -> int | None:
+    """Returns the groups that a config has to name for the normalisation in the middle."""
+    if not network.middle_norm:
+        return None
+    return network.middle_groups or (network.num_groups if network.scale_shift else None)
 
 
 def _head_channels(width: Any, num_levels: int) -> int | tuple[int, ...] | None:
@@ -246,10 +247,10 @@ def _head_channels(width: Any, num_levels: int) -> int | tuple[int, ...] | None:
 
 def _head_dim(network: UNet, widths: Sequence[int], attends: Sequence[bool]) -> int | None:
     """Returns the width of a head, one for all levels that have attention."""
-    if network.head_channels is None and network.num_heads == 1:
+    if not network.head_channels and network.num_heads == 1:
         return None
     given = network.head_channels
-    if isinstance(given, int):
+    if given and isinstance(given, int):
         return given
     heads = given or [channels // network.num_heads for channels in widths]
     used = {channels for channels, here in zip(heads, attends, strict=True) if here}
