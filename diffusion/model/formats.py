@@ -7,7 +7,9 @@ format 2   one config; `image_shape`, `num_classes` and `condition` stand beside
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion.model.choices import fields_of
+import numpy as np
+
+from diffusion.model.choices import fields_of, pick
 from diffusion.model.config import from_plain, plain
 from diffusion.model.fields import complete
 from diffusion.model.optimizers import OPTIMIZERS, SHARED
@@ -105,6 +107,10 @@ def config_from_1(experiment: str, config: Mapping[str, Any]) -> dict[str, Any]:
         sampling["grid"]["shift"] = sampling.get("shift", 1.0)
     sampling.pop("shift", None)
     new["process"] = own(PROCESSES, new["process"])
+    if interval := sampling.get("guidance_interval"):  # in units of the network's time; noise / signal now
+        signal, noise = pick(PROCESSES, new["process"], "process")().at(np.asarray(interval, np.float32))
+        with np.errstate(divide="ignore"):
+            sampling["guidance_interval"] = [float(sigma) for sigma in np.asarray(noise) / np.asarray(signal)]
     unset = {"ema_profiles": [], "snapshot_every": 0, "skip_bad_steps": False, "spike_factor": 0.0}
     new["training"] = unset | new["training"]
     return new

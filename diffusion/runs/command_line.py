@@ -31,6 +31,9 @@ def run_to_end(work: Callable[[], None]) -> NoReturn:
     """Does `work` and exits: 0, or after what a user can mend one line and 1; --traceback shows where it came from."""
     try:
         work()
+    except BrokenPipeError:  # the reader of a pipe, as head, has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (RunError, ValueError, OSError, flags.Error) as error:
         if "--traceback" in sys.argv:
             traceback.print_exc()

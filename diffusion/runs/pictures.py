@@ -90,7 +90,7 @@ def side_by_side(blocks: list[np.ndarray], smallest_side: int = 64) -> np.ndarra
     return np.concatenate(parts[:-1], axis=1)
 
 
-def save_gif(path: str | Path, films: np.ndarray, *, seconds: float = 3.0, smallest_side: int = 480) -> None:
+def save_gif(path: str | Path, films: np.ndarray, *, seconds: float = 3.0, smallest_side: int = 240) -> None:
     """Writes films as one GIF, in a grid; it rests on the last frame.
 
     Args:
