@@ -1,9 +1,7 @@
 """CLIP's towers against recorded outputs of transformers, its folders, its experiment on tiny scenes."""
 
 import json
-import logging
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden.clip_weights import weight_of
+from helpers import CONFIGS, make_call
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from diffusion.data import captions, scenes, text
 from diffusion.evaluation import clip_features
+from diffusion.model import clip as model
+from diffusion.model.fields import change, load
 from diffusion.networks.clip import CLIP, ImageTower, TextTower, unit
 from diffusion.pretrained.clip import from_transformers, load_clip, load_text_tower, save_clip, to_transformers
-from diffusion.training import make_mesh, place_batch, run_key
-from experiments import image_text
-from experiments.command_line import load
+from diffusion.runs.train import stored_in
+from diffusion.training import RunError, make_mesh, place_batch, run_key
+from experiments import clip as experiment
 
 ROOT = Path(__file__).parent.parent
 
@@ -126,12 +127,12 @@ def test_weights_that_do_not_fit(published, tmp_path):
     weights = load_file(published / "clip" / "model.safetensors")
     extra = {"text_model.embeddings.position_ids": np.arange(9)}  # old files hold it
     from_transformers(weights | extra, params["params"])
-    with pytest.raises(ValueError, match=r"missing none, left over \['more'\]"):
+    with pytest.raises(ValueError, match="missing none, left over more"):
         from_transformers(weights | {"more": np.zeros(1)}, params["params"])
     short = {name: x for name, x in weights.items() if name != "logit_scale"}
-    with pytest.raises(ValueError, match=r"missing \['logit_scale'\]"):
+    with pytest.raises(ValueError, match="missing logit_scale, left over none"):
         from_transformers(short, params["params"])
-    with pytest.raises(ValueError, match=r"text_projection.weight becomes \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"text_projection\.weight has shape \[3, 2\], but this CLIP needs \[12, 16\]"):
         from_transformers(weights | {"text_projection.weight": np.zeros((3, 2))}, params["params"])
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="lacks text_config"):
@@ -178,26 +179,28 @@ def test_what_a_tower_cannot_be(call, message):
 # --- training
 
 
+SMALL = {
+    f"network.{tower}.{field}": size
+    for tower in ("image", "text")
+    for field, size in (("width", 32), ("num_layers", 1), ("mlp_width", 64))
+}
+
+
 @pytest.fixture(scope="module")
 def parts():
     """The experiment of the config, its batches small and its towers of one layer, on 8 devices and 1."""
-    config = load(str(ROOT / "experiments" / "configs" / "clip_scenes.py"))
-    with config.unlocked():
-        config.data.batch_size = 64
-        config.data.num_examples = 50
-        config.loss.rows = 16
-        config.network.image.update(width=32, num_layers=1, mlp_width=64)
-        config.network.text.update(width=32, num_layers=1, mlp_width=64)
+    config, _ = load("clip", CONFIGS)
+    config = change(config, {**SMALL, "data.batch_size": 64, "data.num_examples": 50, "loss.rows": 16})
     captioned = scenes.scenes("train", 16, 300)
     tokenizer = text.train_tokenizer(captioned.captions)
-    clip = image_text.make_clip(config, tokenizer)
-    source = captions.with_text(captioned, lambda said: text.encode(tokenizer, said, config.text.length))
+    clip = model.make_clip(config, tokenizer)
+    source = captions.with_text(captioned, lambda texts: text.encode(tokenizer, texts, config.text.length))
     return config, clip, tokenizer, source
 
 
 def test_loss_starts_at_log_batch_and_is_the_same_on_one_and_eight_devices(parts):
     config, clip, _, source = parts
-    experiment = image_text.make_experiment(config, clip, source)
+    experiment = model.make_contrast(config, clip, source)
     params = jax.jit(experiment.init)(run_key(0, "init"))
     rows = source.read(np.arange(64))
 
@@ -215,7 +218,7 @@ def test_loss_starts_at_log_batch_and_is_the_same_on_one_and_eight_devices(parts
 
 
 def test_the_scale_stays_below_a_hundred():
-    limit = image_text.at_most("logit_scale", math.log(100))
+    limit = model.at_most("logit_scale", math.log(100))
     params = {"logit_scale": jnp.float32(4.6), "kernel": jnp.float32(4.6)}
     updates: Any
     down: Any
@@ -226,14 +229,11 @@ def test_the_scale_stays_below_a_hundred():
     assert float(down["logit_scale"]) == -0.5
 
 
-def test_sigmoid_loss_is_a_switch_and_what_cannot_be_is_told(parts):
+def test_sigmoid_loss_is_a_switch_and_what_cannot_be_is_named(parts):
     config, _, tokenizer, source = parts
-    with config.unlocked():
-        other = config.copy_and_resolve_references()
-    other.loss.name = "sigmoid"
-    clip = image_text.make_clip(other, tokenizer)
-    experiment = image_text.make_experiment(other, clip, source)
-    params = jax.jit(experiment.init)(run_key(0, "init"))["params"]
+    other = change(config, {"loss.name": "sigmoid"})
+    made = model.make_contrast(other, model.make_clip(other, tokenizer), source)
+    params = jax.jit(made.init)(run_key(0, "init"))["params"]
     assert float(params["logit_bias"]) == -10 and float(params["logit_scale"]) == pytest.approx(math.log(10))
     for field, value, message in (
         ("loss.name", "hinge", "softmax or sigmoid"),
@@ -241,96 +241,45 @@ def test_sigmoid_loss_is_a_switch_and_what_cannot_be_is_told(parts):
         ("training.accumulate", 2, "over the whole batch"),
         ("data.name", "nothing", "folder or tfds:NAME"),
     ):
-        wrong = config.copy_and_resolve_references()
-        section, name = field.split(".")
-        wrong[section][name] = value
+        wrong = change(config, {field: value})
         with pytest.raises(ValueError, match=message):
-            image_text.make_source(wrong, "train")
-            image_text.make_experiment(wrong, image_text.make_clip(wrong, tokenizer), source)
+            experiment.read(wrong, "train")
+            model.make_contrast(wrong, model.make_clip(wrong, tokenizer), source)
 
 
-def test_the_experiment_from_the_command_line(tmp_path, capsys, monkeypatch):
-    from experiments import clip as experiment
-    from experiments.command_line import main
-
+def test_the_experiment_trains_scores_and_opens(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = ["width=32", "num_layers=1", "mlp_width=64"]
-    sizes = [f"--config.network.{tower}.{field}" for tower in ("image", "text") for field in small]
+    sizes = [f"--config.{field}={size}" for field, size in SMALL.items()]
     sizes += ["--config.data.num_examples=200", "--config.data.batch_size=32", "--config.training.num_steps=4"]
     sizes += ["--config.evaluation.num_examples=60", "--config.evaluation.num_candidates=10"]
     sizes += ["--config.evaluation.num_single=20", "--config.training.log_every=2"]
+    folder = tmp_path / "run"
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["clip", f"--workdir={tmp_path / 'run'}", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main(
-                experiment.__file__,
-                "",
-                default_config="clip_scenes.py",
-                modes=experiment.MODES,
-                extra_flags=experiment.define_flags,
-            )
-        return ended.value.code, capsys.readouterr().out
+        modes: Any = {"modes": experiment.MODES, "define_flags": experiment.define_flags}
+        call = make_call(experiment.TASK, "clip", folder, *arguments, **modes)
+        experiment.MODES[call.flags.mode](call)
+        return capsys.readouterr().out
 
-    assert run(*sizes)[0] == 0
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    run(*sizes)
+    report = json.loads((folder / "report.json").read_text())
     names = [one["name"] for one in report["measurements"]]
     assert "retrieval among 10, held_out" in names and "zero-shot accuracy of the colour, test" in names
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "a.png")
-    code, out = run("--mode=score", "--images=a.png", "--prompts=a red three;a blue four")
-    assert code == 0 and "prompt 2: a blue four" in out and "a.png" in out.splitlines()[-1]
-    assert "error" in str(run("--mode=score", "--images=a.png")[0])
-    trained = image_text.load(tmp_path / "run")
+    out = run("--mode=score", "--images=a.png", "--prompts=a red three;a blue four")
+    assert "prompt 2: a blue four" in out and "a.png" in out.splitlines()[-1]
+    with pytest.raises(ValueError, match=r"give --images=a\.png,b\.png and --prompts"):
+        run("--mode=score", "--images=a.png")
+    trained = model.open_clip(folder)
     assert trained.step == 4 and trained.encoder.text(["a red three"]).shape == (1, 512)
+    stored: Any = stored_in(folder)
+    assert text.to_json(trained.tokenizer) == stored["vocabulary"]
 
-
-# --- folders of captions
-
-
-def test_folder_of_captions(tmp_path, caplog):
-    pixels = np.random.RandomState(0).randint(0, 256, (3, 8, 8, 3), np.uint8)
-    for i in range(3):
-        Image.fromarray(pixels[i]).save(tmp_path / f"{i}.png")
-    lines = [
-        {"image": "0.png", "caption": "one"},
-        {"image": "1.png", "caption": ["two", "one"]},
-        {"image": "2.png", "caption": "three"},
-    ]
-
-    def write(*lines):
-        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-        (tmp_path / "captions.jsonl").write_text("\n".join(texts))
-
-    write(*lines)
-    source, said = captions.caption_folder(tmp_path, None)
-    read = source.read(np.arange(4))
-    assert said == ("one", "two", "three") and read["label"].tolist() == [0, 1, 0, 2]
-    assert (read["image"] == pixels[[0, 1, 1, 2]]).all()
-
-    Image.fromarray(pixels[0, :6]).save(tmp_path / "wide.png")
-    write(*lines, {"image": "wide.png", "caption": "wide"})
-    with pytest.raises(ValueError, match=r"line 4: .*wide.png is 8x6, not square: give image_size"):
-        captions.caption_folder(tmp_path, None)
-    assert captions.caption_folder(tmp_path, 4).source.image_shape == (4, 4, 3)
-
-    (tmp_path / "broken.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
-    write(*lines, {"image": "broken.png", "caption": "broken"})
-    with pytest.raises(ValueError, match=r"line 4: .*broken.png cannot be read"):
-        captions.caption_folder(tmp_path, 8)
-    with caplog.at_level(logging.WARNING):
-        assert captions.caption_folder(tmp_path, 8, skip_broken=True).source.num_examples == 4
-    assert "1 of 4 pictures cannot be read" in caplog.text
-
-    for line, message in (
-        ({"image": "none.png", "caption": "x"}, "line 4: a caption without an image"),
-        ({"image": "0.png"}, 'line 4: not {"image"'),
-        ("{", "line 4: not JSON"),
-    ):
-        write(*lines, line)
-        with pytest.raises(ValueError, match=message):
-            captions.caption_folder(tmp_path, 8)
-    with pytest.raises(ValueError, match="write a line"):
-        captions.caption_folder(tmp_path / "nowhere", 8)
+    # It has no sampling, so that --steps is no field of it: an error in one line, before anything is opened.
+    for flag in ("--steps=3", "--sampler=ddim"):
+        with pytest.raises(RunError, match="sampling") as refused:
+            run("--mode=evaluate", flag)
+        assert "\n" not in str(refused.value)
 
 
 # --- CLIP as a judge
@@ -351,7 +300,7 @@ def test_scores_and_classes():
     )
     found = clip_features.zero_shot(encoder, image[:2], [["red"], ["a green", "the green"], ["blue"]])
     assert found.tolist() == [2, 0]
-    with pytest.raises(ValueError, match="one for each"):
+    with pytest.raises(ValueError, match="3 images and 1 prompts: one prompt per image is needed"):
         clip_features.clip_score(encoder, image, ["red"])
 
 

@@ -1,23 +1,24 @@
-"""A published CLIP becomes a run and the run that CLIP again; what does not fit is told in one line."""
+"""A published CLIP becomes a run and the run that CLIP again; what does not fit is reported in one line."""
 
 import json
 import shutil
-import sys
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import make_call
 from PIL import Image
 from safetensors.numpy import load_file
 
 from diffusion.data import text
+from diffusion.model.clip import open_clip
 from diffusion.networks.clip import CLIP, ImageTower, TextTower
 from diffusion.pretrained.clip import load_clip, load_normalisation, save_clip
+from diffusion.runs.command_line import run_to_end
 from experiments import clip as experiment
-from experiments import image_text
-from experiments.command_line import main
 
 NORMALISATION = (0.5, 0.25, 0.125), (0.25, 0.5, 1.0)
 
@@ -29,26 +30,24 @@ def published(tmp_path_factory):
     tower: Any = dict(num_layers=1, num_heads=2, mlp_width=24, projection=8, activation="gelu")
     sizes: Any = dict(vocabulary_size=262, end_of_text=text.end_of_text(tokenizer), length=77)
     clip = CLIP(ImageTower(16, 8, width=16, **tower), TextTower(**sizes, width=12, **tower))
-    params = clip.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 77), jnp.int32))
+    params = jax.jit(clip.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 77), jnp.int32))
     folder = tmp_path_factory.mktemp("published") / "clip"
     save_clip(folder, clip, params, text.to_json(tokenizer), NORMALISATION)
     return folder
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """`call(*arguments)` runs the command line and returns how it ended, 0 or an error, and what it printed."""
+def call(capsys):
+    """`call(*arguments)` returns how the command ended, 0 or an error, and what it printed."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["clip", *map(str, arguments)])
+        def work():
+            modes: Any = {"modes": experiment.MODES, "define_flags": experiment.define_flags}
+            made = make_call(experiment.TASK, "clip", Path("unnamed"), *arguments, **modes)
+            experiment.MODES[made.flags.mode](made)
+
         with pytest.raises(SystemExit) as ended:
-            main(
-                experiment.__file__,
-                experiment.__doc__,
-                default_config="clip_scenes.py",
-                modes=experiment.MODES,
-                extra_flags=experiment.define_flags,
-            )
+            run_to_end(work)
         return ended.value.code, capsys.readouterr().out
 
     return run
@@ -59,7 +58,7 @@ def test_a_published_folder_becomes_a_run_and_the_run_that_folder(published, cal
     code, out = call("--mode=import", f"--weights={published}", f"--workdir={run}", "--config.data.batch_size=8")
     assert code == 0 and "is now a run of experiments.clip with the weights of" in out
 
-    trained = image_text.load(run)
+    trained = open_clip(run)
     clip, params = load_clip(published)
     assert trained.clip == clip and trained.step == 0
     jax.tree.map(np.testing.assert_array_equal, trained.params, params)
@@ -85,7 +84,7 @@ def test_a_published_folder_becomes_a_run_and_the_run_that_folder(published, cal
     assert sorted(path.name for path in again.iterdir()) == sorted(path.name for path in published.iterdir())
 
 
-def test_openai_s_normalisation_where_none_is_told(published, call, tmp_path):
+def test_openai_s_normalisation_where_there_is_none(published, call, tmp_path):
     shutil.copytree(published, tmp_path / "bare")
     (tmp_path / "bare" / "preprocessor_config.json").unlink()
     assert call("--mode=import", f"--weights={tmp_path / 'bare'}", f"--workdir={tmp_path / 'run'}")[0] == 0
@@ -110,7 +109,7 @@ def test_mistakes_are_one_line_and_leave_nothing(published, call, tmp_path):
 
     tokenizer = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(text.to_json(text.train_tokenizer(["a"], 258)))
-    refused("has 258 tokens, the weights 262: take the tokenizer files that came with these weights", *arguments)
+    refused("has 258 tokens, the weights 262: use the tokenizer files that were published with", *arguments)
     (folder / "tokenizer.json").unlink()
     refused("holds no tokenizer", *arguments)
     (folder / "tokenizer.json").write_text(tokenizer)
