@@ -135,10 +135,10 @@ def test_folders_by_name(pairs, tmp_path_factory):
 
 def test_separators_of_unicode_stay_within_a_caption(pairs):
     folder, _, _ = pairs
-    said = "a\u2028b\x85c"
-    line = json.dumps({"image": "0.png", "caption": said}, ensure_ascii=False)
+    caption = "a\u2028b\x85c"
+    line = json.dumps({"image": "0.png", "caption": caption}, ensure_ascii=False)
     (folder / "captions.jsonl").write_text("\ufeff" + line + "\r\n", "utf-8", newline="")
-    assert caption_folder(folder, 8).captions == (said,)
+    assert caption_folder(folder, 8).captions == (caption,)
 
 
 def test_the_fingerprint_covers_captions_and_pixels(pairs):

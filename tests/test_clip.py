@@ -66,8 +66,8 @@ def test_both_towers_are_transformers(golden, published):
         **{f"text_hidden_{i}": x for i, x in enumerate(read.hidden)},
     }
     assert len(found) == 4 + 3 + 3 and len(golden["ids"]) > len(golden["image"])
-    image, said, scale, bias = apply(clip, params, golden["image"], golden["ids"])
-    found["logits"] = scale * image @ said.T + bias
+    image, caption, scale, bias = apply(clip, params, golden["image"], golden["ids"])
+    found["logits"] = scale * image @ caption.T + bias
     for name, value in found.items():
         assert golden[name].std() > 0.05, name
         # float32 over two layers; activations are of size 1.
@@ -90,11 +90,11 @@ def test_towers_alone_with_an_exact_gelu_and_the_old_kind_of_config(golden, publ
 def test_bfloat16_and_remat(golden, published):
     clip, params = load_clip(published / "clip", jnp.bfloat16)
     remat = clip.clone(image=clip.image.clone(remat=True), text=clip.text.clone(remat=True))
-    image, said, *_ = apply(remat, params, golden["image"], golden["ids"])
-    assert image.dtype == said.dtype == jnp.float32
+    image, caption, *_ = apply(remat, params, golden["image"], golden["ids"])
+    assert image.dtype == caption.dtype == jnp.float32
     # bfloat16 has 8 bits: 0.4% of each of some ten sums.
     np.testing.assert_allclose(image, golden["image_embedding"], atol=0.05)
-    np.testing.assert_allclose(said, golden["text_embedding"], atol=0.05)
+    np.testing.assert_allclose(caption, golden["text_embedding"], atol=0.05)
     features = apply(remat, params, golden["ids"], method="read")
     assert {x.dtype for x in features.hidden} == {jnp.dtype(jnp.bfloat16)}
 

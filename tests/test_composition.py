@@ -44,12 +44,12 @@ def test_noise_of_a_generated_picture_does_not_hide_the_digit(read):
     assert wholly(wanted, images, read).mean() > 0.9
 
 
-def test_colours_are_told_by_their_direction():
+def test_colours_are_named_by_their_direction():
     assert colour_of(np.array([200.0, 102.0, 3.0], np.float32)) == "orange"
     assert colour_of(np.array([90.0, 88.0, 91.0], np.float32)) == "white"
 
 
-def test_ink_is_told_from_a_grey_background():
+def test_ink_is_separated_from_a_grey_background():
     image = np.full((16, 16, 3), 30, np.uint8)
     image[2:8, 3:6] = (255, 30, 30)
     (blob,) = blobs(image)

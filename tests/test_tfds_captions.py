@@ -13,7 +13,7 @@ from diffusion.data import tfds_captions as module
 from diffusion.data.named import named_captions
 from diffusion.data.tfds_captions import tfds_captions
 
-SAID = (["a dog", "two dögs"], [], ["a dog"], ["a cat", "the cat", "cat"])
+CAPTIONS = (["a dog", "two dögs"], [], ["a dog"], ["a cat", "the cat", "cat"])
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +24,15 @@ def prepared(tmp_path_factory):
     image = np.random.RandomState(0).randint(0, 256, (4, 6, 6, 1), np.uint8)
     one = tfds.features.Text()
     forms = {
-        "coco": ("captions", tfds.features.Sequence({"id": np.int64, "text": one}), lambda said: records(said)),
-        "many": ("captions", tfds.features.Sequence(one), lambda said: said),
-        "one": ("title", one, lambda said: " and ".join(said)),
-        "none": ("note", one, lambda said: " and ".join(said)),
+        "coco": ("captions", tfds.features.Sequence({"id": np.int64, "text": one}), lambda captions: records(captions)),
+        "many": ("captions", tfds.features.Sequence(one), lambda captions: captions),
+        "one": ("title", one, lambda captions: " and ".join(captions)),
+        "none": ("note", one, lambda captions: " and ".join(captions)),
         "number": ("caption", tfds.features.Tensor(shape=(), dtype=np.int64), len),
     }
 
-    def records(said):
-        return [{"id": number, "text": text} for number, text in enumerate(said)]
+    def records(captions):
+        return [{"id": number, "text": text} for number, text in enumerate(captions)]
 
     def png(pixels) -> bytes:  # TFDS' own encoder is TensorFlow's
         file = io.BytesIO()
@@ -56,8 +56,8 @@ def prepared(tmp_path_factory):
 
         def _generate_examples(self):
             name, _, form = forms[config_of(self)]
-            for i, said in enumerate(SAID):
-                yield i, {"image": png(image[i]), name: form(said)}
+            for i, captions in enumerate(CAPTIONS):
+                yield i, {"image": png(image[i]), name: form(captions)}
 
     folder = tmp_path_factory.mktemp("tfds")
     for config in forms:
@@ -73,31 +73,31 @@ def cache(monkeypatch, tmp_path):
 def pairs_of(captioned):
     """All (pixels, caption), sorted: TFDS shuffles when it prepares."""
     read = captioned.read(np.arange(captioned.num_examples))
-    said = [captioned.captions[row] for row in read["label"]]
+    captions = [captioned.captions[row] for row in read["label"]]
     assert read["label"].dtype == np.int32
-    return sorted((pixels.tobytes(), text) for pixels, text in zip(read["image"], said, strict=True))
+    return sorted((pixels.tobytes(), text) for pixels, text in zip(read["image"], captions, strict=True))
 
 
-def wanted(image, said):
+def wanted(image, captions):
     rgb = np.repeat(image, 3, axis=-1)
-    return sorted((pixels.tobytes(), text) for pixels, texts in zip(rgb, said, strict=True) for text in texts)
+    return sorted((pixels.tobytes(), text) for pixels, texts in zip(rgb, captions, strict=True) for text in texts)
 
 
 @pytest.mark.parametrize("form", ["coco", "many"])
 def test_every_caption_is_a_pair(prepared, form):
     folder, image = prepared
     captioned = tfds_captions(f"pairs/{form}", "train", folder, 6)
-    assert sorted(captioned.captions) == sorted({text for said in SAID for text in said})
+    assert sorted(captioned.captions) == sorted({text for captions in CAPTIONS for text in captions})
     assert captioned.num_classes == len(captioned.captions) == 5
     assert captioned.image_shape == (6, 6, 3)
-    assert pairs_of(captioned) == wanted(image, SAID)
+    assert pairs_of(captioned) == wanted(image, CAPTIONS)
     assert tfds_captions(f"pairs/{form}", "train", folder, 3).image_shape == (3, 3, 3)
 
 
 def test_one_caption_an_image_and_a_part_of_a_split(prepared):
     folder, image = prepared
     whole = tfds_captions("pairs/one", "train", folder, 6)
-    assert pairs_of(whole) == wanted(image, [[" and ".join(said)] for said in SAID])
+    assert pairs_of(whole) == wanted(image, [[" and ".join(captions)] for captions in CAPTIONS])
     part = tfds_captions("pairs/one", "train[1:3]", folder, 6)
     assert set(pairs_of(part)) < set(pairs_of(whole)) and part.num_examples == 2
     assert part.fingerprint != whole.fingerprint
@@ -120,12 +120,12 @@ def test_sets_without_captions_are_refused(prepared):
         tfds_captions("pairs/number", "train", folder, 6)
     with pytest.raises(ValueError, match="no prepared data set 'coco_captions'"):
         tfds_captions("coco_captions", "train", folder, 6)
-    (alone,) = [i for i in range(4) if not any(_said(folder, f"train[{i}:{i + 1}]"))]
+    (alone,) = [i for i in range(4) if not any(captions_in(folder, f"train[{i}:{i + 1}]"))]
     with pytest.raises(ValueError, match=r"its 1 examples of .* have no caption"):
         tfds_captions("pairs/coco", f"train[{alone}:{alone + 1}]", folder, 6)
 
 
-def _said(folder, split):
+def captions_in(folder, split):
     prepared = module.open_set("pairs/coco", split, folder)
     return module._read_captions(prepared, ("captions", "text"), "")
 
@@ -133,7 +133,7 @@ def _said(folder, split):
 def test_captions_by_name(prepared):
     folder, image = prepared
     named = functools.partial(named_captions, "tfds:pairs/coco", data_dir=folder, image_size=6)
-    assert pairs_of(named("train")) == wanted(image, SAID)
+    assert pairs_of(named("train")) == wanted(image, CAPTIONS)
     assert named("test").split == "val" and named("test", held_out_split="val[:2]").split == "val[:2]"
     with pytest.raises(ValueError, match="the splits 'train' and 'test', not 'val'"):
         named("val")
