@@ -223,8 +223,8 @@ import os, signal, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 from pathlib import Path
 import jax
+from diffusion.runs.command_line import run_to_end
 from diffusion.training import make_mesh, processes
-from experiments.command_line import run_to_end
 import test_training
 
 processes.join()
