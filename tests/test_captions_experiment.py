@@ -1,116 +1,92 @@
-"""Text to image on a folder of pictures and captions, from end to end; frozen text encoded once."""
+"""Text to image on a folder of pictures and captions, from end to end."""
 
 import json
-import sys
-from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_text_to_image import clip_parts, init  # noqa: F401 (a fixture)
 
-from diffusion.data import scenes
-from diffusion.data.captions import with_text
 from diffusion.data.samples import load_samples
-from experiments import captions, text_encoders, text_modes, text_to_image
-from experiments.command_line import main
-
-SMALL = (
-    "--config.data.image_size=16",
-    "--config.data.batch_size=8",
-    "--config.text.width=8",
-    "--config.network.width=16",
-    "--config.network.depth=1",
-    "--config.network.num_heads=2",
-    "--config.network.dtype=float32",
-    "--config.training.num_steps=2",
-    "--config.training.preview_every=100",
-    "--config.training.num_previews=8",
-    "--config.sampling.num_steps=2",
-    "--config.evaluation.features=pixels",
-    "--config.evaluation.metrics=('fid',)",
-)
-
-
-def write_pairs(folder, split, count):
-    folder.mkdir()
-    lines = []
-    for index in range(count):
-        scene = scenes.scene(0, split, index)
-        Image.fromarray(scenes.draw(scene, split)).save(folder / f"{index}.png")
-        lines.append(json.dumps({"image": f"{index}.png", "caption": scene.caption}))
-    (folder / "captions.jsonl").write_text("\n".join(lines))
+from diffusion.evaluation.clip_features import Encoder
+from diffusion.runs.train import stored_in
+from experiments import captions
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch):
-    """call(*flags) -> how the experiment's command line ended."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["captions", f"--workdir={tmp_path / 'run'}", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main(
-                captions.__file__,
-                "",
-                default_config="captions_mmdit.py",
-                modes=captions.MODES,
-                extra_flags=text_modes.define_flags,
-            )
-        return ended.value.code
-
-    return call
+def kind(kinds):
+    return kinds["captions"]
 
 
-def test_a_folder_of_pairs_is_learned_drawn_and_scored(call, tmp_path):
-    write_pairs(tmp_path / "pairs", "train", 24)
-    write_pairs(tmp_path / "held_out", "held_out", 12)
-    data = (f"--config.data.dir={tmp_path / 'pairs'}", f"--config.evaluation.dir={tmp_path / 'held_out'}")
-    assert call(*SMALL, *data) == 0
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    (fid,) = report["measurements"]
-    assert fid["num_samples"] == 12 and fid["reference"]["name"] == "held_out" and fid["ema"] == 0.9999
-    assert np.asarray(Image.open(tmp_path / "run" / "captions.png")).std() > 10
+def test_a_folder_of_pairs_is_scored_beside_real_pictures(kind, copied):
+    folder = copied("captions")
+    kind.do(folder, "--mode=evaluate")
+    (fid,) = json.loads((folder / "report.json").read_text())["measurements"]
+    assert fid["name"] == "Fréchet distance" and fid["num_samples"] == 24
+    assert fid["reference"]["name"] == "test" and fid["ema"] == 0.9999
+    assert np.asarray(Image.open(folder / "captions.png")).std() > 10
 
-    # Words that the checkpoint knows: the folder of pairs is not read again.
-    (tmp_path / "pairs" / "captions.jsonl").unlink()
-    out = tmp_path / "a.npz"
-    assert call("--mode=sample", "--prompt=a red three", "--num_samples=3", f"--out={out}") == 0
-    assert load_samples(out).shape == (3, 16, 16, 3)
-    assert "nothing to draw" in call("--mode=sample")
-    assert call("--mode=img2img", "--num_samples=2", "--strength=0.5") == 0
-    assert "text.precomputed=True is for an encoder" in call(
-        *SMALL, f"--config.data.dir={tmp_path / 'held_out'}", "--config.text.precomputed=True", "--workdir=elsewhere"
+
+def test_pairs_are_judged_by_their_own_captions(kind, copied, monkeypatch):
+    """Of real pictures a judge that knows them returns 100, of drawn ones less."""
+    folder = copied("captions")
+    call = kind.call(folder, "--mode=evaluate", "--config.evaluation.judge=clip", "--num_samples=8")
+    source = captions.read(call.config, "test")
+    known = {source.read(np.array([i]))["image"].tobytes(): i for i in range(source.num_examples)}
+    rows = {source.captions[label]: i for i, label in enumerate(source.read(np.arange(24))["label"])}
+
+    def embed(numbers):
+        return np.stack([np.eye(25, dtype=np.float32)[number] for number in numbers])
+
+    judge = Encoder(
+        lambda image: embed([known.get(one[None].tobytes(), 24) for one in image]),
+        lambda prompts: embed([rows[prompt] for prompt in prompts]),
+        1.0,
+        "one that knows",
     )
+    monkeypatch.setattr(captions, "load_judge", lambda name: judge)
+    found = {one.name: one for one in captions.evaluate(call, call.open())}
+    assert found["that of the real pictures"].value == 100 and found["CLIP score"].value == 0
+    assert found["that of the real pictures"].sampler == "real images" and found["CLIP score"].seeds == [0]
+    assert {one.num_samples for one in found.values()} == {8}
 
 
-def test_words_are_the_most_frequent():
-    said = ["A dog, a dog and a cat", "a cat", "a bird's nest"]
-    assert text_encoders.frequent_words(said, 3) == ["a", "and", "cat"]  # of those in one caption, by the alphabet
-    assert text_encoders.frequent_words(said, 100) == ["a", "and", "bird", "cat", "dog", "nest", "s"]
+def test_a_trained_run_draws_without_the_pairs_it_was_trained_on(kind, copied, tmp_path, monkeypatch):
+    folder, out = copied("captions"), tmp_path / "a.npz"
+    monkeypatch.setattr(captions, "read", None)
+    blind = kind._replace(task=kind.task._replace(read=None))
+    words = stored_in(folder)["condition"]["vocabulary"]
+    assert len(words) > 20 and {"red", "above"} & set(words)
+    blind.do(folder, "--mode=sample", "--prompt=a red three", "--num_samples=3", f"--out={out}")
+    assert load_samples(out).shape == (3, 16, 16, 3)
+    with pytest.raises(ValueError, match="nothing to draw: give --prompt"):
+        blind.do(folder, "--mode=sample")
 
 
-def test_features_made_once_give_the_loss_of_features_made_at_every_step(clip_parts, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    params = init(clip_parts)
-    captioned = scenes.scenes("train", 16, 40)
-    encoder = clip_parts.encoder
-    made_once = text_encoders.with_features(captioned, encoder, params["text"], batch_size=16)
-    blind: Any = encoder._replace(encode=None)
-    again = text_encoders.with_features(captioned, blind, params["text"])
-    assert len(list(tmp_path.rglob("*.npy"))) == 2
-    other = jax.tree.map(lambda x: x + 1, params["text"])
-    text_encoders.with_features(captioned, encoder, other)
-    assert len(list(tmp_path.rglob("*.npy"))) == 4  # other weights, other features
+def test_held_out_pictures_are_where_img2img_begins(kind, copied):
+    folder = copied("captions")
+    kind.do(folder, "--mode=img2img", "--num_samples=2", "--strength=0.5")
+    (out,) = (folder / "uses").glob("img2img_*.npz")
+    with np.load(out) as stored:
+        begun = stored["image"]
+    source = captions.read(kind.call(folder, "--mode=sample").config, "test")
+    held_out = {one.tobytes() for one in source.read(np.arange(source.num_examples))["image"]}
+    assert len(begun) == 2 and {one.tobytes() for one in begun} <= held_out
 
-    config, network = clip_parts.config, clip_parts.network
-    loss = jax.jit(text_to_image.make_loss(config, network, encoder, clip_parts.diffusion))
-    rows, key = np.arange(32), jax.random.key(3)
-    expected, _ = loss(params, with_text(captioned, encoder.tokenize).read(rows), key)
-    for source in (made_once, again):
-        batch = source.read(rows)
-        assert "text" not in batch
-        found, _ = loss(params, batch, key)
-        # Of sums in float32 of another order; a dropped caption that was not would differ by far more.
-        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+def test_what_cannot_be_trained_or_scored_is_refused_before_training(kind, tmp_path):
+    folder = tmp_path / "run"
+
+    def refused(line, *arguments):
+        with pytest.raises(ValueError, match=line):
+            kind.do(folder, *kind.flags, *arguments)
+        assert not (folder / "checkpoints").exists()
+
+    refused(r"name one by --config\.data\.dir=DIR", "--config.data.dir=")
+    refused("there is no .*captions.jsonl", f"--config.data.dir={tmp_path}")
+    scored = "--config.evaluation.after_training=True"
+    refused(r"name one by --config\.evaluation\.dir=DIR", scored, "--config.evaluation.dir=")
+    refused("there is no .*captions.jsonl", scored, f"--config.evaluation.dir={tmp_path}")
+    refused("unknown metric 'FID': choose from fid, kid", scored, "--config.evaluation.metrics=('FID',)")
+    refused("needs the probabilities of a classifier", scored, "--config.evaluation.metrics=('inception_score',)")
+    none = "--config.evaluation.weights=none.pth"
+    refused("none.pth is not a file", scored, "--config.evaluation.features=inception", none)
