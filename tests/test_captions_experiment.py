@@ -1,6 +1,7 @@
 """Text to image on a folder of pictures and captions, from end to end."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +55,8 @@ def test_a_trained_run_draws_without_the_pairs_it_was_trained_on(kind, copied, t
     folder, out = copied("captions"), tmp_path / "a.npz"
     monkeypatch.setattr(captions, "read", None)
     blind = kind._replace(task=kind.task._replace(read=None))
-    words = stored_in(folder)["condition"]["vocabulary"]
+    stored: Any = stored_in(folder)
+    words = stored["condition"]["vocabulary"]
     assert len(words) > 20 and {"red", "above"} & set(words)
     blind.do(folder, "--mode=sample", "--prompt=a red three", "--num_samples=3", f"--out={out}")
     assert load_samples(out).shape == (3, 16, 16, 3)

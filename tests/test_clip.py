@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from diffusion.data import captions, scenes, text
+from diffusion.data.samples import load_samples
 from diffusion.evaluation import clip_features
 from diffusion.model import clip as model
 from diffusion.model.fields import change, load
 from diffusion.networks.clip import CLIP, ImageTower, TextTower, unit
 from diffusion.pretrained.clip import from_transformers, load_clip, load_text_tower, save_clip, to_transformers
+from diffusion.runs.run import open_run
 from diffusion.runs.train import stored_in
 from diffusion.training import RunError, make_mesh, place_batch, run_key
 from experiments import clip as experiment
+from experiments.captions import load_judge
 
 ROOT = Path(__file__).parent.parent
 
@@ -247,39 +251,66 @@ def test_sigmoid_loss_is_a_switch_and_what_cannot_be_is_named(parts):
             model.make_contrast(wrong, model.make_clip(wrong, tokenizer), source)
 
 
-def test_the_experiment_trains_scores_and_opens(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def run_clip(folder, *arguments):
+    """Does what the command line of experiments.clip asks for."""
+    modes: Any = {"modes": experiment.MODES, "define_flags": experiment.define_flags}
+    call = make_call(experiment.TASK, "clip", folder, *arguments, **modes)
+    experiment.MODES[call.flags.mode](call)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run of four steps."""
+    folder = tmp_path_factory.mktemp("clip") / "run"
     sizes = [f"--config.{field}={size}" for field, size in SMALL.items()]
     sizes += ["--config.data.num_examples=200", "--config.data.batch_size=32", "--config.training.num_steps=4"]
     sizes += ["--config.evaluation.num_examples=60", "--config.evaluation.num_candidates=10"]
     sizes += ["--config.evaluation.num_single=20", "--config.training.log_every=2"]
-    folder = tmp_path / "run"
+    run_clip(folder, *sizes)
+    return folder
 
-    def run(*arguments):
-        modes: Any = {"modes": experiment.MODES, "define_flags": experiment.define_flags}
-        call = make_call(experiment.TASK, "clip", folder, *arguments, **modes)
-        experiment.MODES[call.flags.mode](call)
-        return capsys.readouterr().out
 
-    run(*sizes)
-    report = json.loads((folder / "report.json").read_text())
+def test_the_experiment_reports_scores_and_opens(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report = json.loads((trained / "report.json").read_text())
     names = [one["name"] for one in report["measurements"]]
     assert "retrieval among 10, held_out" in names and "zero-shot accuracy of the colour, test" in names
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "a.png")
-    out = run("--mode=score", "--images=a.png", "--prompts=a red three;a blue four")
+    run_clip(trained, "--mode=score", "--images=a.png", "--prompts=a red three;a blue four")
+    out = capsys.readouterr().out
     assert "prompt 2: a blue four" in out and "a.png" in out.splitlines()[-1]
     with pytest.raises(ValueError, match=r"give --images=a\.png,b\.png and --prompts"):
-        run("--mode=score", "--images=a.png")
-    trained = model.open_clip(folder)
-    assert trained.step == 4 and trained.encoder.text(["a red three"]).shape == (1, 512)
-    stored: Any = stored_in(folder)
-    assert text.to_json(trained.tokenizer) == stored["vocabulary"]
+        run_clip(trained, "--mode=score", "--images=a.png")
+    opened = model.open_clip(trained)
+    assert opened.step == 4 and opened.encoder.text(["a red three"]).shape == (1, 512)
+    stored: Any = stored_in(trained)
+    assert text.to_json(opened.tokenizer) == stored["vocabulary"]
+    assert load_judge(str(trained)).name == opened.encoder.name
 
-    # It has no sampling, so that --steps is no field of it: an error in one line, before anything is opened.
-    for flag in ("--steps=3", "--sampler=ddim"):
-        with pytest.raises(RunError, match="sampling") as refused:
-            run("--mode=evaluate", flag)
-        assert "\n" not in str(refused.value)
+
+@pytest.mark.parametrize("flag", ["--steps=3", "--sampler=ddim"])
+def test_flags_of_sampling_are_refused_in_one_line(trained, flag):
+    with pytest.raises(RunError, match="sampling") as refused:
+        run_clip(trained, "--mode=evaluate", flag)
+    assert "\n" not in str(refused.value)
+
+
+def test_text_to_image_keeps_the_tower_in_its_own_checkpoint(kinds, trained, tmp_path):
+    """Prompts read by a CLIP: its features are made once, and its folder is needed only where a run starts."""
+    clip, folder, out = tmp_path / "clip", tmp_path / "run", tmp_path / "a.npz"
+    shutil.copytree(trained, clip)
+    small = [flag for flag in kinds["scenes"].flags if not flag.startswith("--config.condition.")]
+    kind = kinds["scenes"]._replace(config="scenes:clip", flags=(*small, "--config.training.num_previews=0"))
+    flags = (*kind.flags, "--config.optimizer.name=adam", "--config.optimizer.cooldown_steps=0")
+    flags = (*flags, f"--config.condition.folder={clip}")
+    kind.do(folder, *flags, "--config.training.num_steps=2")
+    shutil.rmtree(clip)
+    kind.do(folder, *flags, "--config.training.num_steps=4")
+    kind.do(folder, "--mode=sample", "--prompt=a red two", f"--out={out}", "--num_samples=1")
+    run = open_run(folder, num_devices=1)
+    tower = model.open_clip(trained).params["params"]["text"]
+    assert run.step == 4 and load_samples(out).shape == (1, 16, 16, 3)
+    jax.tree.map(np.testing.assert_array_equal, run.params["text"]["params"], tower)
 
 
 # --- CLIP as a judge

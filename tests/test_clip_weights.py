@@ -19,6 +19,7 @@ from diffusion.networks.clip import CLIP, ImageTower, TextTower
 from diffusion.pretrained.clip import load_clip, load_normalisation, save_clip
 from diffusion.runs.command_line import run_to_end
 from experiments import clip as experiment
+from experiments.captions import load_judge
 
 NORMALISATION = (0.5, 0.25, 0.125), (0.25, 0.5, 1.0)
 
@@ -66,6 +67,7 @@ def test_a_published_folder_becomes_a_run_and_the_run_that_folder(published, cal
     config = json.loads((run / "config.json").read_text())["config"]
     assert (tuple(config["data"]["mean"]), tuple(config["data"]["std"])) == NORMALISATION
 
+    assert load_judge(str(published)).name == load_judge(str(run)).name == trained.encoder.name
     Image.fromarray(np.random.RandomState(0).randint(0, 256, (20, 30, 3), np.uint8)).save(tmp_path / "a.png")
     code, out = call(
         "--mode=score", f"--workdir={run}", f"--images={tmp_path / 'a.png'}", "--prompts=a red three;a blue four"
