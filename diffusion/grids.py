@@ -106,7 +106,9 @@ def spaced_grid(
         raise ValueError(f"unknown final {final!r}: choose from zero, sigma_min")
     time = time[:num_steps]
     if time[0] >= total or time[-1] < 0 or np.any(np.diff(time) >= 0):
-        raise ValueError(f"times {time.tolist()} do not fall within 0..{total - 1}: choose fewer steps or offset 0.")
+        raise ValueError(
+            f"times from {time[0]} to {time[-1]} do not fall within 0..{total - 1}: choose fewer steps or offset 0."
+        )
     grid = _chain_grid(schedule, np.append(time + 1, 0 if final == "zero" else 1))
     return grid._replace(time=grid.time.at[-1].set(-1))
 

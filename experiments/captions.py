@@ -24,7 +24,7 @@ from diffusion.evaluation import Measurement
 from diffusion.evaluation.clip_features import Encoder
 from diffusion.model import clip
 from diffusion.model.config import Config
-from diffusion.runs.call import TEST, Call, Task
+from diffusion.runs.call import TEST, Call, Task, refuse_flags
 from diffusion.runs.draw import draw
 from diffusion.runs.evaluate import score as score_sets
 from diffusion.runs.modes import main
@@ -59,22 +59,28 @@ def draw_held_out(call: Call, run: Run) -> tuple[Source, np.ndarray, list[str], 
     return source, real["image"], prompts, draw(run.painter, prompts, np.arange(count), call.flags.seed)
 
 
+def metrics_of(call: Call) -> list[str]:
+    """Returns --metrics, or the config's."""
+    return list(call.flags.metrics or call.config.evaluation.metrics)
+
+
 def score(call: Call, run: Run) -> Measurement:
     """Returns the first metric of the config on pictures of held-out captions: what sweeps draw."""
     settings = run.config.evaluation
     extractor = evaluation.make_extractor(settings.features, settings.weights)
     source, _, _, images = draw_held_out(call, run)
     reference = evaluation.reference_set(source, extractor)
-    return score_sets(run, [images], [call.flags.seed], list(settings.metrics[:1]), extractor, reference)[0]
+    return score_sets(run, [images], [call.flags.seed], metrics_of(call)[:1], extractor, reference)[0]
 
 
 def ready(call: Call) -> None:
     """Checks what `evaluate` needs: held-out pairs, features, metrics."""
+    refuse_flags(call, "num_seeds", "out")
     settings = call.config.evaluation
     extractor = evaluation.make_extractor(settings.features, settings.weights)
     source = call.task.read(call.config, TEST)
     count = min(call.flags.num_samples or settings.num_samples, source.num_examples)
-    evaluation.check_names(settings.metrics, extractor, num_samples=count, num_reference=source.num_examples)
+    evaluation.check_names(metrics_of(call), extractor, num_samples=count, num_reference=source.num_examples)
     if settings.judge:
         load_judge(settings.judge)
 
@@ -92,7 +98,7 @@ def evaluate(call: Call, run: Run) -> list[Measurement]:
         return []
     seeds = [call.flags.seed]
     reference = evaluation.reference_set(source, extractor)
-    measurements = score_sets(run, [images], seeds, list(settings.metrics), extractor, reference)
+    measurements = score_sets(run, [images], seeds, metrics_of(call), extractor, reference)
     if judge:
         how: dict[str, Any] = {"features": judge.name, "reference": None, "note": "100 max(0, cosine)"}
         drawn: dict[str, Any] = made_by(run) | {"seeds": seeds}
@@ -106,8 +112,9 @@ def evaluate(call: Call, run: Run) -> list[Measurement]:
 
 def load_judge(folder: str) -> Encoder:
     """Returns the CLIP in a folder: a published one, or the work folder of experiments.clip."""
-    published = (Path(folder).expanduser() / "config.json").exists() and not (Path(folder) / "checkpoints").exists()
-    return evaluation.load_encoder(folder) if published else clip.open_clip(Path(folder).expanduser()).encoder
+    path = Path(folder).expanduser()
+    is_run = (path / "checkpoints").is_dir()
+    return clip.open_clip(path).encoder if is_run else evaluation.load_encoder(path)
 
 
 TASK = Task("captions", read, evaluate, ready, score)

@@ -17,7 +17,7 @@ from diffusion.data.images import save_labelled_png
 from diffusion.data.sources import Source
 from diffusion.evaluation import Measurement, composition
 from diffusion.model.config import Config
-from diffusion.runs.call import Call, Task
+from diffusion.runs.call import Call, Task, refuse_flags
 from diffusion.runs.draw import draw
 from diffusion.runs.modes import main
 from diffusion.runs.report import REAL, made_by
@@ -54,6 +54,11 @@ def examples(config: Config) -> list[str]:
     del config
     kinds = scenes.KINDS
     return [scenes.scene(1, "held_out", i, kinds=[kinds[i % len(kinds)]]).caption for i in range(NUM_SHOWN)]
+
+
+def ready(call: Call) -> None:
+    """Refuses what `evaluate` does not read."""
+    refuse_flags(call, "metrics", "num_seeds", "out")
 
 
 class Share(NamedTuple):
@@ -174,7 +179,7 @@ def prompt_replaced(call: Call, run: Run, judge: Read) -> Share:
     return Share(f"prompt replaced, noise kept, {SAID['held_out']}", agree, len(wanted), made(call, run))
 
 
-TASK = Task("scenes", read, evaluate, lambda call: None, score, examples, vocabulary=lambda config, source: VOCABULARY)
+TASK = Task("scenes", read, evaluate, ready, score, examples, vocabulary=lambda config, source: VOCABULARY)
 
 if __name__ == "__main__":
     main(__file__, __doc__, TASK, config="scenes")

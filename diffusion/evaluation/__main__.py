@@ -22,7 +22,6 @@ import numpy as np
 from diffusion import evaluation
 from diffusion.data.lines import read_lines
 from diffusion.data.named import open_images
-from diffusion.data.sources import Source
 from diffusion.evaluation import Measurement, clip_extractor
 from diffusion.evaluation.extractors import NAMES
 
@@ -82,7 +81,7 @@ def score(options: argparse.Namespace) -> None:
     else:
         reference = evaluation.reference_set(source, extractor)
 
-    image = read_all(samples)
+    image = evaluation.all_images(samples)
     measurements = measure(image, samples.name, extractor, reference, names)
     if judge:
         score = float(evaluation.clip_score(judge, image, prompts).mean())
@@ -93,7 +92,7 @@ def score(options: argparse.Namespace) -> None:
     if out:
         evaluation.write_report(out, f"{samples.name} scored", measurements, about)
         if source is not None and source.image_shape == samples.image_shape:
-            evaluation.draw_nearest(image, read_all(source), out / "nearest.png")
+            evaluation.draw_nearest(image, evaluation.all_images(source), out / "nearest.png")
 
 
 def measure(
@@ -150,11 +149,6 @@ def read_prompts(path: Path) -> list[str]:
         if number != expected:
             raise ValueError(f"{path}, line {expected} is blank: line n is the prompt of sample n")
     return [line.strip() for _, line in lines]
-
-
-def read_all(source: Source) -> np.ndarray:
-    """Returns all images of a source."""
-    return source.read(np.arange(source.num_examples))["image"]
 
 
 if __name__ == "__main__":

@@ -94,8 +94,13 @@ def reference_set(source: Source, extractor: Extractor) -> ReferenceSet:
     return ReferenceSet(reference, statistics, features)
 
 
+def all_images(source: Source) -> UInt8[np.ndarray, "N H W C"]:
+    """Returns all images of a source."""
+    return source.read(np.arange(source.num_examples))["image"]
+
+
 def _features(source: Source, extractor: Extractor) -> np.ndarray:
-    return extractor.extract(source.read(np.arange(source.num_examples))["image"]).features
+    return extractor.extract(all_images(source)).features
 
 
 def read_statistics(path: Path) -> ReferenceSet:

@@ -25,6 +25,7 @@ class Condition(NamedTuple):
       frozen: whether the parameters keep the values that `init` gave them.
       description: what makes it again beside the config and the parameters, plain JSON; None: nothing more.
       num_classes: of "classes".
+      optional: whether "no condition" can be asked for.
     """
 
     kind: str
@@ -36,6 +37,14 @@ class Condition(NamedTuple):
     frozen: bool = False
     description: Mapping[str, Any] | None = None
     num_classes: int | None = None
+    optional: bool = True
+
+
+def rows_of(condition: Condition, requests: Sequence[Any]) -> np.ndarray:
+    """Returns `condition.read(requests)`. Raises ValueError where one is None and the model knows no "no condition"."""
+    if not condition.optional and any(request is None for request in requests):
+        raise ValueError("this model was trained with a class for every image: give one each, as --label=0,1")
+    return condition.read(requests)
 
 
 class Facts(NamedTuple):
@@ -45,11 +54,13 @@ class Facts(NamedTuple):
       num_classes: of the data; None where it has none.
       stored: `Condition.description` in the run's checkpoint; empty where a run starts.
       vocabulary: words to learn, where a run starts.
+      null_class: whether the network has an embedding of "no class".
     """
 
     num_classes: int | None
     stored: Mapping[str, Any]
     vocabulary: Sequence[str]
+    null_class: bool = True
 
 
 def nothing(facts: Facts) -> Condition:
@@ -80,12 +91,18 @@ def classes(facts: Facts, *, dropout: float = 0.1) -> Condition:
     if not 0 <= dropout <= 1:
         raise ValueError(f"condition.dropout is {dropout}: it has to lie in [0, 1]")
 
+    if dropout and not facts.null_class:
+        raise ValueError("condition.dropout hides classes, and network.null_class=False has none to hide: set it to 0")
+    hidden = num_classes if facts.null_class else 0  # the latter stands where nothing is read; see `rows_of`
+
     def read(requests: Sequence[int | None]) -> np.ndarray:
         if outside := [label for label in requests if label is not None and not 0 <= label < num_classes]:
             raise ValueError(f"class {outside[0]} does not exist: choose from 0..{num_classes - 1}")
-        return np.array([num_classes if label is None else label for label in requests], np.int32)
+        return np.array([hidden if label is None else label for label in requests], np.int32)
 
     def of_batch(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Told:
+        if not facts.null_class:
+            return {"label": batch["label"]}
         label_key = jax.random.split(key, 4)[3]  # the other three are the loss's own
         return {"label": guidance.drop_labels(label_key, batch["label"], num_classes, dropout)}
 
@@ -96,4 +113,5 @@ def classes(facts: Facts, *, dropout: float = 0.1) -> Condition:
         of_batch=of_batch,
         widths={"num_classes": num_classes},
         num_classes=num_classes,
+        optional=facts.null_class,
     )

@@ -52,7 +52,7 @@ def make_model(
     process = make_process(config)
     if config.loss.learned_variance and process.schedule is None:
         raise ValueError("loss.learned_variance is that of a chain's steps: it needs process.name=ddpm")
-    facts = Facts(num_classes, stored or {}, vocabulary)
+    facts = Facts(num_classes, stored or {}, vocabulary, config.network.get("null_class", True))
     condition = pick(CONDITIONS, config.condition, "condition")(facts)
     network = make_network(config, image_shape[-1], condition, process.time_scale)
     kind = config.loss.prediction

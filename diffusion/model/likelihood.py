@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from diffusion import gaussian, likelihood
 from diffusion.model.choices import pick
+from diffusion.model.condition import rows_of
 from diffusion.model.config import Config
 from diffusion.model.model import Model, make_denoise, parts
 from diffusion.model.sampling import THRESHOLDS
@@ -55,7 +56,7 @@ def bits_per_dim(
       num_steps: of the ODE.
     """
     measure = make_measure(model, config, num_terms, num_steps)
-    rows = model.condition.read(requests)
+    rows = rows_of(model.condition, requests)
     batch_size = min(config.sampling.batch_size, len(images))
     found: dict[str, list[np.ndarray]] = {}
     for first in tqdm(range(0, len(images), batch_size), desc="likelihood", unit="batch"):

@@ -147,6 +147,10 @@ def guided(model: Model, sampling: Sampling, params: Any, rows: Any, away: Any) 
             f"sampling.guidance={sampling.scale:g} needs a condition to be guided to: train with "
             "config.condition.name=classes, or leave guidance at 1"
         )
+    if sampling.scale != 1.0 and not model.condition.optional:
+        raise ValueError(
+            f"sampling.guidance={sampling.scale:g} needs an embedding of no class, and this model has none: leave it at 1"
+        )
     text = parts(model, params)[1]
     to, fro = (make_denoise(model, params, model.condition.of_request(text, x)) for x in (rows, away))
     return sampling.guide(to, fro)

@@ -42,6 +42,13 @@ class Call(NamedTuple):
         return load(self.workdir, self.stored, self.config, self.mesh, self.flags.checkpoint, length)
 
 
+def refuse_flags(call: Call, *names: str) -> None:
+    """Raises ValueError where flags are given that this experiment's evaluation does not read."""
+    for name in names:
+        if call.flags[name].present:
+            raise ValueError(f"--{name} is not read by the evaluation of {call.task.name}: leave it out")
+
+
 def words_of_captions(config: Config, source: Source) -> list[str]:
     """Returns the vocabulary of a run that starts: the most frequent words of the source's captions."""
     return prompts.frequent_words(source.captions, config.condition.get("size", 0))

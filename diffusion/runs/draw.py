@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from diffusion.data.batches import full_batches
 from diffusion.data.samples import load_samples, save_samples
+from diffusion.model.condition import rows_of
 from diffusion.model.config import Config, plain, round_up
 from diffusion.model.model import Model, Use, from_noise, make_generate
 from diffusion.model.sampling import make_sampling
@@ -76,7 +77,7 @@ def draw(
         generate = make_generate(model, make_sampling(config, model.process), mesh, use)
         if "<locals>" not in use.__qualname__:  # a closure may be another one next time
             programs[key] = generate
-    rows = model.condition.read(requests)
+    rows = rows_of(model.condition, requests)
     (away,) = model.condition.read([negative])
     batch_size = round_up(min(config.sampling.batch_size, len(rows)), mesh.size)
     found = []

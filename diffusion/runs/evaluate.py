@@ -31,7 +31,9 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def evaluate(call: Call, run: Run | None = None) -> None:
     """Measures the run as its experiment asks, or as any images can be; writes report.json, report.md and pictures."""
-    run = run or call.open()
+    if run is None:
+        (call.task.ready or ready)(call)
+        run = call.open()
     measurements = (call.task.evaluate or of_images)(call, run)
     finish_run(run.workdir, run.experiment, run.step, measurements)
 
@@ -58,7 +60,6 @@ def of_images(call: Call, run: Run) -> list[Measurement]:
     Beside the Fréchet distance is that of held-out real images at the same count, and of small images with classes the
     share of each, counted by a classifier of the real ones.
     """
-    ready(call)
     settings, asked = run.config.evaluation, call.flags
     names = list(asked.metrics or settings.metrics)
     metrics = [name for name in names if name != "bits_per_dim"]

@@ -32,12 +32,16 @@ from diffusion.runs.call import Call
 from diffusion.training import Checkpoints, Experiment, RunError, check_finite, init_state, workdir
 from diffusion.training.checkpoints import provenance
 
+USUAL_STEPS = 50  # of DDIM and multistep solvers, where a published model names no number
+
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flag of these modes."""
     flags.DEFINE_string("weights", None, "import, export: a published folder; import: an ADM file", flag_values=values)
+    flags.DEFINE_string("variant", None, "import: of a folder's weights, as fp16", flag_values=values)
+    flags.DEFINE_bool("null_class", None, "import: whether the last class means no class", flag_values=values)
     flags.DEFINE_bool(
-        "new_attention_order", False, "import: an ADM file trained with --use_new_attention_order", flag_values=values
+        "new_attention_order", None, "import: whether an ADM file has --use_new_attention_order", flag_values=values
     )
 
 
@@ -55,9 +59,15 @@ def load_published(call: Call, path: Path) -> tuple[Published, list[Path]]:
     """
     config = call.config
     if path.is_dir():
-        return pipeline.load_pipeline(path), folder.weights_files(unet.unet_folder(path))
+        asked, size = call.flags, config.data.image_size or None
+        files = folder.weights_files(unet.unet_folder(path), variant=asked.variant)
+        return pipeline.load_pipeline(path, asked.variant, asked.null_class, size), files
     if config.network.name != "unet" or not config.data.image_size:
         raise RunError(f"{path} does not hold the size of its images: add --config.data.image_size=N")
+    if call.flags.new_attention_order is None:
+        raise RunError(
+            f"{path} does not hold the order of its heads: add --new_attention_order or --nonew_attention_order"
+        )
     heads = config.network.head_channels
     published = adm.load_adm(
         path,
@@ -65,6 +75,7 @@ def load_published(call: Call, path: Path) -> tuple[Published, list[Path]]:
         new_attention_order=call.flags.new_attention_order,
         num_heads=None if heads else config.network.num_heads,
         head_channels=heads or None,
+        null_class=bool(call.flags.null_class),
         dropout=config.network.dropout,
         noise_schedule=config.process.beta,
         num_steps=config.process.num_steps,
@@ -100,6 +111,8 @@ def describe_network(config: Config, network: Any) -> None:
     own = {field: 0 if value is None else value for field, value in own.items()}
     config.network = ConfigDict({**own, "name": "unet", "dtype": "float32", "remat": False})
     choose(config, "condition", "nothing" if network.num_classes is None else "classes")
+    if network.num_classes is not None and not network.null_class:
+        config.condition.dropout = 0.0
 
 
 def describe_chain(config: Config, chain: Chain) -> None:
@@ -121,7 +134,8 @@ def describe_chain(config: Config, chain: Chain) -> None:
         config.sampling.sampler.variance = chain.variance
     else:
         config.sampling.sampler.update(chain.settings)
-    config.sampling.num_steps = chain.num_steps
+    every = sampler == "ancestral" and not chain.steps_offset  # others have no step for the chain's last
+    config.sampling.num_steps = chain.num_steps if every else min(USUAL_STEPS, chain.num_steps)
     choose(config, "sampling.grid", chain.spacing)
     config.sampling.grid.final = chain.final
     if chain.spacing == "leading":

@@ -10,8 +10,6 @@ from diffusion.training.sharding import fully_sharded, make_mesh, place_batch, r
 from diffusion.training.step import make_train_step
 from diffusion.training.weights import check_finite, digest
 
-distributed = processes  # its name before; for experiments/command_line.py
-
 __all__ = [
     "Checkpoints",
     "Experiment",
@@ -24,7 +22,6 @@ __all__ = [
     "check_finite",
     "check_seed",
     "digest",
-    "distributed",
     "fully_sharded",
     "init_state",
     "make_mesh",
