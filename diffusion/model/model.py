@@ -149,7 +149,7 @@ def guided(model: Model, sampling: Sampling, params: Any, rows: Any, away: Any) 
         )
     if sampling.scale != 1.0 and not model.condition.optional:
         raise ValueError(
-            f"sampling.guidance={sampling.scale:g} needs an embedding of no class, which this model lacks: leave it at 1"
+            f"sampling.guidance={sampling.scale:g} needs an embedding of no class, and this model has none: use 1"
         )
     text = parts(model, params)[1]
     to, fro = (make_denoise(model, params, model.condition.of_request(text, x)) for x in (rows, away))
