@@ -6,44 +6,50 @@ import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
+from helpers import make_call
 
+from diffusion.model.config import from_plain, plain
 from diffusion.training import RunError, workdir
-from experiments import command_line
+from experiments import digits
 
 ROOT = Path(__file__).parent.parent
-MODES = {"train": lambda run: None, "sample": lambda run: None}
 
 
 def parse(folder, *arguments):
-    argv = ["digits", f"--workdir={folder}", *arguments]
-    file = ROOT / "experiments" / "digits.py"
-    return command_line.parse(argv, file, "doc", "digits_ddpm.py", MODES, flags.FlagValues())
+    return make_call(digits.TASK, "digits", folder, *arguments)
 
 
 def test_fields_are_overridden_with_their_own_type(tmp_path):
-    run, mode = parse(
+    call = parse(
         tmp_path, "--config.network.multipliers=1,2,4", "--config.optimizer.learning_rate=1", "--steps=7", "--seed=3"
     )
-    assert mode == "train" and run.flags.seed == 3
-    assert run.config.network.multipliers == (1, 2, 4)
-    assert run.config.optimizer.learning_rate == 1.0 and isinstance(run.config.optimizer.learning_rate, float)
-    assert run.config.sampling.num_steps == 7
-    stored = json.loads(json.dumps(run.description))
-    assert stored["experiment"] == "digits" and stored["config"]["network"]["multipliers"] == [1, 2, 4]
-    assert command_line.from_plain(stored["config"]) == run.config
+    assert call.flags.mode == "train" and call.flags.seed == 3
+    assert call.config.network.multipliers == (1, 2, 4)
+    assert call.config.optimizer.learning_rate == 1.0 and isinstance(call.config.optimizer.learning_rate, float)
+    assert call.config.sampling.num_steps == 7
+    stored = json.loads(json.dumps(plain(call.config)))
+    assert stored["network"]["multipliers"] == [1, 2, 4] and from_plain(stored) == call.config
+
+
+def test_the_fields_of_a_choice_are_those_of_its_name(tmp_path):
+    config = parse(tmp_path, "--config.sampling.sampler.order=3", "--sampler=unipc", "--config.process=flow").config
+    assert config.sampling.sampler.to_dict() == {"name": "unipc", "order": 3}
+    assert config.process.to_dict() == {"name": "flow", "times": "uniform"}
+    with pytest.raises(RunError, match=r"eta is not a field of sampling\.sampler\.name=unipc: it has order"):
+        parse(tmp_path, "--config.sampling.sampler.eta=0.5", "--sampler=unipc")
+    assert parse(tmp_path, "--config.training.num_steps=1e3").config.training.num_steps == 1000
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--config.network.channel=5", "did you mean --config.network.channels"),
-        ("--config.netwrok.channels=5", "did you mean --config.network.channels"),
+        ("--config.network.channel=5", "did you mean channels"),
+        ("--config.netwrok.channels=5", "did you mean network.channels"),
         ("--config.network.channels=many", "--config.network.channels=many"),
         ("--config.network.channels=0.5", "--config.network.channels=0.5"),
         ("channels", "unexpected argument 'channels'"),
         ("--num_smaples=5", "did you mean --num_samples"),
-        ("--config=nowhere.py", "digits_ddpm"),
+        ("--config=nowhere.py", "captions, cifar10"),
     ],
 )
 def test_unknown_or_bad_arguments_are_refused_with_the_nearest_name(tmp_path, argument, message):
@@ -54,9 +60,9 @@ def test_unknown_or_bad_arguments_are_refused_with_the_nearest_name(tmp_path, ar
 
 
 def test_a_folder_belongs_to_one_experiment_and_config(tmp_path):
-    run, _ = parse(tmp_path)
+    config = plain(parse(tmp_path).config)
     assert not any(tmp_path.iterdir())
-    workdir.claim(tmp_path, "digits", run.description["config"])
+    workdir.claim(tmp_path, "digits", config)
     parse(tmp_path, "--config.training.num_steps=7", "--config.sampling.num_steps=3")  # free to change
     before = (tmp_path / "config.json").read_text()
     with pytest.raises(RunError, match=r"network\.channels: 32 -> 64; optimizer\.learning_rate: 0\.002 -> 0\.5"):
@@ -69,9 +75,9 @@ def test_a_folder_belongs_to_one_experiment_and_config(tmp_path):
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     # A file in the way fails for every user; permissions would not stop root.
     (tmp_path / "file").write_text("")
-    run, _ = parse(tmp_path / "fine")
+    config = plain(parse(tmp_path / "fine").config)
     with pytest.raises(RunError, match=r"cannot (use|write to) --workdir"):
-        workdir.claim(tmp_path / "file" / "run", "digits", run.description["config"])
+        workdir.claim(tmp_path / "file" / "run", "digits", config)
 
 
 def test_sampling_needs_a_checkpoint(tmp_path):
@@ -104,7 +110,7 @@ def test_launch_lists_the_experiments_with_a_line_each():
         assert done.returncode == 0
         for name in ("digits", "cifar10"):
             assert any(line.split()[:1] == [name] and len(line.split()) > 3 for line in done.stdout.splitlines())
-        assert "command_line" not in done.stdout
+        assert "__init__" not in done.stdout and "configs" not in done.stdout
 
 
 def test_launch_refuses_unknown_experiments_and_old_pythons(tmp_path):
