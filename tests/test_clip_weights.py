@@ -100,8 +100,8 @@ def test_mistakes_are_one_line_and_leave_nothing(published, call, tmp_path):
     arguments = ["--mode=import", f"--weights={folder}", f"--workdir={new}"]
 
     def refused(message, *arguments):
-        said, _ = call(*arguments)
-        assert str(said).startswith("error: ") and message in said and "\n" not in said
+        printed, _ = call(*arguments)
+        assert str(printed).startswith("error: ") and message in printed and "\n" not in printed
         assert sorted(child.name for child in tmp_path.iterdir()) == ["theirs"]
 
     refused("--weights is missing", "--mode=import", f"--workdir={new}")

@@ -587,8 +587,20 @@ def refused(arguments, line):
     """Checks that the command ends with one line, which matches."""
     with pytest.raises(SystemExit) as left:
         command_line(["--features=pixels", *arguments])
-    said = str(left.value.code)
-    assert re.search(line, said) and said.startswith("error: ") and "\n" not in said and len(said) < 500, said
+    printed = str(left.value.code)
+    assert re.search(line, printed) and printed.startswith("error: "), printed
+    assert "\n" not in printed and len(printed) < 500, printed
+
+
+def test_inception_that_cannot_be_fetched_is_reported_before_images_are_read(tmp_path, monkeypatch):
+    def offline(*arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    monkeypatch.setattr("diffusion.evaluation.__main__.open_images", None)
+    with pytest.raises(SystemExit, match=r"error: cannot fetch pt_inception.* \(no network\): put https://.* at "):
+        command_line(["a.npz", "digits"])
 
 
 def test_paths_of_the_command_begin_with_a_tilde(real, tmp_path, monkeypatch, capsys):

@@ -281,6 +281,7 @@ def test_a_frozen_encoder_stays_as_it_is(clip_parts):
         assert size < sum(leaf.size for leaf in moments) < 2.01 * size
 
 
+@pytest.mark.filterwarnings("ignore:a text of .* tokens is truncated")
 def test_features_made_once_give_the_loss_of_features_made_at_every_step(clip_parts, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     condition = clip_parts.model.condition
