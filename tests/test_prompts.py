@@ -255,6 +255,7 @@ def clip_parts():
     return make_parts("scenes:clip", stored=stored)
 
 
+@pytest.mark.filterwarnings("ignore:a text of .* tokens is truncated")
 def test_a_frozen_encoder_stays_as_it_is(clip_parts):
     model = clip_parts.model
     params = random_params(model)
