@@ -1,45 +1,56 @@
 """Optimizers: the course of the rate, and what Muon takes for matrices."""
 
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import CONFIGS
 from optax import apply_updates
 
+from diffusion.model.experiment import make_model
+from diffusion.model.fields import change, load_config
+from diffusion.model.model import init
+from diffusion.model.optimizers import make_optimizer, matrix_axes
 from diffusion.networks.unet import UNet
-from experiments import scenes
-from experiments.configs import digits_ddpm, scenes_mmdit
-from experiments.optimizers import make_optimizer, matrix_axes
-from experiments.text_to_image import make_parts
+
+
+def optimizer_of(**fields):
+    """Returns the optimizer of the digits' config with these fields, trained for 20 steps, and its learning rate."""
+    config = load_config("digits", {"training.num_steps": 20}, CONFIGS)
+    optimizer: Any = make_optimizer(change(config, {f"optimizer.{field}": value for field, value in fields.items()}))
+    return optimizer
 
 
 def test_the_rate_warms_up_stays_and_cools_down():
-    config: Any = digits_ddpm.get_config()
-    config.optimizer.update(dict(learning_rate=0.5, warmup_steps=4, cooldown_steps=5))
-    config.training.num_steps = 20
-    rate: Any = make_optimizer(config)[1]
+    _, rate = optimizer_of(learning_rate=0.5, warmup_steps=4, cooldown_steps=5)
     expected = [0.125, 0.25, 0.375] + [0.5] * 13 + [0.4, 0.3, 0.2, 0.1]
     np.testing.assert_allclose([rate(step) for step in range(20)], expected, rtol=1e-6)
-    config.optimizer.update(dict(warmup_steps=0, cooldown_steps=0))
-    rate = make_optimizer(config)[1]
+    _, rate = optimizer_of(learning_rate=0.5, warmup_steps=0, cooldown_steps=0)
     np.testing.assert_allclose([rate(step) for step in (0, 19)], 0.5)
-    config.optimizer.name = "sgd"
-    with pytest.raises(ValueError, match="choose adam or muon"):
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "sgd"}, "optimizer.name is 'sgd': choose from adam, muon"),
+        ({"muon_rate": 1.0}, "optimizer.muon_rate is not a field of adam: it has b1, b2, eps"),
+    ],
+)
+def test_an_unknown_name_or_field_is_refused(fields, message):
+    config = load_config("digits", {}, CONFIGS)
+    with config.unlocked():
+        config.optimizer.update(fields)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         make_optimizer(config)
 
 
 def test_every_matrix_of_the_inner_layers_is_one():
-    parts = make_parts(scenes_mmdit.get_config(), (16, 16, 3), scenes.VOCABULARY)
-    mmdit: Any = jax.eval_shape(
-        parts.network.init,
-        jax.random.key(0),
-        jnp.zeros((1, 16, 16, 3)),
-        jnp.zeros(1),
-        context=jnp.zeros((1, 12, 96)),
-        pooled=jnp.zeros((1, 96)),
-    )
+    config = load_config("scenes", {}, CONFIGS)
+    model = make_model(config, (16, 16, 3), vocabulary=["a", "red", "three"])
+    mmdit: Any = jax.eval_shape(lambda key: init(model, key)["network"], jax.random.key(0))
     unet: Any = jax.eval_shape(UNet().init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros(1))
     found = {}
     for params in (mmdit, unet):
@@ -58,9 +69,7 @@ def test_every_matrix_of_the_inner_layers_is_one():
 
 
 def test_muon_moves_a_matrix_in_every_direction_alike_and_by_the_size_of_adams_steps():
-    config: Any = digits_ddpm.get_config()
-    config.optimizer.update(dict(name="muon", learning_rate=1e-3, muon_rate=3.0, warmup_steps=0, clip_norm=1e9))
-    optimizer, _ = make_optimizer(config)
+    optimizer, _ = optimizer_of(name="muon", learning_rate=1e-3, muon_rate=3.0, warmup_steps=0, clip_norm=1e9)
     random = np.random.RandomState(0)
     # A gradient with one direction some 100 times stronger than the others.
     gradient = random.randn(64, 96) + 100 * np.outer(random.randn(64), random.randn(96)) / 64**0.5
