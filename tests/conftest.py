@@ -25,10 +25,13 @@ from jaxtyping import install_import_hook
 install_import_hook("diffusion", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 # Files whose every test is among those of ./launch.sh test --quick; single tests elsewhere are marked themselves.
-QUICK = """
-    architecture averages chains contrastive doctests editing fields flow formats gaussian grids guidance likelihood
-    losses metrics predictions randomness samplers schedules weightings
-""".split()
+# fmt: off
+QUICK = (
+    "architecture", "averages", "chains", "contrastive", "doctests", "editing", "fields", "flow", "formats",
+    "gaussian", "grids", "guidance", "likelihood", "losses", "metrics", "predictions", "randomness", "samplers",
+    "schedules", "weightings",
+)
+# fmt: on
 
 
 def pytest_collection_modifyitems(items):
