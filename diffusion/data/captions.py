@@ -86,7 +86,7 @@ def caption_folder(
       ValueError: with the number of the line, if the file, a caption or a picture is missing, broken or of another
         shape.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     path = folder / "captions.jsonl"
     if not path.is_file():
         raise ValueError(

@@ -40,7 +40,7 @@ def image_folder(
       ValueError: in one line, if there are no pictures, none in the split, one cannot be read, sizes differ, or one
         is in no class.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if split not in ("train", "test", "all"):
         raise ValueError(f"a folder of pictures has the splits 'train', 'test' and 'all', not '{split}'")
     if not 0 <= held_out < 1:

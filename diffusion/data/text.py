@@ -30,7 +30,7 @@ def clip_tokenizer(path: str | os.PathLike) -> Tokenizer:
     Raises:
       ValueError: if the file cannot be read or holds no merges.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         lines = content.decode("utf-8").split("\n")[1:]  # the first names the version
@@ -50,7 +50,7 @@ def read_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     Raises:
       ValueError: if neither is there, or they are damaged.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     try:
         if (folder / "vocab.json").is_file():
             vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))

@@ -1,6 +1,7 @@
 """Configs as data: plain JSON, copies, what of them the trainer reads, and the forms that older runs have stored."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,49 @@ from diffusion.training import Settings, fully_sharded, replicated
 Config = Any  # an ml_collections.ConfigDict, whose fields type checkers cannot know
 
 SHARDINGS = {"replicated": replicated, "full": fully_sharded}
+
+
+# Of each number: the smallest value and, where there is one, the value that it must remain below.
+RANGES = {
+    "network.channels": (1, None),
+    "network.multipliers": (1, None),
+    "network.num_blocks": (1, None),
+    "network.num_groups": (1, None),
+    "network.num_heads": (1, None),
+    "network.head_channels": (0, None),
+    "network.dropout": (0, 1),
+    "network.width": (1, None),
+    "network.depth": (1, None),
+    "network.patch": (1, None),
+    "condition.width": (1, None),
+    "condition.length": (1, None),
+    "condition.size": (0, None),
+    "loss.vlb_weight": (0, math.inf),
+    "optimizer.learning_rate": (1e-300, math.inf),
+    "optimizer.warmup_steps": (0, None),
+    "optimizer.cooldown_steps": (0, None),
+    "optimizer.clip_norm": (1e-300, None),
+    "optimizer.b1": (0, 1),
+    "optimizer.b2": (0, 1),
+    "optimizer.eps": (1e-300, math.inf),
+    "optimizer.muon_rate": (0, math.inf),
+    "data.batch_size": (1, None),
+    "data.image_size": (0, None),
+    "training.num_previews": (0, None),
+    "sampling.num_steps": (1, None),
+}
+
+
+def check_ranges(config: Config) -> None:
+    """Raises ValueError, naming the field, where a number is out of its range."""
+    for field, (smallest, limit) in RANGES.items():
+        block, name = field.split(".")
+        value = config.get(block, {}).get(name)
+        for number in () if value is None else value if isinstance(value, tuple) else (value,):
+            if not (number >= smallest and (limit is None or number < limit)):  # in this form nan is refused too
+                least = f"at least {smallest}" if smallest >= 1 or smallest == 0 else "above 0"
+                below = "" if limit is None else " and finite" if limit == math.inf else f" and less than {limit}"
+                raise ValueError(f"{field} is {value}: it must be {least}{below}")
 
 
 def plain(config: Config) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from diffusion.data.sources import Source
 from diffusion.model import prompts
 from diffusion.model.choices import pick
 from diffusion.model.condition import Condition, Facts, classes, nothing
-from diffusion.model.config import Config, round_up
+from diffusion.model.config import Config, check_ranges, round_up
 from diffusion.model.model import Model, init, make_generate, make_loss
 from diffusion.model.optimizers import make_optimizer
 from diffusion.model.processes import make_draw, make_process, make_weight
@@ -49,6 +49,7 @@ def make_model(
     Raises:
       ValueError: whatever cannot be built, naming the field.
     """
+    check_ranges(config)
     process = make_process(config)
     if config.loss.learned_variance and process.schedule is None:
         raise ValueError("loss.learned_variance is that of a chain's steps: it needs process.name=ddpm")
@@ -72,10 +73,9 @@ def make_network(config: Config, channels: int, condition: Condition, time_scale
       ValueError: an unknown name or field, or a network that cannot read the condition.
     """
     dtype = DTYPES.get(config.network.dtype, config.network.dtype)
-    try:
-        block = {**config.network, "dtype": jnp.dtype(dtype)}
-    except TypeError as error:
-        raise ValueError(f"network.dtype is {dtype!r}: choose from float32, bfloat16, float16") from error
+    if dtype not in DTYPES.values():
+        raise ValueError(f"network.dtype is {dtype!r}: choose from {', '.join(DTYPES.values())}")
+    block = {**config.network, "dtype": jnp.dtype(dtype)}
     make = pick(NETWORKS, block, "network")
     outputs = channels * (1 + config.loss.learned_variance)
     if config.network.name == "unet":

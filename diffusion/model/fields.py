@@ -18,6 +18,7 @@ from diffusion.model.optimizers import OPTIMIZERS, SHARED
 from diffusion.model.processes import PROCESSES
 from diffusion.model.sampling import GRIDS, SAMPLERS, THRESHOLDS
 from diffusion.training import RunError
+from diffusion.training.errors import one_line
 from diffusion.training.workdir import flatten
 
 # Blocks that hold a name and the fields of that name, and what every name of a block has.
@@ -46,7 +47,7 @@ def load(spec: str, folder: Path) -> tuple[Config, str]:
     """
     name, _, methods = spec.partition(":")
     there = sorted(path.stem for path in folder.glob("[!_]*.py"))
-    path = Path(name)
+    path = Path(name).expanduser()
     if not path.is_file():
         stem = next((stem for stem in there if name == stem or name.startswith(f"{stem}_")), None)
         if stem is None or path.suffix:
@@ -54,15 +55,19 @@ def load(spec: str, folder: Path) -> tuple[Config, str]:
                 f"no config file {name}; those in {folder.parent.name}/{folder.name} are: {', '.join(there)}"
             )
         path, methods = folder / f"{stem}.py", ",".join(filter(None, (name[len(stem) + 1 :], methods)))
-    get_config = runpy.run_path(str(path)).get("get_config")
-    if get_config is None:
-        raise RunError(f"{path} has no function get_config: it is not a config file")
-    if methods and not inspect.signature(get_config).parameters:
-        raise RunError(f"{path} takes no methods: leave out :{methods}")
     try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if get_config is None:
+            raise RunError(f"{path} has no function get_config: it is not a config file")
+        if methods and not inspect.signature(get_config).parameters:
+            raise RunError(f"{path} takes no methods: leave out :{methods}")
         config = get_config(methods) if methods else get_config()
     except ValueError as error:
         raise RunError(f"{path}: {error}") from error
+    except (Exception, SystemExit) as error:  # the file is a program, which may do anything
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"{path} cannot be read as a config: {type(error).__name__}: {one_line(error)}") from error
     return complete(config), "_".join([path.stem, *filter(None, methods.split(","))])
 
 

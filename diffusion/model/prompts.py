@@ -242,8 +242,9 @@ def make_clip_text(folder: str, stored: Mapping[str, Any] | None) -> TextEncoder
             raise ValueError(
                 "condition.name=clip reads a trained CLIP: name its work folder, --config.condition.folder=DIR"
             )
-        trained = clip.open_clip(Path(folder))
-        with open_existing(Path(folder)) as checkpoints:
+        path = Path(folder).expanduser()
+        trained = clip.open_clip(path)
+        with open_existing(path) as checkpoints:
             stored = {name: checkpoints.description()[name] for name in ("config", "vocabulary")}
     config = from_plain(stored["config"])
     tokenizer = text.from_json(stored["vocabulary"])

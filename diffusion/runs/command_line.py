@@ -186,7 +186,7 @@ def whole(argument: str, fields: dict[str, Any]) -> str:
     """Returns --config.FIELD=1e3 of a field that holds a whole number as 1000; other arguments as they are."""
     name, _, value = argument.partition("=")
     if type(fields.get(name.lstrip("-").removeprefix("config."))) is int:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             if float(value) == int(float(value)):
                 return f"{name}={int(float(value))}"
     return argument

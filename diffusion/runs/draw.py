@@ -1,6 +1,7 @@
 """Drawing: from a model, weights and requests to uint8 images, batch by batch over all devices."""
 
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -71,6 +72,7 @@ def draw(
       ValueError: requests that do not exist, or samples that are not finite.
     """
     model, params, config, mesh, programs = painter
+    warn_of_negative(config, negative)
     key = json.dumps([plain(config)["sampling"], use.__qualname__])
     generate = programs.get(key)
     if generate is None:
@@ -95,6 +97,12 @@ def draw(
         if path and jax.process_index() == 0:
             save_samples(path, image)
     return np.concatenate(found)[: len(rows)]
+
+
+def warn_of_negative(config: Config, negative: str | None) -> None:
+    """Warns of a negative prompt that changes nothing."""
+    if negative and config.sampling.guidance == 1.0:
+        logging.warning("a negative prompt changes nothing at sampling.guidance=1: raise it, to 4 for example")
 
 
 def refuse_not_finite(finite: np.ndarray) -> None:

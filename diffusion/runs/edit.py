@@ -17,7 +17,7 @@ from diffusion import editing
 from diffusion.model.model import draw_noise, make_denoise, parts
 from diffusion.model.sampling import make_sampling
 from diffusion.runs.call import TEST, Call
-from diffusion.runs.draw import draw, refuse_not_finite
+from diffusion.runs.draw import draw, refuse_not_finite, warn_of_negative
 from diffusion.runs.likelihood import own_requests
 from diffusion.runs.pictures import read_mask, read_pictures, write_rows
 from diffusion.runs.run import Run, show_trajectory
@@ -83,6 +83,7 @@ def interpolate_prompts(call: Call, run: Run, out: Path) -> None:
     model, count = run.model, call.flags.num_samples or 4
     sampling = make_sampling(run.config, model.process)
     ids = model.condition.read([*prompts, call.flags.negative_prompt])
+    warn_of_negative(run.config, call.flags.negative_prompt)
 
     @jax.jit
     def mix(params: Any, ids: jax.Array, seed: Any, index: jax.Array) -> jax.Array:

@@ -41,8 +41,6 @@ def sample(call: Call) -> None:
     if run.model.condition.kind == "prompts":
         prompts = read_prompts(call)
         count = count or 8
-        if asked.negative_prompt and run.config.sampling.guidance == 1.0:
-            logging.warning("--negative_prompt changes nothing at guidance 1: give --config.sampling.guidance=4")
         requests, index = np.repeat(prompts, count).tolist(), np.tile(np.arange(count), len(prompts))
     else:
         refuse_prompts(call, run)

@@ -77,7 +77,7 @@ def check_settings(settings: Settings, experiment: Experiment, mesh: Mesh) -> No
     for sigma_rel in settings.ema_profiles:
         try:
             power_exponent(sigma_rel)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise RunError(f"training.ema_profiles: {error}") from error
     parts = mesh.size * settings.accumulate
     if experiment.batch_size % parts:
