@@ -62,7 +62,7 @@ class Task(NamedTuple):
       read: (config, split) -> its images, "train" or "test"; the test images are kept from training.
       evaluate: (call, run) -> measurements, for the report; None: Fréchet distance and its kin.
       ready: (call) -> None: raises what `evaluate` would raise after training, before it; None: that of images.
-      score: (call, run) -> the one measurement that sweeps draw; None: the Fréchet distance.
+      score: (call, run) -> the one measurement that sweeps draw; None: the first metric.
       examples: (config) -> prompts that previews show and that are drawn where none is given.
       vocabulary: (config, training images) -> words that a run which starts learns.
     """

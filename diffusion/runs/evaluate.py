@@ -151,13 +151,14 @@ def shares(run: Run, samples: np.ndarray, seeds: list[int], train: Source, test:
     return [Measurement("share of each class", named, len(samples), **made, **made_by(run))]
 
 
-def frechet_distance(call: Call, run: Run) -> Measurement:
-    """Returns the Fréchet distance of --num_samples samples of one seed: what sweeps draw of images."""
+def first_metric(call: Call, run: Run) -> Measurement:
+    """Returns the first of --metrics, else the Fréchet distance, of --num_samples samples: what sweeps draw of images."""
     settings, asked = run.config.evaluation, call.flags
     extractor = evaluation.make_extractor(settings.features, settings.weights)
     train = call.task.read(call.config, TRAIN)
     num_samples = asked.num_samples or settings.num_samples
     samples = draw_samples(run, run.requests(num_samples), np.arange(num_samples), asked.seed)
     reference = evaluation.reference_set(train, extractor)
-    (measured,) = score(run, [samples], [asked.seed], ["fid"], extractor, reference)
+    metrics = list(asked.metrics or ["fid"])[:1]
+    (measured,) = score(run, [samples], [asked.seed], metrics, extractor, reference)
     return measured

@@ -8,7 +8,7 @@ from absl import flags
 from diffusion import evaluation
 from diffusion.evaluation import Measurement
 from diffusion.runs.call import Call
-from diffusion.runs.evaluate import frechet_distance
+from diffusion.runs.evaluate import first_metric
 from diffusion.runs.report import finish
 from diffusion.runs.run import Run
 
@@ -34,7 +34,7 @@ def sweep(call: Call) -> None:
 
 def over(call: Call, name: str, label: str, values: list[float], at: Callable[[float], Run]) -> None:
     """Scores the run that `at` makes of each value; writes sweeps/NAME."""
-    score = call.task.score or frechet_distance
+    score = call.task.score or first_metric
     rows: list[Measurement] = []
     for value in values:
         one = score(call, at(value))
