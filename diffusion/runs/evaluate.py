@@ -152,7 +152,7 @@ def shares(run: Run, samples: np.ndarray, seeds: list[int], train: Source, test:
 
 
 def first_metric(call: Call, run: Run) -> Measurement:
-    """Returns the first of --metrics, else the Fréchet distance, of --num_samples samples: what sweeps draw of images."""
+    """Returns the first of --metrics, else the Fréchet distance, of samples of one seed: what sweeps draw."""
     settings, asked = run.config.evaluation, call.flags
     extractor = evaluation.make_extractor(settings.features, settings.weights)
     train = call.task.read(call.config, TRAIN)
