@@ -19,7 +19,9 @@ assert _spec is not None and _spec.loader is not None
 record = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(record)
 
-TINY = MMDiT(width=32, depth=3, num_heads=4, out_channels=3, context_width=10, pooled_width=7, table_size=9, base_size=6)
+TINY = MMDiT(
+    width=32, depth=3, num_heads=4, out_channels=3, context_width=10, pooled_width=7, table_size=9, base_size=6
+)
 VARIANTS = {
     "sd3": TINY,
     "sd3_5_large": TINY.clone(qk_norm=True),
