@@ -17,7 +17,9 @@ from jax import Array
 from jax.sharding import Mesh
 
 from diffusion import training
+from diffusion.data.images import check_uint8_images
 from diffusion.model import formats
+from diffusion.model.condition import rows_of
 from diffusion.model.config import Config, from_plain, make_settings, plain
 from diffusion.model.experiment import abstract_batch, make_learner, make_model, warnings_of
 from diffusion.model.fields import change
@@ -105,6 +107,8 @@ class Run(NamedTuple):
         """
         run = self.change({f"sampling.{field}": value for field, value in sampling.items()}) if sampling else self
         requests = run.requests(num_samples, prompts, labels)
+        if negative_prompt is not None and self.model.condition.kind != "prompts":
+            raise ValueError(f"{self.workdir} reads no prompts: leave negative_prompt out")
         use = show_trajectory if trajectory else from_noise
         index = np.arange(len(requests))
         return draw(run.painter, requests, index, check_seed(seed), negative=negative_prompt, use=use)
@@ -125,7 +129,9 @@ class Run(NamedTuple):
             if given is not None and condition.kind != kind:
                 reads = "unconditional" if condition.kind == "nothing" else f"a model of {condition.kind}"
                 raise ValueError(f"{self.workdir} is {reads}: it cannot draw from {kind}")
-        asked: list[Any] | None = None if prompts is labels is None else list(prompts or labels or [])
+        if isinstance(prompts, str):
+            raise ValueError("prompts are a list: give [prompt], even for one")
+        asked = as_list(prompts if labels is None else labels)
         if asked is None and condition.kind == "prompts":
             raise ValueError(f"{self.workdir} draws from prompts: give at least one")
         if asked is None:
@@ -142,12 +148,12 @@ class Run(NamedTuple):
         Args:
           x_t: noisy images [B, H, W, C].
           time: what the network is given: t - 1 for DDPM's chain, t in [0, 1] for a flow, ln(sigma) / 4 for EDM.
-          prompts: of the images.
-          labels: of the images.
+          prompts: of the images, in turn; None: no condition.
+          labels: of the images, in turn; None: no condition.
         """
         model = self.model
-        requests = self.requests(len(x_t), prompts, labels) if model.condition.kind != "nothing" else [None] * len(x_t)
-        rows, away = model.condition.read(requests), model.condition.read([None] * len(x_t))
+        requests = [None] * len(x_t) if prompts is labels is None else self.requests(len(x_t), prompts, labels)
+        rows, away = rows_of(model.condition, requests), model.condition.read([None] * len(x_t))
         sampling = make_sampling(self.config, model.process)
         return jax.jit(lambda params, x, t: guided(model, sampling, params, rows, away)(x, t))(self.params, x_t, time)
 
@@ -168,9 +174,24 @@ class Run(NamedTuple):
           labels: of the images; None: no class.
           num_steps: of the ODE.
           num_terms: of the bound's steps, for each image others; 0: all.
+
+        Raises:
+          ValueError: images that are not uint8 or of another shape, or not a prompt or label for each.
         """
-        requests = list(prompts or labels or [None] * len(images))
+        images = np.asarray(images)
+        check_uint8_images(images)
+        if images.shape[1:] != self.model.space.image_shape:
+            raise ValueError(f"images are of shape {images.shape[1:]}, and the run of {self.model.space.image_shape}")
+        given = as_list(prompts if labels is None else labels)
+        if given is not None and len(given) != len(images):
+            raise ValueError(f"{len(images)} images and {len(given)} prompts or labels: one for each is needed")
+        requests = [None] * len(images) if given is None else self.requests(len(images), prompts, labels)
         return bits_per_dim(self.model, self.params, self.config, images, requests, num_terms, num_steps)
+
+
+def as_list(given: Any) -> list[Any] | None:
+    """Returns prompts, or labels of any integer type, as a list; None for None."""
+    return None if given is None else [one if isinstance(one, str) else int(one) for one in given]
 
 
 def show_trajectory(sampler: Any, denoise: Any, grid: Any, keys: Array, eps: Array) -> Array:
