@@ -27,7 +27,6 @@ SCHEDULER = "scheduler/scheduler_config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 ADM = np.load(GOLDEN / "adm_tiny.npz")
 BLIND = cifar10.TASK._replace(read=None)  # reading data is an error
-LOST = pytest.mark.xfail(strict=True, reason="a config's () is None to a network: up_attention_resolutions is lost")
 
 
 @pytest.fixture
@@ -91,11 +90,7 @@ def test_a_published_folder_becomes_a_run_and_the_run_that_folder(do, folder, tm
 @pytest.mark.parametrize(
     "case",
     # Without those whose files alone differ, and "classes", whose threshold is not ours.
-    [
-        pytest.param(case, marks=LOST) if case == "down_only" else case
-        for case in NAMES
-        if case not in ("classes", "shards", "half_shards")
-    ],
+    [case for case in NAMES if case not in ("classes", "shards", "half_shards")],
 )
 def test_every_published_network_and_chain_survives_import_and_export(do, tmp_path, case):
     variant = "fp16" if case == "half" else None

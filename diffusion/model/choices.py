@@ -41,9 +41,11 @@ def pick(table: Mapping[str, Callable[..., Any]], block: Any, where: str) -> Cal
         has = f"it has {', '.join(known)}" if known else "it has no fields"
         raise ValueError(f"{where}.{unknown[0]} is not a field of {name}: {has}")
     # A field without a value is 0 in a config, and None to a function.
-    return partial(
-        table[name], **{field: (value or None) if known[field] is None else value for field, value in fields.items()}
-    )
+    given = {
+        field: None if known[field] is None and value == 0 else value  # () is a value
+        for field, value in fields.items()
+    }
+    return partial(table[name], **given)
 
 
 def of_name(table: Mapping[str, Any], name: str, where: str) -> Any:

@@ -113,6 +113,8 @@ def describe_network(config: Config, network: Any) -> None:
     choose(config, "condition", "nothing" if network.num_classes is None else "classes")
     if network.num_classes is not None and not network.null_class:
         config.condition.dropout = 0.0
+    if network.num_classes is None or not network.null_class:
+        config.sampling.guidance = 1.0  # there is nothing to be guided away from
 
 
 def describe_chain(config: Config, chain: Chain) -> None:
