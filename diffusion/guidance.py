@@ -112,6 +112,8 @@ def clip(denoise: Denoise, low: float = -1.0, high: float = 1.0, *, keep_eps: bo
       >>> print(clip(lambda x_t, time: x_t)(jnp.asarray([[-3.0, 0.5]]), 0.0))
       [[-1.   0.5]]
     """
+    if not low < high:
+        raise ValueError(f"images cannot be clipped to [{low}, {high}]: give low < high")
     return _bounded(denoise, lambda x_0_hat: jnp.clip(x_0_hat, low, high), keep_eps)
 
 

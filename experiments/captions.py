@@ -60,8 +60,11 @@ def draw_held_out(call: Call, run: Run) -> tuple[Source, np.ndarray, list[str], 
 
 
 def metrics_of(call: Call) -> list[str]:
-    """Returns --metrics, or the config's."""
-    return list(call.flags.metrics or call.config.evaluation.metrics)
+    """Returns --metrics, or the config's. Raises ValueError where there are none."""
+    names = list(call.flags.metrics or call.config.evaluation.metrics)
+    if not names:
+        raise ValueError("evaluation.metrics is empty: name at least one, as ('kid',)")
+    return names
 
 
 def score(call: Call, run: Run) -> Measurement:

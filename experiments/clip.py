@@ -61,6 +61,8 @@ def read(config: Config, split: str) -> Source:
 def train_clip(call: Call) -> None:
     """Trains, then evaluates."""
     config = call.config
+    if config.evaluation.after_training:
+        ready(call)
     captioned = read(config, "train")
     tokenizer = make_tokenizer(call, captioned.captions)
     clip = contrastive_model.make_clip(config, tokenizer)
@@ -91,6 +93,17 @@ def make_tokenizer(call: Call, said: Sequence[str]) -> Tokenizer:
     return text.clip_tokenizer(settings.merges) if settings.merges else text.train_tokenizer(said, settings.size)
 
 
+def splits_of(config: Config) -> tuple[str, ...]:
+    """Returns the splits that are measured."""
+    return ("test", "held_out") if config.data.name == "scenes" else ("held_out",)
+
+
+def ready(call: Call) -> None:
+    """Checks what `measure` needs before training: the splits, with pairs enough."""
+    for split in splits_of(call.config):
+        draw_pairs(read(call.config, split), call.config.evaluation.num_candidates, 0)
+
+
 def evaluate(call: Call) -> None:
     """Measures retrieval and zero-shot classification; writes report.json, report.md and curves.png."""
     measure(call, open_trained(call))
@@ -106,9 +119,8 @@ def measure(call: Call, trained: contrastive_model.Trained) -> None:
     config = call.config
     if jax.process_index() != 0:
         return
-    splits = ("test", "held_out") if config.data.name == "scenes" else ("held_out",)
     measurements = []
-    for split in splits:
+    for split in splits_of(config):
         captioned = read(config, split)
         made: dict[str, Any] = REAL | {
             "features": f"CLIP, step {trained.step}",
@@ -186,8 +198,8 @@ def zero_shot(encoder: Encoder, split: str, config: Config) -> list[tuple[str, f
 
 def score(call: Call) -> None:
     """Prints CLIP scores, 100 max(0, cosine), of every --images with every one of --prompts, and the softmax."""
-    prompts = [prompt.strip() for prompt in call.flags.prompts.split(";")] if call.flags.prompts is not None else []
-    if not prompts or not call.flags.images:
+    prompts = [prompt.strip() for prompt in (call.flags.prompts or "").split(";")]
+    if not all(prompts) or not call.flags.images:
         raise ValueError('give --images=a.png,b.png and --prompts="one prompt;another"')
     encoder = open_trained(call).encoder
     # Of any shape: the encoder crops and resizes them as CLIP's own code does.

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -26,9 +26,17 @@ from diffusion.evaluation import Measurement, clip_extractor
 from diffusion.evaluation.extractors import NAMES
 
 
+class OneLine(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with the message."""
+        sys.exit(f"error: {message} (--help lists all)")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line; bad input ends it with one line and an exit code of 1."""
-    parser = argparse.ArgumentParser(
+    parser = OneLine(
         prog="python -m diffusion.evaluation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("samples", metavar="SAMPLES")

@@ -3,6 +3,7 @@
 The pixels themselves, FID's Inception, or a Flax module of your own (`network_extractor`).
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,9 @@ from diffusion.pretrained.inception import load_inception
 from diffusion.training import digest
 
 DIGITS = len("sha256:") + 16  # of the digest of weights, in the name of an extractor
+
+
+LARGEST_PIXELS = 2**14  # numbers per image, whose covariance takes 2 GiB
 
 
 class Extracted(NamedTuple):
@@ -54,6 +58,8 @@ class Extractor(NamedTuple):
 def pixel_features(image: np.ndarray) -> Float64[np.ndarray, "N D"]:
     """Returns the pixels scaled to [-1, 1], D = H * W * C: features of images so small that they need no network."""
     check_uint8_images(image)
+    if (size := math.prod(image.shape[1:])) > LARGEST_PIXELS:
+        raise ValueError(f"features=pixels is for small images, and these have {size} numbers: use inception")
     return image.reshape(len(image), -1) / 127.5 - 1.0
 
 

@@ -15,7 +15,7 @@ from diffusion.data import text
 from diffusion.data.batches import batch_indices, make_batches
 from diffusion.data.sources import Source
 from diffusion.evaluation.clip_features import Encoder, make_encoder
-from diffusion.model.config import Config, from_plain, make_settings
+from diffusion.model.config import Config, check_ranges, dtype_of, from_plain, make_settings
 from diffusion.networks.clip import CLIP, ImageTower, TextTower
 from diffusion.training import Experiment, Mean, RunError, make_mesh
 from diffusion.training.checkpoints import open_existing
@@ -33,10 +33,19 @@ class Trained(NamedTuple):
 
 def make_clip(config: Config, tokenizer: Tokenizer) -> CLIP:
     """Returns both towers of `config.network`, the text tower made for this vocabulary."""
+    check_ranges(config)
+    if min(config.data.std) <= 0:
+        raise ValueError(f"data.std is {tuple(config.data.std)}: every number must be above 0")
+    for tower in ("image", "text"):
+        for field, value in config.network[tower].items():
+            if value < 1:
+                raise ValueError(f"network.{tower}.{field} is {value}: it must be at least 1")
+    if config.optimizer.decay_steps <= config.optimizer.warmup_steps:
+        raise ValueError("optimizer.decay_steps must be larger than optimizer.warmup_steps, which it contains")
     shared = dict(
         projection=config.network.projection,
         activation=config.network.activation,
-        dtype=jnp.dtype(config.network.dtype),
+        dtype=dtype_of(config),
         remat=config.network.remat,
     )
     image = ImageTower(image_size=config.data.image_size, **config.network.image, **shared)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from diffusion.training import Settings, fully_sharded, replicated
@@ -38,6 +39,19 @@ RANGES = {
     "optimizer.b2": (0, 1),
     "optimizer.eps": (1e-300, math.inf),
     "optimizer.muon_rate": (0, math.inf),
+    "network.projection": (1, None),
+    "network.dual_attention": (0, None),
+    "loss.rows": (0, None),
+    "optimizer.decay_steps": (1, None),
+    "evaluation.num_sets": (1, None),
+    "evaluation.num_candidates": (1, None),
+    "evaluation.num_single": (1, None),
+    "evaluation.num_samples": (1, None),
+    "evaluation.num_swept": (1, None),
+    "evaluation.likelihood_images": (1, None),
+    "evaluation.bound_terms": (0, None),
+    "evaluation.ode_steps": (1, None),
+    "data.num_examples": (1, None),
     "data.batch_size": (1, None),
     "data.image_size": (0, None),
     "training.num_previews": (0, None),
@@ -55,6 +69,17 @@ def check_ranges(config: Config) -> None:
                 least = f"at least {smallest}" if smallest >= 1 or smallest == 0 else "above 0"
                 below = "" if limit is None else " and finite" if limit == math.inf else f" and less than {limit}"
                 raise ValueError(f"{field} is {value}: it must be {least}{below}")
+
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def dtype_of(config: Config) -> Any:
+    """Returns the NumPy dtype that `network.dtype` names. Raises ValueError, naming the choices, for others."""
+    name = DTYPES.get(config.network.dtype, config.network.dtype)
+    if name not in DTYPES.values():
+        raise ValueError(f"network.dtype is {name!r}: choose from {', '.join(DTYPES.values())}")
+    return jnp.dtype(name)
 
 
 def plain(config: Config) -> dict[str, Any]:

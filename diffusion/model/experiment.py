@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -14,7 +13,7 @@ from diffusion.data.sources import Source
 from diffusion.model import prompts
 from diffusion.model.choices import pick
 from diffusion.model.condition import Condition, Facts, classes, nothing
-from diffusion.model.config import Config, check_ranges, round_up
+from diffusion.model.config import Config, check_ranges, dtype_of, round_up
 from diffusion.model.model import Model, init, make_generate, make_loss
 from diffusion.model.optimizers import make_optimizer
 from diffusion.model.processes import make_draw, make_process, make_weight
@@ -24,7 +23,6 @@ from diffusion.networks.mmdit import MMDiT
 from diffusion.networks.unet import UNet
 from diffusion.training import Experiment, run_key
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 NETWORKS = {"unet": UNet, "mmdit": MMDiT}
 LARGEST_TERMINAL_SIGNAL = 1e-3  # alpha_bar_T; DDPM's own is 4e-5
 CONDITIONS = {"nothing": nothing, "classes": classes, "words": prompts.words, "clip": prompts.clip_text}
@@ -72,10 +70,7 @@ def make_network(config: Config, channels: int, condition: Condition, time_scale
     Raises:
       ValueError: an unknown name or field, or a network that cannot read the condition.
     """
-    dtype = DTYPES.get(config.network.dtype, config.network.dtype)
-    if dtype not in DTYPES.values():
-        raise ValueError(f"network.dtype is {dtype!r}: choose from {', '.join(DTYPES.values())}")
-    block = {**config.network, "dtype": jnp.dtype(dtype)}
+    block = {**config.network, "dtype": dtype_of(config)}
     make = pick(NETWORKS, block, "network")
     outputs = channels * (1 + config.loss.learned_variance)
     if config.network.name == "unet":
@@ -102,7 +97,7 @@ def warnings_of(config: Config, model: Model) -> list[str]:
             f"sampling.guidance={config.sampling.guidance:g} leads away from no condition, which condition.dropout=0 "
             "never shows in training"
         )
-    if config.sampling.guidance == 1.0 and config.sampling.guidance_interval:
+    if config.sampling.guidance == 1.0 and len(config.sampling.guidance_interval) == 2:
         found.append("sampling.guidance_interval changes nothing at sampling.guidance=1")
     return found
 

@@ -105,6 +105,8 @@ def parse(
             print(f"  {name} = {value}")
         raise SystemExit(0)
     rest = values(argv, known_only=True)
+    if empty := [name for name in values if values[name].present and values[name].value in ("", [], [""])]:
+        raise RunError(f"--{empty[0]}= is empty: give it a value, or leave it out")
     check_seed(values.seed)
     if values.out and not values.out.endswith(".npz"):
         raise RunError(f"--out={values.out}: images are written to an .npz file, with a picture of them beside it")

@@ -92,7 +92,7 @@ def draw(
         begun = (array[batch] for array in images)
         drawn = generate(params, rows[batch], np.stack([away] * batch_size), np.uint32(seed), index[batch], *begun)
         image, finite = (multihost_utils.process_allgather(array, tiled=True) for array in drawn)
-        refuse_not_finite(finite)
+        refuse_not_finite(finite[: len(rows) - number * batch_size])
         found.append(image)
         if path and jax.process_index() == 0:
             save_samples(path, image)

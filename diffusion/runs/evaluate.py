@@ -52,6 +52,10 @@ def ready(call: Call) -> None:
     evaluation.check_names(metrics, extractor, num_samples=num_samples, num_reference=train.num_examples)
     if "fid" in metrics:
         evaluation.check_names(["fid"], num_samples=test.num_examples)
+    if "bits_per_dim" in (asked.metrics or settings.metrics):
+        steps = call.config.process.get("num_steps")
+        if steps and settings.bound_terms >= steps:
+            raise ValueError(f"evaluation.bound_terms={settings.bound_terms}: the chain has {steps} steps; 0 takes all")
 
 
 def of_images(call: Call, run: Run) -> list[Measurement]:
@@ -157,8 +161,9 @@ def first_metric(call: Call, run: Run) -> Measurement:
     extractor = evaluation.make_extractor(settings.features, settings.weights)
     train = call.task.read(call.config, TRAIN)
     num_samples = asked.num_samples or settings.num_samples
+    metrics = list(asked.metrics or ["fid"])[:1]
+    evaluation.check_names(metrics, extractor, num_samples=num_samples, num_reference=train.num_examples)
     samples = draw_samples(run, run.requests(num_samples), np.arange(num_samples), asked.seed)
     reference = evaluation.reference_set(train, extractor)
-    metrics = list(asked.metrics or ["fid"])[:1]
     (measured,) = score(run, [samples], [asked.seed], metrics, extractor, reference)
     return measured

@@ -21,6 +21,8 @@ def read_pictures(paths: Sequence[str], shape: tuple[int, int, int]) -> np.ndarr
       ValueError: one is missing, or not a picture.
     """
     height, width, channels = shape
+    if not all(paths):
+        raise ValueError(f"--images={','.join(paths)}: a name is empty")
     return np.stack([decode(Path(path).expanduser(), channels=channels, size=(height, width)) for path in paths])
 
 

@@ -129,6 +129,8 @@ def read_prompts(call: Call, examples: Sequence[str] | None = None) -> list[str]
     Raises:
       ValueError: a file without any prompt, or none is given and there are no examples.
     """
+    if call.flags.label:
+        raise ValueError(f"--label={','.join(call.flags.label)}: this run draws from prompts, not from classes")
     prompts = list(call.flags.prompt)
     if call.flags.prompts:
         lines = [line.strip() for _, line in read_lines(Path(call.flags.prompts).expanduser())]

@@ -1,5 +1,6 @@
 """--mode=sweep: a score over the number of sampling steps, or over the length of the average."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -56,8 +57,8 @@ def numbers(flag: str, values: list[str], whole: bool = False) -> list[float]:
         found = [float(value) for value in values]
     except ValueError as error:
         raise ValueError(f"--{flag}={','.join(values)}: numbers are needed") from error
-    if any(not value > 0 for value in found):
-        raise ValueError(f"--{flag}={','.join(values)}: every number must be above 0")
+    if any(not 0 < value < math.inf for value in found):
+        raise ValueError(f"--{flag}={','.join(values)}: every number must be finite and above 0")
     if whole and any(value != int(value) for value in found):
         raise ValueError(f"--{flag}={','.join(values)}: whole numbers are needed")
     return found
