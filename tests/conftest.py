@@ -27,7 +27,7 @@ install_import_hook("diffusion", "beartype.beartype(conf=beartype.BeartypeConf(i
 # Files whose every test is among those of ./launch.sh test --quick; single tests elsewhere are marked themselves.
 # fmt: off
 QUICK = (
-    "architecture", "averages", "chains", "contrastive", "doctests", "editing", "fields", "flow", "formats",
+    "architecture", "averages", "chains", "contrastive", "doctests", "editing", "fields", "flow",
     "gaussian", "grids", "guidance", "likelihood", "losses", "metrics", "predictions", "randomness", "samplers",
     "schedules", "weightings",
 )

@@ -153,7 +153,7 @@ def projection(params):
     return np.array([np.vdot(random.standard_normal(x.shape), x) for x in map(np.asarray, jax.tree.leaves(params))])
 
 
-@pytest.mark.parametrize("name", ["digits", "scenes"])
+@pytest.mark.parametrize("name", [pytest.param("digits", marks=pytest.mark.quick), "scenes"])
 def test_a_run_of_format_1_opens_and_draws_and_is_resumed_as_by_the_code_that_made_it(tmp_path, name):
     with tarfile.open(GOLDEN / "runs_of_format_1.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")

@@ -29,7 +29,6 @@ GOLDEN = Path(__file__).parent / "golden" / "spine.npz"
 METHODS = ("", ":class_conditional", ":cosine_hybrid", ":edm", ":flow", ":v_min_snr")
 IMAGES = (*(f"{data}{method}" for data in ("digits", "cifar10") for method in METHODS), "cifar10:small")
 TEXTS = ("captions", "scenes", "scenes:clip", "scenes:unet")
-QUICK = ("digits", "digits:class_conditional", "digits:flow")
 
 UNET = dict(channels=8, num_blocks=1, multipliers=(1, 2), attention_resolutions=(4,), num_groups=4, dtype="float32")
 MMDIT = dict(width=24, depth=2, num_heads=2, patch=2, table_size=16, base_size=16, dtype="float32")
@@ -143,9 +142,7 @@ def numbers(spec: str) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize(
-    "spec", [pytest.param(spec, marks=pytest.mark.quick if spec in QUICK else ()) for spec in (*IMAGES, *TEXTS)]
-)
+@pytest.mark.parametrize("spec", [*IMAGES, *TEXTS])
 @pytest.mark.filterwarnings("ignore:a text of:UserWarning")  # the tiny CLIP's vocabulary is of letters
 def test_numbers_are_those_of_before(spec):
     golden, found = np.load(GOLDEN), numbers(spec)
