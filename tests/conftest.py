@@ -27,17 +27,22 @@ install_import_hook("diffusion", "beartype.beartype(conf=beartype.BeartypeConf(i
 # Files whose every test is among those of ./launch.sh test --quick; single tests elsewhere are marked themselves.
 # fmt: off
 QUICK = (
-    "architecture", "averages", "chains", "contrastive", "doctests", "editing", "fields", "flow",
-    "gaussian", "grids", "guidance", "likelihood", "losses", "metrics", "predictions", "randomness", "samplers",
-    "schedules", "weightings",
+    "architecture", "averages", "chains", "contrastive", "editing", "fields", "flow", "gaussian", "grids", "guidance",
+    "likelihood", "losses", "metrics", "predictions", "randomness", "samplers", "schedules", "weightings",
 )
 # fmt: on
+# But these, of 10 seconds and more, which would be a third of it.
+SLOW = (
+    "test_the_bound_from_a_few_steps_is_the_bound_on_average",
+    "test_the_terms_gradient_is_finite_at_every_step",
+    "test_a_perfect_network_costs_only_the_decoders_term",
+)
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the quick files."""
+    """Marks the tests of the quick files."""
     for item in items:
-        if item.path.stem.removeprefix("test_") in QUICK:
+        if item.path.stem.removeprefix("test_") in QUICK and item.originalname not in SLOW:
             item.add_marker(pytest.mark.quick)
 
 
