@@ -20,15 +20,15 @@ from diffusion.model.fields import load_config
 from diffusion.model.processes import make_process
 from diffusion.model.sampling import make_sampling
 from diffusion.runs import check, edit, modes, sample
-from diffusion.runs.command_line import BEGIN
+from diffusion.runs.command_line import run_to_end
 from diffusion.runs.draw import draw
+from diffusion.runs.report import finish_run
 from diffusion.runs.run import open_run
 from diffusion.training import Checkpoints, RunError, TrainState, settings
 from diffusion.training.dry_run import Findings
 from experiments import captions, cifar10, clip, digits
 
 CLIP: Any = {"modes": clip.MODES, "define_flags": clip.define_flags}
-AFTERWARDS = [mode for mode in modes.MODES if mode not in BEGIN]
 
 
 def do(call):
@@ -149,7 +149,7 @@ def test_weights_that_are_not_finite_are_not_imported(tmp_path, refused):
 # --- fields that only training may set
 
 
-@pytest.mark.parametrize("mode", AFTERWARDS)
+@pytest.mark.parametrize("mode", ["sample", "evaluate", "img2img", "export"])
 def test_what_was_trained_is_not_another_run_afterwards(kinds, trained, mode, refused):
     kind, folder = kinds["digits"], trained("digits")
     for change, difference in [
@@ -246,7 +246,7 @@ def test_guidance_acts_exactly_at_the_steps_whose_noise_over_signal_is_within_it
         within = (noise / signal >= interval[0]) & (noise / signal <= interval[1])
     assert 2 < within.sum() < len(within) - 2
     one, zero = (lambda x, time, value=value: jnp.full_like(x, value) for value in (1.0, 0.0))
-    found: Any = [sampling.guide(one, zero)(jnp.zeros((1, 1)), step) for step in jnp.asarray(time)]
+    found: Any = jax.vmap(lambda step: sampling.guide(one, zero)(jnp.zeros((1, 1)), step))(jnp.asarray(time))
     np.testing.assert_array_equal(np.ravel(found), np.where(within, 3.0, 1.0))
 
 
@@ -322,9 +322,10 @@ ZEROS = [
     Zero("digits", "training.num_steps", "training.num_steps is 0: it must be at least 1"),
     Zero("digits", "training.keep_newest", "training.keep_newest is 0: it must be at least 1"),
     Zero("digits", "training.accumulate", "training.accumulate is 0: it must be at least 1"),
-    Zero("digits", "sampling.batch_size", "sampling.batch_size is 0: it has to be at least 1"),
+    Zero("digits", "sampling.batch_size", "sampling.batch_size is 0: it must be at least 1"),
     Zero("digits", "sampling.num_steps", "num_steps is 0"),
     Zero("digits", "data.batch_size", "batch_size is 0"),
+    Zero("digits", "data.image_size"),
     Zero("digits", "process.num_steps", "num_steps is 0"),
     Zero("digits", "network.channels", "network.channels is 0"),
     Zero("digits", "network.num_blocks", "network.num_blocks is 0"),
@@ -355,7 +356,7 @@ SMALL_CLIP = ("--config.data.num_examples=300", "--config.evaluation.num_example
 
 @pytest.mark.parametrize("zero", ZEROS, ids=lambda zero: f"{zero.kind} {zero.field}")
 def test_zero_means_none_or_is_refused_before_anything_is_compiled(kinds, tmp_path, zero, untrained, refused):
-    last = (f"--config.{zero.field}=0", "--config.evaluation.after_training=True")
+    last = (f"--config.{zero.field}=0", f"--config.evaluation.after_training={zero.field.startswith('evaluation')}")
 
     def begin():
         if zero.kind == "clip":
@@ -419,6 +420,39 @@ def test_what_evaluation_needs_is_checked_before_training(
     monkeypatch.setattr("urllib.request.urlopen", offline)
     call = kinds[kind].call(tmp_path / "run", *kinds[kind].flags, AFTER, *flags)
     refused(line, lambda: do(call))
+
+
+def test_a_log_whose_last_line_was_cut_off_keeps_no_report_from_being_written(copied):
+    """As a run leaves it that was killed while it wrote the line."""
+    folder = copied("digits")
+    course = folder / "metrics.jsonl"
+    course.write_text(course.read_text() + '{"step": 6, "lo')
+    finish_run(folder, "digits", 6, [])
+    assert (folder / "report.md").exists() and (folder / "curves.png").stat().st_size > 1000
+
+
+# --- messages
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RunError("two\nlines"), "error: two lines"),
+        (ValueError("a  wide \t gap"), "error: a wide gap (--traceback shows where)"),
+        (RunError("many " * 5000), "error: many many many"),
+        (OSError(2, "No such file", "x" * 9000), "error: [Errno 2] No such file: 'xxx"),
+        (MemoryError("72.8 TiB"), "error: not enough memory (72.8 TiB)"),
+    ],
+)
+def test_an_error_is_one_line_that_can_be_read(error, line, capsys):
+    def work():
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        run_to_end(work)
+    said = str(left.value.code)
+    assert said.startswith(line) and "\n" not in said and len(said) < 600
+    assert capsys.readouterr() == ("", "")
 
 
 # --- spellings
