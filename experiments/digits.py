@@ -6,7 +6,8 @@
 Pictures and numbers are then in runs/digits: report.md, curves.png, samples/ and previews/.
 """
 
-from diffusion.data.sources import Source, digits
+from diffusion.data.named import named_images
+from diffusion.data.sources import Source
 from diffusion.model.config import Config
 from diffusion.runs.call import Task
 from diffusion.runs.modes import main
@@ -16,7 +17,7 @@ def read(config: Config, split: str) -> Source:
     """Returns a split of the digits."""
     if config.data.name != "digits":
         raise ValueError(f"data.name={config.data.name}: this experiment is on the digits; see cifar10, folder")
-    return digits(split)
+    return named_images("digits", split, image_size=config.data.image_size)
 
 
 TASK = Task("digits", read)

@@ -57,8 +57,11 @@ def examples(config: Config) -> list[str]:
 
 
 def ready(call: Call) -> None:
-    """Refuses what `evaluate` does not read."""
+    """Refuses what `evaluate` does not read, or cannot."""
     refuse_flags(call, "metrics", "num_seeds", "out")
+    scales = call.config.evaluation.guidance
+    if not all(isinstance(scale, int | float) for scale in scales):
+        raise ValueError(f"evaluation.guidance is {scales}: give numbers")
 
 
 class Share(NamedTuple):

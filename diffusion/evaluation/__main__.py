@@ -24,6 +24,7 @@ from diffusion.data.lines import read_lines
 from diffusion.data.named import open_images
 from diffusion.evaluation import Measurement, clip_extractor
 from diffusion.evaluation.extractors import NAMES
+from diffusion.training.errors import one_line
 
 
 class OneLine(argparse.ArgumentParser):
@@ -51,7 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         score(options)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {one_line(error, 560)}")
+    except MemoryError as error:
+        sys.exit(f"error: not enough memory ({one_line(error)}): lower what was asked for")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -66,6 +69,8 @@ def score(options: argparse.Namespace) -> None:
     """
     asked = None if options.metrics is None else [name.strip() for name in options.metrics.split(",")]
     evaluation.check_names(asked or ())
+    if options.out == "":
+        raise ValueError("--out= is empty: name a folder, or leave it out")
     out = None if options.out is None else Path(options.out).expanduser()
     if out:
         check_folder(out)

@@ -1,5 +1,6 @@
 """Figures of a report: curves of training, terms of the bound, nearest training images, sweeps."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,10 @@ def draw_curves(metrics: str | os.PathLike, path: str | os.PathLike) -> None:
       metrics: the metrics.jsonl of a run.
       path: of the picture.
     """
-    lines = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
+    lines = []
+    for line in Path(metrics).read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # the last one of a run that was killed
+            lines.append(json.loads(line))
     names = sorted({name for line in lines for name in line})
     losses = [name for name in names if name == "loss" or name.startswith("loss_part")]
     figure, panels = _figure(2)

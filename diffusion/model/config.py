@@ -56,6 +56,8 @@ RANGES = {
     "data.image_size": (0, None),
     "training.num_previews": (0, None),
     "sampling.num_steps": (1, None),
+    "sampling.batch_size": (1, None),
+    "text.size": (258, 10_000_000),  # of a vocabulary of tokens, 256 bytes and two ends among them
 }
 
 

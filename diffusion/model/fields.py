@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from diffusion.model.choices import fields_of
 from diffusion.model.config import Config, from_plain, plain
 from diffusion.model.experiment import CONDITIONS, NETWORKS
@@ -68,6 +70,8 @@ def load(spec: str, folder: Path) -> tuple[Config, str]:
         if isinstance(error, RunError):
             raise
         raise RunError(f"{path} cannot be read as a config: {type(error).__name__}: {one_line(error)}") from error
+    if not isinstance(config, ConfigDict) or "seed" not in config:
+        raise RunError(f"{path}: get_config returns no config of a run, a ConfigDict as _base.image_config makes it")
     return complete(config), "_".join([path.stem, *filter(None, methods.split(","))])
 
 

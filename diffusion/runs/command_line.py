@@ -24,6 +24,7 @@ from diffusion.training.checkpoints import open_existing
 from diffusion.training.errors import one_line
 
 Mode = Callable[[Call], None]
+LONGEST = 560  # characters of an error
 BEGIN = ("train", "check", "import")  # modes that need no checkpoint
 
 
@@ -37,10 +38,12 @@ def run_to_end(work: Callable[[], None]) -> NoReturn:
     except (RunError, ValueError, OSError, flags.Error) as error:
         if "--traceback" in sys.argv:
             traceback.print_exc()
-        line = "error: " + " ".join(str(error).split())
+        line = f"error: {one_line(error, LONGEST)}"
         line += "" if isinstance(error, RunError) else " (--traceback shows where)"
         processes.leave(1, line)
         sys.exit(line)
+    except MemoryError as error:
+        sys.exit(f"error: not enough memory ({one_line(error)}): lower what was asked for")
     except KeyboardInterrupt:
         processes.leave(130)
         sys.exit(130)
