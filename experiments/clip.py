@@ -30,7 +30,7 @@ from diffusion.evaluation import Measurement, clip_features
 from diffusion.evaluation.clip_features import Encoder, normalised
 from diffusion.model import clip as contrastive_model
 from diffusion.model import formats
-from diffusion.model.config import Config, make_settings, plain
+from diffusion.model.config import Config, check_ranges, make_settings, plain
 from diffusion.runs import clip_weights, weights
 from diffusion.runs.call import Call, Task
 from diffusion.runs.modes import main
@@ -100,6 +100,7 @@ def splits_of(config: Config) -> tuple[str, ...]:
 
 def ready(call: Call) -> None:
     """Checks what `measure` needs before training: the splits, with pairs enough."""
+    check_ranges(call.config)
     for split in splits_of(call.config):
         draw_pairs(read(call.config, split), call.config.evaluation.num_candidates, 0)
 
