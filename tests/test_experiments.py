@@ -51,14 +51,15 @@ def test_a_network_that_begins_answers_0_so_its_loss_is_that_of_the_noise(traine
     assert json.loads(lines[0])["step"] == 4 and json.loads(lines[0])["loss"] == pytest.approx(1.0, abs=0.1)
 
 
-def test_one_device_and_eight_give_the_same_noise_and_loss(kinds, tmp_path):
-    config = kinds["digits"].call(tmp_path, *SMALL).config
-    model, source = make_model(config, (8, 8, 1), 10), digits("train")
+def test_one_device_and_eight_give_the_same_noise_and_loss(trained):
+    run = open_run(trained("digits"), num_devices=1)
+    config, model, source = run.config, run.model, digits("train")
+    params = jax.device_get(run.params)
     losses = []
     for mesh in (make_mesh(1), make_mesh(8)):
         made = make_experiment(config, model, source, mesh)
         batch = place_batch(mesh, next(made.batches(0)))
-        losses.append(jax.jit(made.loss)(made.init(run_key(0, "init")), batch, run_key(0, "train", 7))[0])
+        losses.append(jax.jit(made.loss)(params, batch, run_key(0, "train", 7))[0])
     assert len(losses[1].sharding.device_set) == 8
     # Example by example: the same t, eps and dropout; only the order of float32 sums differs.
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)

@@ -18,7 +18,7 @@ from diffusion.data.sources import array_source, digits
 from diffusion.model.fields import change
 from diffusion.model.model import draw_noise
 from diffusion.model.sampling import make_sampling
-from diffusion.runs.run import open_run
+from diffusion.runs.run import as_list, open_run
 from diffusion.runs.train import train_run
 from diffusion.training import RunError
 from diffusion.types import denoised
@@ -55,40 +55,47 @@ def test_samples_are_those_of_the_command(opened, kinds, trained, tmp_path):
 
 def test_fields_of_sampling_can_be_given_for_one_call(opened):
     run = opened("digits")
-    ancestral = run.sample(4, sampler="ancestral", num_steps=4)
+    ancestral = run.sample(6, sampler="ancestral", num_steps=4)
     assert run.config.sampling.num_steps == 3 and run.config.sampling.sampler.name == "ddim"
     changed = run.change({"sampling.sampler": "ancestral", "sampling.num_steps": 4})
-    np.testing.assert_array_equal(changed.sample(4), ancestral)
-    assert np.any(run.sample(4) != ancestral)
+    np.testing.assert_array_equal(changed.sample(6), ancestral)
+    assert np.any(run.sample(6) != ancestral)
 
 
 def test_classes_are_drawn_in_turn_or_as_asked(opened):
-    run = opened("digits_classes")
+    run = opened("digits_classes").change({"sampling.batch_size": 2})  # one program for all that follows
     all_in_turn = run.sample()
     assert len(all_in_turn) == 16
     np.testing.assert_array_equal(all_in_turn[:4], run.sample(4, labels=[0, 1, 2, 3]))
     assert len(run.sample(labels=[3, 3, 7])) == 3
     assert run.requests(5, labels=[3, 7]) == [3, 7, 3, 7, 3]
+    labels = digits("test").read(np.arange(3))["label"]
+    assert labels.dtype == np.int32 and run.requests(labels=as_list(labels)) == labels.tolist()  # as batches hold them
     # Image 1 is the same whatever is drawn beside it, and another of another class.
     np.testing.assert_array_equal(run.sample(labels=[0, 7])[1], run.sample(labels=[3, 7, 7])[1])
 
 
 def test_prompts_are_drawn_and_led_away_from_others(opened):
-    run = opened("scenes")
-    two = run.sample(prompts=["a red three", "a blue seven"])
-    assert two.shape == (2, 16, 16, 3)
-    four = run.sample(4, prompts=["a red three", "a blue seven"])
+    run, random = opened("scenes").change({"sampling.batch_size": 2}), np.random.RandomState(0)
+    # After six steps a prompt still moves no pixel.
+    params = jax.tree.map(lambda x: x + 0.1 * random.standard_normal(x.shape).astype(np.float32), run.params)
+    run, prompts = run._replace(params=params), ["a red three", "a blue seven"]
+    two = run.sample(prompts=prompts)
+    assert two.shape == (2, 16, 16, 3) and two.dtype == np.uint8
+    four = run.sample(4, prompts=prompts)
+    assert four.shape == (4, 16, 16, 3)
     np.testing.assert_array_equal(four[:2], two)
-    other = run.sample(prompts=["a red three"], negative_prompt="a blue seven", guidance=8.0)
-    assert other.shape == (1, 16, 16, 3)
+    # The noise of image 0 under the other prompt, and led away from another than none.
+    assert np.any(run.sample(prompts=prompts[::-1])[0] != two[0])
+    assert np.any(run.sample(prompts=prompts, negative_prompt="a green one")[0] != two[0])
 
 
 def test_a_trajectory_ends_in_the_sample(opened):
     run = opened("digits")
-    films = run.sample(5, seed=1, trajectory=True)
-    assert films.shape == (5, 4, 8, 8, 1)
+    films = run.sample(6, seed=1, trajectory=True)
+    assert films.shape == (6, 4, 8, 8, 1)
     # Another program may round a pixel on the edge of two levels the other way.
-    assert np.abs(films[:, -1].astype(int) - run.sample(5, seed=1)).max() <= 1
+    assert np.abs(films[:, -1].astype(int) - run.sample(6, seed=1)).max() <= 1
 
 
 def test_a_film_rests_on_its_last_frame(tmp_path):
@@ -107,11 +114,11 @@ def test_a_film_rests_on_its_last_frame(tmp_path):
 def test_denoise_is_what_the_sampler_calls(opened):
     run = opened("digits")
     grid = make_sampling(run.config, run.model.process).grid
-    _, eps = draw_noise(run.model, 1, jnp.arange(5))
+    _, eps = draw_noise(run.model, 1, jnp.arange(6))
     x_T = grid.noise[0] * eps
-    x_0_hat = denoised(run.denoise(x_T, jnp.full(5, grid.time[0]))).x_0_hat
-    assert x_0_hat.shape == (5, 8, 8, 1) and np.abs(x_0_hat).max() <= 1  # clipped, as the config says
-    first = run.sample(5, seed=1, trajectory=True)[:, 0]
+    x_0_hat = denoised(run.denoise(x_T, jnp.full(6, grid.time[0]))).x_0_hat
+    assert x_0_hat.shape == (6, 8, 8, 1) and np.abs(x_0_hat).max() <= 1  # clipped, as the config says
+    first = run.sample(6, seed=1, trajectory=True)[:, 0]
     assert np.abs(np.asarray(to_uint8(x_0_hat)).astype(int) - first).max() <= 1
 
 
@@ -121,8 +128,9 @@ def test_denoise_is_of_a_class_or_prompt(opened):
     hats = [run.denoise(x_t, time, prompts=prompts) for prompts in (["a red three"], ["a red three", "a blue seven"])]
     assert hats[0].shape == (2, 16, 16, 3)
     np.testing.assert_allclose(hats[0][0], hats[1][0], atol=1e-5)
-    with pytest.raises(ValueError, match="draws from prompts"):
-        run.denoise(x_t, time)
+    # Of nothing that is named, it is that of no condition: guidance leads nowhere, whatever its scale.
+    free = [run.change({"sampling.guidance": scale}).denoise(x_t, time) for scale in (1.0, 8.0)]
+    np.testing.assert_allclose(free[0], free[1], atol=1e-5)
     with pytest.raises(ValueError, match="cannot draw from classes"):
         run.denoise(x_t, time, labels=[0, 1])
 
@@ -136,6 +144,21 @@ def test_likelihood_of_an_image_does_not_depend_on_those_beside_it(opened):
     some = run.likelihood(images[:2], num_steps=3, num_terms=2)
     np.testing.assert_array_equal(some.ode, found.ode[:2])
     np.testing.assert_array_equal(some.bound["total"], found.bound["total"][:2])
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "told", "message"),
+    [
+        ("digits", np.zeros((2, 8, 8, 1)), {}, "uint8"),
+        ("digits", np.zeros((2, 16, 16, 1), np.uint8), {}, "of shape (16, 16, 1), and the run of (8, 8, 1)"),
+        ("digits", np.zeros((1, 8, 8, 1), np.uint8), {"prompts": ["three"]}, "is unconditional"),
+        ("digits_classes", np.zeros((3, 8, 8, 1), np.uint8), {"labels": [1]}, "3 images and 1 prompts or labels"),
+        ("digits_classes", np.zeros((1, 8, 8, 1), np.uint8), {"labels": [10]}, "class 10 does not exist"),
+    ],
+)
+def test_images_that_are_not_the_runs_have_no_likelihood(opened, name, images, told, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        opened(name).likelihood(images, num_steps=2, num_terms=2, **told)
 
 
 def test_likelihood_of_a_flow_is_the_odes_alone(opened):
@@ -153,6 +176,9 @@ def test_likelihood_of_a_flow_is_the_odes_alone(opened):
         ("scenes", {"labels": [3]}, "is a model of prompts: it cannot draw from classes"),
         ("scenes", {"num_samples": 4}, "draws from prompts: give at least one"),
         ("scenes", {"prompts": []}, "of 0 requests"),
+        ("scenes", {"prompts": "a red three"}, "prompts are a list"),
+        ("digits", {"negative_prompt": "a red three"}, "reads no prompts"),
+        ("digits_classes", {"negative_prompt": "three"}, "reads no prompts"),
         ("digits", {"num_samples": 0}, "0 samples"),
         ("digits", {"guidance": 2.0}, "condition.name=classes"),
         ("digits", {"steps": 4}, "unknown config field sampling.steps: did you mean sampling.num_steps?"),
