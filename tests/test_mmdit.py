@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -90,13 +91,13 @@ def test_conversion_is_bit_for_bit(variant, weights_of):
 
 def test_conversion_is_strict(weights_of):
     weights, name = weights_of("sd3"), "transformer_blocks.1.attn.to_k.weight"
-    with pytest.raises(ValueError, match=rf"missing \['{name}'\], left over \['other'\]"):
+    with pytest.raises(ValueError, match=rf"missing {re.escape(name)}, left over other"):
         from_diffusers(TINY, {"other" if key == name else key: weight for key, weight in weights.items()})
-    with pytest.raises(ValueError, match=rf"{name} is \(32, 31\), but this MM-DiT needs \(32, 32\)"):
+    with pytest.raises(ValueError, match=re.escape(name) + r".*\(?\[?32, 31.*32, 32"):
         from_diffusers(TINY, {**weights, name: weights[name][:, 1:]})
     with pytest.raises(ValueError, match="base_size=7"):
         from_diffusers(TINY.clone(base_size=7), weights)
-    with pytest.raises(ValueError, match=r"missing \['transformer_blocks.0.attn.norm_added_k.weight'"):
+    with pytest.raises(ValueError, match=r"missing transformer_blocks.0.attn.norm_added_k.weight"):
         from_diffusers(VARIANTS["sd3_5_large"], weights)
 
 
