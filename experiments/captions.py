@@ -69,11 +69,12 @@ def metrics_of(call: Call) -> list[str]:
 
 def score(call: Call, run: Run) -> Measurement:
     """Returns the first metric of the config on pictures of held-out captions: what sweeps draw."""
-    settings = run.config.evaluation
+    names, settings = metrics_of(call)[:1], run.config.evaluation
     extractor = evaluation.make_extractor(settings.features, settings.weights)
+    evaluation.check_names(names, extractor)  # before pictures are drawn
     source, _, _, images = draw_held_out(call, run)
     reference = evaluation.reference_set(source, extractor)
-    return score_sets(run, [images], [call.flags.seed], metrics_of(call)[:1], extractor, reference)[0]
+    return score_sets(run, [images], [call.flags.seed], names, extractor, reference)[0]
 
 
 def ready(call: Call) -> None:

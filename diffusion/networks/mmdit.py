@@ -198,6 +198,8 @@ class MMDiT(nn.Module):
                 f"image size {height}x{width} is larger than the position table's {self.table_size}^2 patches of "
                 f"{self.patch}x{self.patch}: make table_size larger"
             )
+        if self.dual_attention > self.depth:
+            raise ValueError(f"dual_attention is {self.dual_attention}: there are {self.depth} blocks")
         if self.width % self.num_heads or self.width % 4:
             raise ValueError(f"width {self.width} must be a multiple of {self.num_heads} heads, and of 4")
         for name, array, expected in (
