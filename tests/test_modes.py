@@ -93,3 +93,10 @@ def test_exports_are_read_back_or_refused(kind, kinds, copied, tmp_path):
         steps = ("--config.sampling.sampler=ancestral", "--config.sampling.grid=leading", "--steps=3")
         kinds[kind].do(workdir, "--mode=sample", "--num_samples=4", *steps, out, "--config.sampling.guidance=1.0")
     np.testing.assert_array_equal(load_samples(tmp_path / "theirs.npz"), load_samples(tmp_path / "ours.npz"))
+
+
+@pytest.mark.parametrize("mode", ["sample", "img2img", "progressive"])
+@pytest.mark.parametrize("flag", ["--prompt=a cat", "--negative_prompt=a cat"])
+def test_prompts_are_refused_by_runs_that_read_none(mode, flag, kinds, trained):
+    with pytest.raises(ValueError, match="is unconditional: it cannot draw from prompts"):
+        kinds["digits"].do(trained("digits"), f"--mode={mode}", flag)

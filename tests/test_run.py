@@ -18,7 +18,7 @@ from diffusion.data.sources import array_source, digits
 from diffusion.model.fields import change
 from diffusion.model.model import draw_noise
 from diffusion.model.sampling import make_sampling
-from diffusion.runs.run import as_list, open_run
+from diffusion.runs.run import open_run
 from diffusion.runs.train import train_run
 from diffusion.training import RunError
 from diffusion.types import denoised
@@ -70,7 +70,7 @@ def test_classes_are_drawn_in_turn_or_as_asked(opened):
     assert len(run.sample(labels=[3, 3, 7])) == 3
     assert run.requests(5, labels=[3, 7]) == [3, 7, 3, 7, 3]
     labels = digits("test").read(np.arange(3))["label"]
-    assert labels.dtype == np.int32 and run.requests(labels=as_list(labels)) == labels.tolist()  # as batches hold them
+    assert labels.dtype == np.int32 and run.requests(labels=labels) == labels.tolist()  # as batches hold them
     # Image 1 is the same whatever is drawn beside it, and another of another class.
     np.testing.assert_array_equal(run.sample(labels=[0, 7])[1], run.sample(labels=[3, 7, 7])[1])
 

@@ -39,7 +39,10 @@ class Call(NamedTuple):
         """Returns the trained run of this call: --checkpoint's and --ema_length's weights."""
         assert self.stored is not None
         length = self.flags.ema_length if ema_length is None else ema_length
-        return load(self.workdir, self.stored, self.config, self.mesh, self.flags.checkpoint, length)
+        run = load(self.workdir, self.stored, self.config, self.mesh, self.flags.checkpoint, length)
+        if self.flags.prompt or self.flags.prompts or self.flags.negative_prompt:
+            run.requests(prompts=[""])  # refuses them where the run reads none
+        return run
 
 
 def refuse_flags(call: Call, *names: str) -> None:

@@ -79,7 +79,7 @@ class Run(NamedTuple):
         num_samples: int | None = None,
         *,
         prompts: Sequence[str] | None = None,
-        labels: Sequence[int] | None = None,
+        labels: Sequence[int] | np.ndarray | None = None,
         negative_prompt: str | None = None,
         seed: int = 0,
         trajectory: bool = False,
@@ -117,7 +117,7 @@ class Run(NamedTuple):
         self,
         num_samples: int | None = None,
         prompts: Sequence[str] | None = None,
-        labels: Sequence[int] | None = None,
+        labels: Sequence[int] | np.ndarray | None = None,
     ) -> list[Any]:
         """Returns what each of `num_samples` pictures shows: prompts or labels in turn, each class in turn, or None.
 
@@ -162,7 +162,7 @@ class Run(NamedTuple):
         images: np.ndarray,
         *,
         prompts: Sequence[str] | None = None,
-        labels: Sequence[int] | None = None,
+        labels: Sequence[int] | np.ndarray | None = None,
         num_steps: int = 100,
         num_terms: int = 0,
     ) -> Likelihood:

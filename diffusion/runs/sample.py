@@ -43,7 +43,6 @@ def sample(call: Call) -> None:
         count = count or 8
         requests, index = np.repeat(prompts, count).tolist(), np.tile(np.arange(count), len(prompts))
     else:
-        refuse_prompts(call, run)
         labels = read_labels(call)
         count = count or (len(labels) if labels else 64)
         requests, index = run.requests(count, labels=labels), np.arange(count)
@@ -151,9 +150,3 @@ def read_labels(call: Call) -> list[int] | None:
         return [int(label) for label in call.flags.label] or None
     except ValueError as error:
         raise ValueError(f"--label={','.join(call.flags.label)}: give class numbers, as in --label=3,3,7") from error
-
-
-def refuse_prompts(call: Call, run: Run) -> None:
-    """Raises ValueError where prompts are given to a run that reads none."""
-    if call.flags.prompt or call.flags.prompts or call.flags.negative_prompt:
-        run.requests(prompts=[""])  # refuses them
