@@ -2,6 +2,7 @@
 
 Fixtures that any test may use:
 
+- `real`: the images and labels of both splits of the digits.
 - `kinds`: kinds of runs by name, digits, digits_classes, cifar10, scenes, captions; see `helpers.Kind`.
 - `trained(name)`: the folder of a run of that kind after six steps, made once; write nothing there.
 - `copied(name)`: a copy of that folder, in `tmp_path`.
@@ -59,6 +60,16 @@ def cache(shared):
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("XDG_CACHE_HOME", str(shared / "cache"))
         yield
+
+
+@pytest.fixture(scope="session")
+def real():
+    """The digits: {"train", "test"} -> {"image", "label"}."""
+    import numpy as np
+
+    from diffusion.data import digits
+
+    return {split: digits(split).read(np.arange(digits(split).num_examples)) for split in ("train", "test")}
 
 
 @pytest.fixture(scope="session")
