@@ -109,7 +109,7 @@ def prompts(encoder: TextEncoder, dropout: float) -> Condition:
         return encoder.encode(params, jnp.asarray(ids))._asdict()
 
     def of_batch(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Told:
-        drop_key = jax.random.split(key, 4)[2]  # the first two are the loss's own
+        drop_key = jax.random.split(key, 4)[2]  # dropout's too, which Flax folds by module
         hidden = jax.random.bernoulli(drop_key, dropout, (len(batch["image"]), 1))
         if "text" in batch:
             return of_request(params, jnp.where(hidden, empty, batch["text"]))
