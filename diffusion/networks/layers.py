@@ -1,4 +1,4 @@
-"""Layers that the networks share: convolution, group normalisation, attention, dropout, time embedding.
+"""Layers that the networks share: convolution, group normalisation, residual block, attention, time embedding.
 
 Parameters are float32 whatever the compute `dtype` is, and so are normalisation statistics and softmax.
 """
@@ -129,6 +129,50 @@ class GroupNorm(nn.Module):
         gain = jax.lax.rsqrt(variance + self.epsilon) * scale.reshape(groups[-2:])
         shift = bias.reshape(groups[-2:]) - mean * gain
         return (x * gain.reshape(mean_c.shape) + shift.reshape(mean_c.shape)).astype(self.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """Adds to x: norm, SiLU, conv; plus the embedding, if any; norm, SiLU, dropout, conv (zero at the start).
+
+    Attributes:
+      channels: of the output; x passes a convolution of size 1 where it has others.
+      scale_shift: the embedding scales and shifts what the second norm returns, instead of being added before it.
+      resample: changes the resolution of x, and of what follows the first norm and SiLU, as ADM's blocks do.
+    """
+
+    channels: int
+    dropout: float
+    num_groups: int
+    dtype: Any = jnp.float32
+    norm_eps: float = 1e-6
+    scale_shift: bool = False
+    resample: Callable | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], embedding: Float[Array, "B E"] | None = None, train: bool = False
+    ) -> Float[Array, "B h w out"]:
+        """`embedding` is SiLU(time and class embedding), or None; with `train` dropout draws from the key "dropout"."""
+        h = nn.silu(GroupNorm(self.num_groups, self.norm_eps, self.dtype, name="norm_1")(x))
+        if self.resample is not None:
+            x, h = self.resample(x), self.resample(h)
+        h = Conv(self.channels, dtype=self.dtype, name="conv_1")(h)
+        norm_2 = GroupNorm(self.num_groups, self.norm_eps, self.dtype, name="norm_2")
+        if embedding is None:
+            h = norm_2(h)
+        else:
+            width = 2 * self.channels if self.scale_shift else self.channels
+            shift = Dense(width, dtype=self.dtype, name="embedding")(embedding)[:, None, None]
+            if self.scale_shift:
+                scale, shift = jnp.split(shift, 2, axis=-1)
+                h = norm_2(h) * (1 + scale) + shift
+            else:
+                h = norm_2(h + shift)
+        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
+        h = Conv(self.channels, dtype=self.dtype, kernel_init=zeros_init, name="conv_2")(h)
+        if x.shape[-1] != self.channels:
+            x = Conv(self.channels, size=1, dtype=self.dtype, name="shortcut")(x)
+        return x + h
 
 
 class Attention(nn.Module):

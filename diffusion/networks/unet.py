@@ -3,7 +3,7 @@
 They are what published networks differ in: those of diffusers' `UNet2DModel`, and of ADM (Dhariwal & Nichol 2021).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,52 +16,12 @@ from diffusion.networks.layers import (
     Conv,
     Dense,
     GroupNorm,
+    ResidualBlock,
     average_pool,
     sinusoidal_embedding,
     upsample,
     zeros_init,
 )
-
-
-class ResidualBlock(nn.Module):
-    """Adds to x: norm, SiLU, conv; plus the embedding; norm, SiLU, dropout, conv (zero at the start).
-
-    Attributes:
-      channels: of the output; x passes a convolution of size 1 where it has others.
-      scale_shift: the embedding scales and shifts what the second norm returns, instead of being added before it.
-      resample: changes the resolution of x, and of what follows the first norm and SiLU, as ADM's blocks do.
-    """
-
-    channels: int
-    dropout: float
-    num_groups: int
-    dtype: Any = jnp.float32
-    norm_eps: float = 1e-6
-    scale_shift: bool = False
-    resample: Callable | None = None
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B H W C"], embedding: Float[Array, "B E"], train: bool
-    ) -> Float[Array, "B h w out"]:
-        """`embedding` is SiLU(time and class embedding); with `train` dropout draws from the key "dropout"."""
-        h = nn.silu(GroupNorm(self.num_groups, self.norm_eps, self.dtype, name="norm_1")(x))
-        if self.resample is not None:
-            x, h = self.resample(x), self.resample(h)
-        h = Conv(self.channels, dtype=self.dtype, name="conv_1")(h)
-        width = 2 * self.channels if self.scale_shift else self.channels
-        shift = Dense(width, dtype=self.dtype, name="embedding")(embedding)[:, None, None]
-        norm_2 = GroupNorm(self.num_groups, self.norm_eps, self.dtype, name="norm_2")
-        if self.scale_shift:
-            scale, shift = jnp.split(shift, 2, axis=-1)
-            h = norm_2(h) * (1 + scale) + shift
-        else:
-            h = norm_2(h + shift)
-        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
-        h = Conv(self.channels, dtype=self.dtype, kernel_init=zeros_init, name="conv_2")(h)
-        if x.shape[-1] != self.channels:
-            x = Conv(self.channels, size=1, dtype=self.dtype, name="shortcut")(x)
-        return x + h
 
 
 class CrossAttention(nn.Module):
