@@ -74,6 +74,7 @@ class Conv(nn.Module):
     Attributes:
       padding: pixels of zeros on every side. None pads as TensorFlow's SAME: equally for a stride of 1, and below and
         to the right only for a stride of 2 on an even size (the released DDPM code).
+      use_bias: whether a bias is added.
     """
 
     channels: int
@@ -82,12 +83,12 @@ class Conv(nn.Module):
     padding: int | None = None
     dtype: Any = jnp.float32
     kernel_init: Callable = ddpm_init
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w out"]:
         """Returns the convolution plus the bias, computed in `dtype`."""
         kernel = self.param("kernel", self.kernel_init, (self.size, self.size, x.shape[-1], self.channels), jnp.float32)
-        bias = self.param("bias", zeros_init, (self.channels,), jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if self.size == self.stride == 1:
             # The same as a matrix product, whose gradient by the kernel XLA computes several times faster on CPUs.
@@ -96,7 +97,9 @@ class Conv(nn.Module):
             strides = (self.stride, self.stride)
             padding = "SAME" if self.padding is None else ((self.padding, self.padding),) * 2
             y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return y + bias.astype(self.dtype)
+        if not self.use_bias:
+            return y
+        return y + self.param("bias", zeros_init, (self.channels,), jnp.float32).astype(self.dtype)
 
 
 class GroupNorm(nn.Module):

@@ -4,7 +4,6 @@
 """
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.networks.unet import UNet
+from diffusion.pretrained.blocks import block_name, count_levels, from_torch, to_torch, with_modern_names
 from diffusion.pretrained.folder import new_folder, read_json, read_weights, resolve, write_json, write_weights
 from diffusion.pretrained.identify import identify
 from diffusion.pretrained.strict import check_keys, without_memory
@@ -22,33 +22,6 @@ from diffusion.pretrained.unet_config import config_of, network_of
 WEIGHTS = "diffusion_pytorch_model"
 # Pipelines whose U-Net is a DDPM of pixels. Others have such a network too, but of latents, or of another process.
 _PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
-
-# Our module names -> diffusers'. It counts the levels on the way up from the smallest image; `_name` turns them round.
-_MODULES = [
-    (r"time_(\d)", r"time_embedding.linear_\1"),
-    (r"norm_out", r"conv_norm_out"),
-    (r"(down|up)_(\d+)_block_(\d+)", r"\1_blocks.\2.resnets.\3"),
-    (r"(down|up)_(\d+)_attention_(\d+)", r"\1_blocks.\2.attentions.\3"),
-    (r"(down|up)_(\d+)_(down|up)sample", r"\1_blocks.\2.\3samplers.0"),
-    (r"middle_block_(\d)", r"mid_block.resnets.\1"),
-    (r"middle_attention", r"mid_block.attentions.0"),
-    (r"(conv_in|conv_out|class_embedding)", r"\1"),
-]
-_PARTS = {
-    "norm_1": "norm1",
-    "conv_1": "conv1",
-    "embedding": "time_emb_proj",
-    "norm_2": "norm2",
-    "conv_2": "conv2",
-    "shortcut": "conv_shortcut",
-    "norm": "group_norm",
-    "query": "to_q",
-    "key": "to_k",
-    "value": "to_v",
-    "out": "to_out.0",
-}
-# The names of attention layers in files written before diffusers 0.15, google/ddpm-cifar10-32 among them.
-_OLD_PARTS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def load_unet(
@@ -124,9 +97,9 @@ def save_unet(
 
 def to_diffusers(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns the parameters of `UNet` (the tree under "params") under diffusers' names and in its layouts."""
-    num_levels = _num_levels(params)
+    num_levels = count_levels(params)
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {_name(path, num_levels): _transpose(path, np.asarray(leaf), "OIHW") for path, leaf in leaves}
+    return {_name(path, num_levels): to_torch(path, np.asarray(leaf)) for path, leaf in leaves}
 
 
 def from_diffusers(weights: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,45 +108,21 @@ def from_diffusers(weights: Mapping[str, Any], like: Mapping[str, Any]) -> dict[
     Raises:
       ValueError: a key is missing, left over or given under its old name too, or a shape differs.
     """
-    modern = {_modern(name): weight for name, weight in weights.items()}
-    if len(modern) < len(weights):
-        raise ValueError("weights name the same attention layer twice, in the old way (query) and the new (to_q)")
+    modern = with_modern_names(weights)
     expected = {name: weight.shape for name, weight in to_diffusers(without_memory(like)).items()}
     check_keys(modern, expected, "U-Net")
-    num_levels = _num_levels(like)
+    num_levels = count_levels(like)
 
     def take(path, leaf):
-        return _transpose(path, np.asarray(modern[_name(path, num_levels)]), "HWIO")
+        return from_torch(path, np.asarray(modern[_name(path, num_levels)]))
 
     return jax.tree_util.tree_map_with_path(take, like)
 
 
-def _modern(name: str) -> str:
-    """Returns the name that diffusers gives now to an attention layer of an old file."""
-    return re.sub(r"(attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_PARTS[m[2]]}.", name)
-
-
-def _num_levels(params: Mapping[str, Any]) -> int:
-    return sum(re.fullmatch(r"down_\d+_block_0", name) is not None for name in params)
-
-
-def _name(path, num_levels: int) -> str:
+def _name(path: Any, num_levels: int) -> str:
     """Returns diffusers' name of the parameter at `path`; raises ValueError where it has none."""
-    module, *parts, leaf = (key.key for key in path)
-    for pattern, replacement in _MODULES:
-        if re.fullmatch(pattern, module):
-            name = re.sub(pattern, replacement, module)
-            name = re.sub(r"(?<=^up_blocks\.)\d+", lambda level: str(num_levels - 1 - int(level[0])), name)
-            # What changes the resolution is a convolution, or a whole residual block.
-            parts = [_PARTS[part] for part in parts] or ["conv"] * name.endswith("samplers.0")
-            return ".".join([name, *parts, "bias" if leaf == "bias" else "weight"])
-    raise ValueError(f"diffusers' UNet2DModel has no {module}: it takes neither prompts nor their features")
-
-
-def _transpose(path, weight: np.ndarray, layout: str) -> np.ndarray:
-    """Returns kernels between HWIO (dense: IO) and OIHW (dense: OI); everything else as it is."""
-    if path[-1].key != "kernel":
-        return weight
-    if weight.ndim == 2:
-        return weight.T
-    return weight.transpose((3, 2, 0, 1) if layout == "OIHW" else (2, 3, 1, 0))
+    name = block_name([key.key for key in path], num_levels)
+    if name is None:
+        what = f"diffusers' UNet2DModel has no {path[0].key}"
+        raise ValueError(f"{what}: it takes neither prompts nor their features")
+    return name
