@@ -144,23 +144,62 @@ def encode(
     if length < 2:
         raise ValueError(f"a length of {length} tokens is too short: a start and an end need 2")
     end = end_of_text(tokenizer)
-    ids = np.full((len(texts), length), end if padding is None else padding, np.int32)
-    ids[:, 0] = _id_of(tokenizer, START)
-    room = length - 2
+    start = [_id_of(tokenizer, START)]
+    return fill(tokenizer, texts, length, start=start, end=end, padding=end if padding is None else padding)
+
+
+def fill(
+    tokenizer: Tokenizer, texts: Sequence[str], length: int, *, start: Sequence[int], end: int, padding: int
+) -> Int32[np.ndarray, "N length"]:
+    """Returns token ids in rows of `length`: the start, a text, truncated where it has to be, the end, then padding.
+
+    One warning counts the truncated texts, and quotes what is lost of the first.
+    """
+    ids = np.full((len(texts), length), padding, np.int32)
+    ids[:, : len(start)] = start
+    room = length - len(start) - 1
     encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
     for row, encoding in zip(ids, encodings, strict=True):
         kept = encoding.ids[:room]
-        row[1 : len(kept) + 1] = kept
-        row[len(kept) + 1] = end
+        row[len(start) : len(start) + len(kept)] = kept
+        row[len(start) + len(kept)] = end
     if cut := [i for i, encoding in enumerate(encodings) if len(encoding.ids) > room]:
         text, encoding = texts[cut[0]], encodings[cut[0]]
-        start = encoding.offsets[room][0]
+        lost = encoding.offsets[room][0]
         warnings.warn(
             f"a text of {len(encoding.ids)} tokens is truncated to {room}; not read: "
-            f"{text[start : start + 80]!r}" + (f" (and {len(cut) - 1} more of {len(texts)} texts)" if cut[1:] else ""),
-            stacklevel=2,
+            f"{text[lost : lost + 80]!r}" + (f" (and {len(cut) - 1} more of {len(texts)} texts)" if cut[1:] else ""),
+            stacklevel=3,
         )
     return ids
+
+
+def read_padding(folder: str | os.PathLike, tokenizer: Tokenizer) -> int | None:
+    """Returns the id that a published tokenizer pads with; None where its folder does not say.
+
+    Read from tokenizer_config.json, else from special_tokens_map.json.
+
+    Raises:
+      ValueError: a file is damaged, or the tokenizer does not have the token.
+    """
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = Path(folder).expanduser() / name
+        if not path.is_file():
+            continue
+        try:
+            token = json.loads(path.read_text("utf-8")).get("pad_token")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): copy the published folder whole") from error
+        content = token.get("content") if isinstance(token, dict) else token
+        if content is None:
+            continue
+        number = tokenizer.token_to_id(content) if isinstance(content, str) else None
+        if number is None:
+            raise ValueError(
+                f"{path} pads with {content!r}, which the tokenizer beside it does not have: copy both again"
+            )
+        return number
+    return None
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocabulary_size: int, end: int) -> None:
