@@ -5,7 +5,7 @@ A published folder holds config.json, model.safetensors and, for CLIP itself, th
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,15 @@ def to_transformers(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {_name(path): _to_theirs(path, np.asarray(leaf)) for path, leaf in leaves}
 
 
-def from_transformers(weights: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns transformers' weights as the tree that `to_transformers` takes; `like` is such a tree, or its shapes.
+def from_transformers(
+    weights: Mapping[str, Any], like: Mapping[str, Any], put: Callable[[Any, np.ndarray], Any] | None = None
+) -> dict[str, Any]:
+    """Returns transformers' weights as the tree that `to_transformers` takes, in the dtypes they are read in.
+
+    Args:
+      weights: arrays by name, read one by one.
+      like: such a tree, or its shapes.
+      put: (path, array) -> what is kept of it; None: the array.
 
     Raises:
       ValueError: a key is missing or left over, or a shape differs.
@@ -87,8 +94,9 @@ def from_transformers(weights: Mapping[str, Any], like: Mapping[str, Any]) -> di
     expected = {name: weight.shape for name, weight in to_transformers(without_memory(like)).items()}
     check_keys(weights, expected, "CLIP")
 
-    def take(path: Any, leaf: Any) -> np.ndarray:
-        return _to_ours(path, np.asarray(weights[_name(path)], np.float32))
+    def take(path: Any, leaf: Any) -> Any:
+        array = _to_ours(path, np.asarray(weights[_name(path)]))
+        return array if put is None else put(path, array)
 
     return jax.tree_util.tree_map_with_path(take, like)
 
@@ -114,17 +122,45 @@ def load_clip(folder: str | os.PathLike, dtype: Any = jnp.float32) -> tuple[CLIP
     return clip, {"params": from_transformers(read_weights(folder, "model"), like["params"])}
 
 
-def load_text_tower(folder: str | os.PathLike, dtype: Any = jnp.float32) -> tuple[TextTower, dict[str, Any]]:
+def load_text_tower(
+    folder: str | os.PathLike,
+    dtype: Any = jnp.float32,
+    *,
+    weights_dtype: Any = np.float32,
+    variant: str | None = None,
+    put: Callable[[Any, np.ndarray], Any] | None = None,
+) -> tuple[TextTower, dict[str, Any]]:
     """Returns the same of a published `CLIPTextModelWithProjection`, as in Stable Diffusion 3's text_encoder folders.
+
+    Args:
+      folder: of it.
+      dtype: what the network computes in.
+      weights_dtype: what weights are converted to; None: as they are stored.
+      variant: see `folder.read_weights`.
+      put: see `from_transformers`; paths begin with "text".
 
     Raises:
       ValueError: as `load_clip`.
     """
     folder = resolve(folder)
-    config = _config(folder)
-    tower = text_tower(config, dtype)
-    like: Any = jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    return tower, {"params": from_transformers(read_weights(folder, "model"), {"text": like["params"]})["text"]}
+    tower = text_tower(_config(folder), dtype)
+    weights = read_weights(folder, "model", variant, weights_dtype)
+    return tower, {"params": from_transformers(weights, text_shapes(tower), put)["text"]}
+
+
+def write_text_tower(folder: Path, tower: TextTower, params: Mapping[str, Any]) -> None:
+    """Writes config.json and model.safetensors of a `CLIPTextModelWithProjection` into a folder that is there."""
+    weights = to_transformers({"text": params["params"]})
+    dtype = weights["text_model.embeddings.token_embedding.weight"].dtype.name
+    about = {"architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model", "dtype": dtype}
+    write_json(folder / "config.json", about | _common_config(tower) | _places_and_tokens(tower))
+    write_weights(folder / "model.safetensors", weights)
+
+
+def text_shapes(tower: TextTower) -> dict[str, Any]:
+    """Returns {"text": the tree of parameters as shapes}, nothing allocated."""
+    like: Any = jax.eval_shape(tower.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    return {"text": like["params"]}
 
 
 def load_normalisation(folder: str | os.PathLike) -> Normalisation | None:
@@ -160,26 +196,13 @@ def save_clip(
         raise ValueError("transformers' CLIPModel has no bias of the logits: train with loss.name=softmax to write it")
     image, text = clip.image, clip.text
 
-    def common(tower: ImageTower | TextTower) -> dict[str, Any]:
-        return {
-            "hidden_size": tower.width,
-            "intermediate_size": tower.mlp_width,
-            "num_hidden_layers": tower.num_layers,
-            "num_attention_heads": tower.num_heads,
-            "hidden_act": tower.activation,
-            "layer_norm_eps": 1e-5,
-            "projection_dim": tower.projection,
-        }
-
     sizes = {"image_size": image.image_size, "patch_size": image.patch_size, "num_channels": 3}
-    places = {"vocab_size": text.vocabulary_size, "max_position_embeddings": text.length}
-    tokens = {"eos_token_id": text.end_of_text, "bos_token_id": 0, "pad_token_id": text.end_of_text}
     config = {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "projection_dim": image.projection,
-        "vision_config": {"model_type": "clip_vision_model"} | common(image) | sizes,
-        "text_config": {"model_type": "clip_text_model"} | common(text) | places | tokens,
+        "vision_config": {"model_type": "clip_vision_model"} | _common_config(image) | sizes,
+        "text_config": {"model_type": "clip_text_model"} | _common_config(text) | _places_and_tokens(text),
     }
     with new_folder(folder) as temporary:
         write_json(temporary / "config.json", config)
@@ -216,6 +239,25 @@ def _config(folder: Path) -> dict[str, Any]:
 def _image_tower(config: Mapping[str, Any], dtype: Any) -> ImageTower:
     config = {**_IMAGE, **config}
     return ImageTower(**_common(config, dtype), image_size=config["image_size"], patch_size=config["patch_size"])
+
+
+def _common_config(tower: ImageTower | TextTower) -> dict[str, Any]:
+    """Returns transformers' settings of either tower."""
+    return {
+        "hidden_size": tower.width,
+        "intermediate_size": tower.mlp_width,
+        "num_hidden_layers": tower.num_layers,
+        "num_attention_heads": tower.num_heads,
+        "hidden_act": tower.activation,
+        "layer_norm_eps": 1e-5,
+        "projection_dim": tower.projection,
+    }
+
+
+def _places_and_tokens(tower: TextTower) -> dict[str, Any]:
+    """Returns transformers' settings of a text tower alone."""
+    places = {"vocab_size": tower.vocabulary_size, "max_position_embeddings": tower.length}
+    return places | {"eos_token_id": tower.end_of_text, "bos_token_id": 0, "pad_token_id": tower.end_of_text}
 
 
 def _three(numbers: Any) -> tuple[float, float, float]:
