@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusion.networks.unet import UNet
+from diffusion.pretrained.config_fields import check_counts, read_fields
 from diffusion.pretrained.strict import few
 
 # The fields of a config.json and what holds where it is silent: the arguments of diffusers' class and their defaults.
@@ -73,17 +74,7 @@ def network_of(
     Raises:
       ValueError: naming every field that our network cannot honour.
     """
-    if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise ValueError(f"it describes a {config['_class_name']}, not a UNet2DModel")
-    fields: dict[str, Any] = _FIELDS | {name: value for name, value in config.items() if not name.startswith("_")}
-    if unknown := sorted(fields.keys() - _FIELDS):
-        raise ValueError(f"a UNet2DModel has no field {few(unknown)}")
-    if refused := [
-        f"{name}={reprlib.repr(fields[name])} (only {' or '.join(map(repr, ours))})"
-        for name, ours in _HONOURED.items()
-        if fields[name] not in ours
-    ]:
-        raise ValueError(f"our U-Net cannot honour {few(refused, most=5)}")
+    fields = read_fields(config, "UNet2DModel", _FIELDS, _HONOURED)
     height, width = _size(fields["sample_size"] if image_size is None else image_size)
     widths, classes = fields["block_out_channels"], fields["num_class_embeds"]
     counts = {name: fields[name] for name in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")}
@@ -91,9 +82,7 @@ def network_of(
     groups = fields["attn_norm_num_groups"]
     counts |= {} if classes is None else {"num_class_embeds": classes}
     counts |= {} if groups is None else {"attn_norm_num_groups": groups}
-    for name, count in counts.items():
-        if type(count) is not int or count < 1:
-            raise ValueError(f"{name} is {reprlib.repr(count)}, not a whole number of at least 1")
+    check_counts(counts)
     if type(fields["norm_eps"]) is not float or not 0 < fields["norm_eps"] < 1:
         raise ValueError(f"norm_eps is {reprlib.repr(fields['norm_eps'])}, not a small positive number")
     down, up, resblock_updown = _levels(fields)
