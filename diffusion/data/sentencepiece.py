@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
-from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
 
 from diffusion.data.text import fill
@@ -124,8 +124,23 @@ def encode(
     """
     if length < 1:
         raise ValueError(f"a length of {length} tokens is too short: an end needs 1")
-    padding = _id_of(tokenizer, PADDING) if padding is None else padding
+    padding = padding_of(tokenizer) if padding is None else padding
     return fill(tokenizer, texts, length, start=(), end=_id_of(tokenizer, END), padding=padding)
+
+
+def padding_of(tokenizer: Tokenizer) -> int:
+    """Returns the id of "<pad>". Raises ValueError if the tokenizer has none."""
+    return _id_of(tokenizer, PADDING)
+
+
+def to_json(tokenizer: Tokenizer) -> str:
+    """Returns the tokenizer as a tokenizer.json, with the end, which `encode` adds itself, in it for other readers."""
+    whole = Tokenizer.from_str(tokenizer.to_str())
+    if whole.post_processor is None:
+        whole.post_processor = processors.TemplateProcessing(
+            single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, _id_of(whole, END))]
+        )
+    return whole.to_str()
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocabulary_size: int) -> None:

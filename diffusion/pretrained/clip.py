@@ -17,7 +17,7 @@ from diffusion.data.text import END, START
 from diffusion.networks.clip import ACTIVATIONS, CLIP, ImageTower, TextTower
 from diffusion.pretrained.folder import new_folder, read_json, read_weights, resolve, write_json, write_weights
 from diffusion.pretrained.identify import identify
-from diffusion.pretrained.strict import check_keys, without_memory
+from diffusion.pretrained.strict import check_keys, few, without_memory
 
 # The mean and the standard deviation, by channel, that pixels in [0, 1] are normalised with.
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -142,10 +142,14 @@ def load_text_tower(
     Raises:
       ValueError: as `load_clip`.
     """
-    folder = resolve(folder)
-    tower = text_tower(_config(folder), dtype)
+    tower = text_network(folder, dtype)
     weights = read_weights(folder, "model", variant, weights_dtype)
     return tower, {"params": from_transformers(weights, text_shapes(tower), put)["text"]}
+
+
+def text_network(folder: str | os.PathLike, dtype: Any = jnp.float32) -> TextTower:
+    """Returns the text tower that a folder's config.json describes; raises ValueError as `load_clip`."""
+    return text_tower(_config(resolve(folder)), dtype)
 
 
 def write_text_tower(folder: Path, tower: TextTower, params: Mapping[str, Any]) -> None:
@@ -225,6 +229,33 @@ def text_tower(config: Mapping[str, Any], dtype: Any = jnp.float32) -> TextTower
         # A 2 is older than that field's meaning: the end is the largest token then.
         end_of_text=config["vocab_size"] - 1 if end == 2 else end,
         length=config["max_position_embeddings"],
+    )
+
+
+def text_tower_of(weights: Mapping[str, Any], activation: str, dtype: Any = jnp.float32) -> TextTower:
+    """Returns the text tower that weights in transformers' names are for, with heads 64 wide.
+
+    Raises:
+      ValueError: they are not those of a `CLIPTextModelWithProjection`.
+    """
+    layers = {match[1] for name in weights if (match := re.match(r"text_model\.encoder\.layers\.(\d+)\.", name))}
+    embeddings = "text_model.embeddings"
+    names = (f"{embeddings}.token_embedding", f"{embeddings}.position_embedding", "text_projection")
+    names = (*names, "text_model.encoder.layers.0.mlp.fc1")
+    if missing := [name for name in names if f"{name}.weight" not in weights]:
+        raise ValueError(f"these are not the weights of a CLIPTextModelWithProjection: they lack {few(missing)}")
+    table, position, projection, hidden = (weights[f"{name}.weight"].shape for name in names)
+    return TextTower(
+        vocabulary_size=table[0],
+        end_of_text=table[0] - 1,
+        length=position[0],
+        width=table[1],
+        num_layers=len(layers),
+        num_heads=max(table[1] // 64, 1),
+        mlp_width=hidden[0],
+        projection=projection[0],
+        activation=activation,
+        dtype=dtype,
     )
 
 

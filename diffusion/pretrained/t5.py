@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.networks.t5 import T5Encoder
+from diffusion.pretrained.config_fields import check_counts
 from diffusion.pretrained.folder import new_folder, read_json, read_weights, resolve, write_json, write_weights
 from diffusion.pretrained.identify import identify
 from diffusion.pretrained.strict import check_keys, few, without_memory
@@ -108,13 +109,27 @@ def load_t5(
     Raises:
       ValueError: a file is missing, it is another kind of model (which is named), or weights do not fit the config.
     """
+    encoder = network(folder, dtype)
+    weights = read_weights(folder, "model", variant, weights_dtype)
+    return encoder, {"params": from_transformers(weights, shapes(encoder), put)}
+
+
+def network(folder: str | os.PathLike, dtype: Any = jnp.float32) -> T5Encoder:
+    """Returns the network that a folder's config.json describes; raises ValueError as `load_t5`."""
     folder = resolve(folder)
     path = folder / "config.json"
     if not path.exists():
         raise ValueError(f"cannot read {path}: {folder} is {identify(folder)}; needed is that of a T5EncoderModel")
-    encoder = _encoder(path, dtype)
-    weights = read_weights(folder, "model", variant, weights_dtype)
-    return encoder, {"params": from_transformers(weights, shapes(encoder), put)}
+    config = read_json(path)
+    for name, (needed, default) in _FIXED.items():
+        if (found := config.get(name, default)) != needed:
+            raise ValueError(f"{path} has {name}={few([str(found)])}: ours is a T5 v1.1 encoder, with {needed}")
+    sizes = {name: config.get(name, default) for name, (_, default) in _SIZES.items()}
+    try:
+        check_counts(sizes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return T5Encoder(**{_SIZES[name][0]: size for name, size in sizes.items()}, dtype=dtype)
 
 
 def save_t5(folder: str | os.PathLike, encoder: T5Encoder, params: Mapping[str, Any]) -> None:
@@ -161,20 +176,6 @@ def encoder_of(weights: Mapping[str, Any], dtype: Any = jnp.float32) -> T5Encode
         num_buckets=num_buckets,
         dtype=dtype,
     )
-
-
-def _encoder(path: Path, dtype: Any) -> T5Encoder:
-    """Returns the network that config.json describes."""
-    config = read_json(path)
-    for name, (needed, default) in _FIXED.items():
-        if (found := config.get(name, default)) != needed:
-            raise ValueError(f"{path} has {name}={few([str(found)])}: ours is a T5 v1.1 encoder, with {needed}")
-    sizes = {}
-    for name, (ours, default) in _SIZES.items():
-        sizes[ours] = config.get(name, default)
-        if type(sizes[ours]) is not int or sizes[ours] < 1:
-            raise ValueError(f"{path} has {name}={few([str(sizes[ours])])}: a number of 1 or more is needed")
-    return T5Encoder(**sizes, dtype=dtype)
 
 
 def _name(path: Any) -> str:
