@@ -90,7 +90,7 @@ def test_the_text_encoder_of_a_run_is_kept():
     stored = copy.deepcopy(STORED["scenes"]) | {"text": {"vocabulary": vocabulary}}
     now = formats.current(stored)
     assert "text" not in now and now["condition"] == {"vocabulary": vocabulary}
-    model = make_model(from_plain(now["config"]), tuple(now["image_shape"]), None, now["condition"])
+    model = make_model(from_plain(now["config"]), tuple(now["image_shape"]), None, now)
     np.testing.assert_array_equal(model.condition.read(["a blue two"])[0, :4], [2, 1, 4, 0])
 
 

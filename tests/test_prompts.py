@@ -252,7 +252,7 @@ def clip_parts():
     changes = {f"network.text.{field}": value for field, value in sizes.items()} | {"network.projection": 6}
     tokenizer = text.train_tokenizer(["a red two", "a blue four"], 270)
     stored = {"config": plain(change(config, changes)), "vocabulary": text.to_json(tokenizer)}
-    return make_parts("scenes:clip", stored=stored)
+    return make_parts("scenes:clip", stored={"condition": stored})
 
 
 @pytest.mark.filterwarnings("ignore:a text of .* tokens is truncated")

@@ -72,7 +72,7 @@ def make_case(spec: str) -> Case:
         config = copy(config, condition={"width": 24})
     if config.network.name == "unet":
         config = copy(config, network={"head_channels": 4})
-    stored = trained_clip() if config.condition.name == "clip" else None
+    stored = {"condition": trained_clip()} if config.condition.name == "clip" else None
     model = make_model(config, source.image_shape, None, stored, VOCABULARY)
     captions = list(dict.fromkeys(scenes.scene(0, "train", i).caption for i in range(200)))
     source = with_captions(source, [[caption] for caption in captions[:SHOWN]])

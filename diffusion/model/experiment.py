@@ -18,12 +18,14 @@ from diffusion.model.model import Model, init, make_generate, make_loss
 from diffusion.model.optimizers import make_optimizer
 from diffusion.model.processes import make_draw, make_process, make_weight
 from diffusion.model.sampling import make_sampling
-from diffusion.model.space import pixels
+from diffusion.model.space import SPACES, Space
+from diffusion.networks import mmdit, unet
 from diffusion.networks.mmdit import MMDiT
 from diffusion.networks.unet import UNet
-from diffusion.training import Experiment, run_key
+from diffusion.training import Experiment, run_key, state_shardings
 
 NETWORKS = {"unet": UNet, "mmdit": MMDiT}
+RULES = {"unet": unet.RULES, "mmdit": mmdit.RULES}  # how a mesh cuts their parameters
 LARGEST_TERMINAL_SIGNAL = 1e-3  # alpha_bar_T; DDPM's own is 4e-5
 CONDITIONS = {"nothing": nothing, "classes": classes, "words": prompts.words, "clip": prompts.clip_text}
 
@@ -41,7 +43,7 @@ def make_model(
       config: of the run.
       image_shape: (height, width, channels).
       num_classes: of the data; None where it has none.
-      stored: `Condition.description` in the run's checkpoint; None where a run starts.
+      stored: `stored_of` a model, as the run's checkpoint has it; None where a run starts.
       vocabulary: words that condition.name=words learns, where a run starts.
 
     Raises:
@@ -51,11 +53,20 @@ def make_model(
     process = make_process(config)
     if config.loss.learned_variance and process.schedule is None:
         raise ValueError("loss.learned_variance is that of a chain's steps: it needs process.name=ddpm")
-    facts = Facts(num_classes, stored or {}, vocabulary, config.network.get("null_class", True))
+    of_condition, of_space = ((stored or {}).get(name) or None for name in ("condition", "space"))
+    facts = Facts(num_classes, of_condition or {}, vocabulary, config.network.get("null_class", True))
     condition = pick(CONDITIONS, config.condition, "condition")(facts)
-    network = make_network(config, image_shape[-1], condition, process.time_scale)
-    kind = config.loss.prediction
-    return Model(process, kind, network, condition, pixels(image_shape), config.loss.learned_variance)
+    space = pick(SPACES, config.space, "space")(image_shape, of_space)
+    network = make_network(config, space.shape[-1], condition, process.time_scale)
+    frozen = frozen_groups(condition, space) if stored is None else tuple(stored.get("frozen", ()))
+    kind, learned = config.loss.prediction, config.loss.learned_variance
+    return Model(process, kind, network, condition, space, learned, frozen)
+
+
+def frozen_groups(condition: Condition, space: Space) -> tuple[str, ...]:
+    """Returns the names of the groups of parameters that training leaves as they are, of a run that starts."""
+    groups = {"text": condition.init is not None and condition.frozen, "space": space.init is not None}
+    return tuple(name for name, frozen in groups.items() if frozen)
 
 
 def make_network(config: Config, channels: int, condition: Condition, time_scale: float) -> UNet | MMDiT:
@@ -83,6 +94,15 @@ def make_network(config: Config, channels: int, condition: Condition, time_scale
     return make(**condition.widths, out_channels=channels, time_scale=time_scale)
 
 
+def stored_of(model: Model) -> dict[str, Any]:
+    """Returns what a checkpoint stores of a model beside its config and parameters, plain JSON."""
+    return {
+        "condition": dict(model.condition.description or {}),
+        "space": dict(model.space.description or {}),
+        "frozen": list(model.frozen),
+    }
+
+
 def warnings_of(config: Config, model: Model) -> list[str]:
     """Returns what is likely not meant in a config, a line each."""
     found = []
@@ -105,7 +125,7 @@ def warnings_of(config: Config, model: Model) -> list[str]:
 def make_run_optimizer(config: Config, model: Model) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Returns the optimizer of `config`, which leaves a frozen condition's parameters alone, and its learning rate."""
     optimizer, learning_rate = make_optimizer(config)
-    if model.condition.frozen:
+    if model.condition.frozen and "text" not in model.frozen:  # as runs of format 2 have it
         parts: dict[Any, Any] = {"network": optimizer, "text": optax.set_to_zero()}
         optimizer = optax.multi_transform(parts, {name: name for name in parts})
     return optimizer, learning_rate
@@ -143,7 +163,18 @@ def make_learner(config: Config, model: Model) -> Experiment:
     def batches(start_step: int) -> Any:
         raise ValueError("this experiment was made without data")
 
-    return Experiment(lambda key: init(model, key), loss, optimizer, learning_rate, batches, config.data.batch_size)
+    rules = (*RULES[config.network.name], *model.condition.rules)
+    size = config.data.batch_size
+    return Experiment(
+        lambda key: init(model, key),
+        loss,
+        optimizer,
+        learning_rate,
+        batches,
+        size,
+        frozen=model.frozen,
+        rules=rules,
+    )
 
 
 def make_experiment(
@@ -185,5 +216,6 @@ def make_experiment(
     rows = model.condition.read(preview_requests(model.condition, max(num_previews, mesh.size), examples))
     away = model.condition.read([None] * len(rows))
     shapes = jax.eval_shape(learner.init, run_key(config.seed, "init"))
+    state_shardings(mesh, shapes, learner.rules)
     jax.eval_shape(generate, shapes, rows, away, np.uint32(0), np.arange(len(rows)))
     return learner._replace(batches=batches, preview=preview if num_previews else None)

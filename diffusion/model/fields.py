@@ -19,6 +19,7 @@ from diffusion.model.experiment import CONDITIONS, NETWORKS
 from diffusion.model.optimizers import OPTIMIZERS, SHARED
 from diffusion.model.processes import PROCESSES
 from diffusion.model.sampling import GRIDS, SAMPLERS, THRESHOLDS
+from diffusion.model.space import SPACES
 from diffusion.training import RunError
 from diffusion.training.errors import one_line
 from diffusion.training.workdir import flatten
@@ -28,12 +29,14 @@ CHOICES: dict[str, Mapping[str, Any]] = {
     "process": PROCESSES,
     "network": NETWORKS,
     "condition": CONDITIONS,
+    "space": SPACES,
     "optimizer": OPTIMIZERS,
     "sampling.sampler": SAMPLERS,
     "sampling.grid": GRIDS,
     "sampling.threshold": THRESHOLDS,
 }
 ALWAYS = {"optimizer": SHARED}
+NAMES = "evaluation.metrics"  # the one tuple of names, also where it is empty
 NEAR = 0.6  # of difflib's ratio: a name less alike is not offered
 
 
@@ -98,6 +101,8 @@ def complete(config: Config) -> Config:
     """Returns `config` locked, every choice with all fields of its name: those that are missing have their defaults."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
+        if "process" in config and "space" not in config:  # stored before there were others
+            config.space = ConfigDict(dict(name="pixels"))
         for place, table in CHOICES.items():
             block = block_at(config, place)
             if block is not None and block.get("name") in table:
@@ -148,10 +153,11 @@ def change(config: Config, changes: Mapping[str, Any]) -> Config:
         if field in names:
             continue
         check_field(config, field)
+        old = flatten(plain(config))[field]
         try:
+            check_items(field, old, value)
             config.update_from_flattened_dict({field: value})
         except (TypeError, ValueError) as error:
-            old = flatten(plain(config))[field]
             raise RunError(f"{field} is {value!r}: it must be like {old!r}") from error
     return config
 
@@ -167,6 +173,16 @@ def check_field(config: Config, field: str) -> None:
         has = f"it has {', '.join(own)}" if own else "it has no fields"
         raise RunError(f"{last} is not a field of {place}.name={block.name}{nearest(last, own) or ':'} {has}")
     raise RunError(f"unknown config field {field}{nearest(field, fields)} (--help lists all)")
+
+
+def check_items(field: str, old: Any, value: Any) -> None:
+    """Raises RunError unless the items of a tuple are of the kind that they were: names, or else numbers."""
+    if not isinstance(old, tuple | list) or not isinstance(value, tuple | list):
+        return
+    names = field == NAMES or any(isinstance(item, str) for item in old)
+    kind, what = (str, "names") if names else (int | float, "numbers")
+    if not all(isinstance(item, kind) and not isinstance(item, bool) for item in value):
+        raise RunError(f"{field} is {tuple(value)}: {what} are needed{f', as {tuple(old)}' if old else ''}")
 
 
 def nearest(name: str, names: Any) -> str:

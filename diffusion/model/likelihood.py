@@ -54,7 +54,12 @@ def bits_per_dim(
       requests: what each shows; None for no condition.
       num_terms: of the bound's steps per image, another choice for each (`likelihood.estimate_bound`); 0 takes all.
       num_steps: of the ODE.
+
+    Raises:
+      ValueError: the model is of latents, which have no likelihood of pixels.
     """
+    if model.space.init is not None:
+        raise ValueError("bits/dim are of pixels, and this model is of an autoencoder's latents: leave them out")
     measure = make_measure(model, config, num_terms, num_steps)
     rows = rows_of(model.condition, requests)
     batch_size = min(config.sampling.batch_size, len(images))
@@ -93,12 +98,12 @@ def make_measure(model: Model, config: Config, num_terms: int, num_steps: int) -
 
     @jax.jit
     def measure(params: Any, image: jax.Array, rows: jax.Array, index: jax.Array) -> dict[str, jax.Array]:
-        x_0 = model.space.encode(image)
+        x_0 = model.space.encode(None, image)
         keys = {
             name: jax.vmap(lambda i, name=name: run_key(0, name, i))(index) for name in ("bound", "dequantize", "ode")
         }
         # Clipping has kinks: the ODE's divergence would not be the flow's.
-        smooth = make_denoise(model, params, model.condition.of_request(parts(model, params)[1], rows))
+        smooth = make_denoise(model, params, model.condition.of_request(parts(model, params).text, rows))
         x = likelihood.dequantize(keys["dequantize"], x_0)
         x_0_hat = lambda x_t, time: denoised(smooth(x_t, time)).x_0_hat  # noqa: E731
         values = {"ode": likelihood.ode_likelihood(keys["ode"], x_0_hat, x, grid)}

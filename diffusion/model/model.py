@@ -1,8 +1,8 @@
 """A diffusion model: a process, a prediction, a network, a condition and a space; its loss, its denoiser, its images.
 
-The parameters are the network's, or {"network": ..., "text": ...} where the condition has parameters of its own. A
-frozen text encoder is among them too, under `stop_gradient` and without an optimizer's moments: the loss is a function
-of its arguments alone, and a checkpoint is the whole experiment.
+The parameters are the network's, or {"network", "text", "space"} where the condition or the space has parameters of its
+own. A frozen text encoder and an autoencoder are among them too, without gradients: the loss is a function of its
+arguments alone, and a checkpoint is the whole experiment.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from diffusion import losses, predictions
 from diffusion.model.condition import Condition, Told
@@ -18,7 +18,10 @@ from diffusion.model.processes import Process
 from diffusion.model.sampling import Sampling
 from diffusion.model.space import Space
 from diffusion.samplers import Denoise
-from diffusion.training import Loss, Mean, run_key
+from diffusion.training import Loss, Mean, batch_sharding, run_key
+
+
+SPACE_KEY = 2  # folded into init's key; its splits 0 and 1 are taken
 
 
 class Model(NamedTuple):
@@ -31,6 +34,7 @@ class Model(NamedTuple):
       condition: what it is told.
       space: of x_0.
       learned_variance: whether its output holds v beside the prediction (Nichol & Dhariwal 2021).
+      frozen: names of the groups of parameters that training leaves as they are and does not average.
     """
 
     process: Process
@@ -39,34 +43,48 @@ class Model(NamedTuple):
     condition: Condition
     space: Space
     learned_variance: bool = False
+    frozen: tuple[str, ...] = ()
 
 
 def init(model: Model, key: jax.Array) -> Any:
     """Returns the parameters that `key` draws."""
     x_0, time = jnp.zeros((1, *model.space.shape)), jnp.zeros((1,))
     empty = jnp.asarray(model.condition.read([None]))
-    if model.condition.init is None:
-        return model.network.init(key, x_0, time, **model.condition.of_request(None, empty))
-    text_key, network_key = jax.random.split(key)
-    text = model.condition.init(text_key)
-    told = model.condition.of_request(text, empty)
-    return {"network": model.network.init(network_key, x_0, time, **told), "text": text}
+    others: dict[str, Any] = {}
+    network_key = key
+    if model.condition.init is not None:
+        text_key, network_key = jax.random.split(key)
+        others["text"] = model.condition.init(text_key)
+    if model.space.init is not None:
+        others["space"] = model.space.init(jax.random.fold_in(key, SPACE_KEY))
+    told = model.condition.of_request(others.get("text"), empty)
+    network = model.network.init(network_key, x_0, time, **told)
+    return {"network": network, **others} if others else network
 
 
-def parts(model: Model, params: Any) -> tuple[Any, Any]:
-    """Returns the parameters of the network, and those of the condition; no gradient reaches frozen ones."""
-    if model.condition.init is None:
-        return params, None
-    text = jax.lax.stop_gradient(params["text"]) if model.condition.frozen else params["text"]
-    return params["network"], text
+class Parts(NamedTuple):
+    """The parameters of a model's parts; None where a part has none."""
+
+    network: Any
+    text: Any
+    space: Any
+
+
+def parts(model: Model, params: Any) -> Parts:
+    """Returns the parameters of each part; no gradient reaches frozen ones."""
+    if model.condition.init is None and model.space.init is None:
+        return Parts(params, None, None)
+    text, space = params.get("text"), params.get("space")
+    text = jax.lax.stop_gradient(text) if model.condition.frozen else text
+    return Parts(params["network"], text, jax.lax.stop_gradient(space))
 
 
 def network_of(model: Model, params: Any, told: Told, **options: Any) -> predictions.Network:
     """Returns (scaled x_t, time) -> output, or (output, v): the one call of the network, of training and sampling."""
-    of_network, _ = parts(model, params)
+    own = parts(model, params).network
 
     def network(x: jax.Array, time: jax.Array) -> Any:
-        output: Any = model.network.apply(of_network, x, time, **told, **options)
+        output: Any = model.network.apply(own, x, time, **told, **options)
         return tuple(jnp.split(output, 2, axis=-1)) if model.learned_variance else output
 
     return network
@@ -90,13 +108,14 @@ def make_loss(
 
     def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, Mean]]:
         time_key, eps_key, dropout_key, _ = jax.random.split(key, 4)
-        x_0 = model.space.encode(batch["image"])
+        own = parts(model, params)
+        x_0 = model.space.of_batch(own.space, batch, key)
         eps = jax.random.normal(eps_key, x_0.shape)
         u = draw(time_key, len(x_0))
         time = model.process.quantile(u)
         signal, noise = model.process.at(time)
         x_t = predictions.diffuse(x_0, eps, signal, noise)
-        told = model.condition.of_batch(parts(model, params)[1], batch, key)
+        told = model.condition.of_batch(own.text, batch, key)
         network = network_of(model, params, told, train=True, rngs={"dropout": dropout_key})
         output, *v = as_tuple(network(predictions.network_input(kind, x_t, signal, noise), time))
         total = losses.weighted_mse(weight(time), predictions.target(kind, x_0, eps, signal, noise), output)
@@ -151,7 +170,7 @@ def guided(model: Model, sampling: Sampling, params: Any, rows: Any, away: Any) 
         raise ValueError(
             f"sampling.guidance={sampling.scale:g} needs an embedding of no class, and this model has none: use 1"
         )
-    text = parts(model, params)[1]
+    text = parts(model, params).text
     to, fro = (make_denoise(model, params, model.condition.of_request(text, x)) for x in (rows, away))
     return sampling.guide(to, fro)
 
@@ -189,7 +208,9 @@ def make_generate(
     def generate(params: Any, rows: Any, away: Any, seed: Any, index: Any, *images: Any) -> tuple[jax.Array, jax.Array]:
         keys, eps = draw_noise(model, seed, index)
         denoise = guided(model, sampling, params, rows, away)
-        x_0 = use(sampling.sampler, denoise, sampling.grid, keys, eps, *map(model.space.encode, images))
-        return model.space.decode(x_0), jnp.isfinite(x_0).all(axis=range(1, x_0.ndim))
+        of_space = parts(model, params).space
+        begun = (model.space.encode(of_space, image) for image in images)
+        x_0 = use(sampling.sampler, denoise, sampling.grid, keys, eps, *begun)
+        return model.space.decode(of_space, x_0), jnp.isfinite(x_0).all(axis=range(1, x_0.ndim))
 
-    return jax.jit(generate, out_shardings=NamedSharding(mesh, PartitionSpec("data")))
+    return jax.jit(generate, out_shardings=batch_sharding(mesh))

@@ -24,8 +24,9 @@ from diffusion.files import cache_folder, replacing
 from diffusion.model import clip
 from diffusion.model.condition import Condition, Facts, Told
 from diffusion.model.config import from_plain
+from diffusion.networks.clip import RULES
 from diffusion.networks.words import PADDING, Words
-from diffusion.training import digest
+from diffusion.training import Rules, digest
 from diffusion.training.checkpoints import open_existing
 
 MAX_WARNINGS = 5  # per call: whole data sets are read
@@ -48,6 +49,7 @@ class TextEncoder(NamedTuple):
       context_width, pooled_width: D and P.
       frozen: whether the parameters keep the values of `init`.
       description: all that makes it again but its parameters, plain JSON, for the checkpoint.
+      rules: how a mesh cuts its parameters.
     """
 
     tokenize: Callable[[Sequence[str]], np.ndarray]
@@ -57,6 +59,7 @@ class TextEncoder(NamedTuple):
     pooled_width: int
     frozen: bool
     description: dict[str, Any]
+    rules: Rules = ()
 
 
 def words(facts: Facts, *, width: int = 96, length: int = 12, size: int = 0, dropout: float = 0.1) -> Condition:
@@ -110,7 +113,7 @@ def prompts(encoder: TextEncoder, dropout: float) -> Condition:
 
     def of_batch(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Told:
         drop_key = jax.random.split(key, 4)[2]  # dropout's too, which Flax folds by module
-        hidden = jax.random.bernoulli(drop_key, dropout, (len(batch["image"]), 1))
+        hidden = jax.random.bernoulli(drop_key, dropout, (len(batch["label"]), 1))
         if "text" in batch:
             return of_request(params, jnp.where(hidden, empty, batch["text"]))
         none = encoder.encode(params, jnp.asarray(empty[None]))
@@ -128,6 +131,7 @@ def prompts(encoder: TextEncoder, dropout: float) -> Condition:
         init=encoder.init,
         frozen=encoder.frozen,
         description=encoder.description,
+        rules=encoder.rules,
     )
 
 
@@ -268,4 +272,5 @@ def make_clip_text(folder: str, stored: Mapping[str, Any] | None) -> TextEncoder
         pooled_width=tower.projection or tower.width,
         frozen=True,
         description=dict(stored),
+        rules=RULES,
     )

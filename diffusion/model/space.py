@@ -1,11 +1,22 @@
-"""Where a process runs: between images as people see them and the x_0 of the papers."""
+"""Where a process runs, between images as people see them and the x_0 of the papers: pixels, or latents."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from diffusion.data.images import to_float, to_uint8
+from diffusion.data.precomputed import precomputed
+from diffusion.data.sources import Source
+from diffusion.files import cache_folder
+from diffusion.model.autoencoders import Trained, open_autoencoder, restore
+from diffusion.training import digest
+
+MOMENTS_KEY = 4  # folded into the loss's key; its splits 0 to 3 are taken
 
 
 class Space(NamedTuple):
@@ -14,16 +25,182 @@ class Space(NamedTuple):
     Attributes:
       image_shape: (height, width, channels) of images.
       shape: of one x_0.
-      encode: uint8 images [B, *image_shape] -> x_0 [B, *shape].
-      decode: x_0 [..., *shape] -> uint8 images.
+      encode: (params, uint8 images [B, *image_shape]) -> x_0 [B, *shape]; deterministic.
+      decode: (params, x_0 [..., *shape]) -> uint8 images.
+      of_batch: (params, batch, key of the loss) -> x_0 of training examples.
+      mask: bool[height, width, 1] of an image -> the same of an x_0.
+      init: key -> params, where it has parameters of its own; they are never trained. None where it has none.
+      description: what makes it again beside the config and the parameters, plain JSON; None: nothing more.
+      precomputed: (params, uint8 images) -> what `of_batch` reads in place of images, by name; None: images.
+      fitted: whether its parameters depend on the training images; see `with_latents`.
     """
 
     image_shape: tuple[int, int, int]
     shape: tuple[int, ...]
-    encode: Callable[[jax.Array], jax.Array]
-    decode: Callable[[jax.Array], jax.Array]
+    encode: Callable[[Any, jax.Array], jax.Array]
+    decode: Callable[[Any, jax.Array], jax.Array]
+    of_batch: Callable[[Any, dict[str, jax.Array], jax.Array], jax.Array]
+    mask: Callable[[np.ndarray], np.ndarray] = lambda known: known
+    init: Callable[[jax.Array], Any] | None = None
+    description: Mapping[str, Any] | None = None
+    precomputed: Callable[[Any, jax.Array], dict[str, jax.Array]] | None = None
+    fitted: bool = False
 
 
-def pixels(image_shape: tuple[int, int, int]) -> Space:
+def pixels(image_shape: tuple[int, int, int], stored: Mapping[str, Any] | None) -> Space:
     """Returns the space of images scaled to [-1, 1], as in DDPM, section 3.3."""
-    return Space(image_shape, image_shape, to_float, to_uint8)
+    del stored
+    return Space(
+        image_shape,
+        image_shape,
+        lambda params, images: to_float(images),
+        lambda params, x_0: to_uint8(x_0),
+        lambda params, batch, key: to_float(batch["image"]),
+    )
+
+
+def latents(
+    image_shape: tuple[int, int, int],
+    stored: Mapping[str, Any] | None,
+    *,
+    folder: str = "",
+    sample: bool = False,
+    precomputed: bool = True,
+    fitted: bool = False,
+) -> Space:
+    """Returns the space of an autoencoder's latents z: x_0 = (z - shift) * scale, per channel.
+
+    Its parameters are {"autoencoder", "shift", "scale"}, none of them trained.
+
+    Args:
+      image_shape: of images.
+      stored: `Space.description` in the run's checkpoint; None where a run starts.
+      folder: of a published autoencoder or pipeline, or work folder of experiments.autoencoder, from which a run that
+        starts takes it.
+      sample: training draws z from the encoder's distribution, as latent diffusion does; else z is its mode.
+      precomputed: latents of all images are made once, before training.
+      fitted: shift and scale are mean and 1 / standard deviation over the training images, not the published ones;
+        needs `precomputed`.
+
+    Raises:
+      ValueError: no folder is named, images that the autoencoder's cells do not divide, or of other channels.
+
+    Source: Rombach et al. (2022), section 3.1.
+    """
+    if fitted and not precomputed:
+        raise ValueError("space.fitted needs the latents of all images: set space.precomputed=True")
+    found: Trained | None = None
+    if stored is None:
+        if not folder:
+            raise ValueError(
+                "space.name=latents encodes with a trained autoencoder: name its folder, --config.space.folder=DIR"
+            )
+        found = open_autoencoder(folder)
+    codec = found.codec if found else restore(stored or {})
+    height, width, channels = image_shape
+    cell = codec.cell
+    if channels != 3 or height % cell or width % cell:
+        raise ValueError(
+            f"images of shape {height}x{width}x{channels} have no whole latents: the autoencoder takes RGB with sides "
+            f"divisible by {cell}; set data.image_size"
+        )
+    shape = (height // cell, width // cell, codec.channels)
+
+    def normal(params: Any, z: jax.Array) -> jax.Array:
+        return (z.astype(jnp.float32) - params["shift"]) * params["scale"]
+
+    def encode(params: Any, images: jax.Array) -> jax.Array:
+        return normal(params, codec.encode(params["autoencoder"], to_float(images))[0])
+
+    def decode(params: Any, x_0: jax.Array) -> jax.Array:
+        z = (x_0 / params["scale"] + params["shift"]).reshape(-1, *x_0.shape[-3:])
+        image = to_uint8(codec.decode(params["autoencoder"], z).astype(jnp.float32))
+        return image.reshape(*x_0.shape[:-3], *image.shape[-3:])
+
+    def moments(params: Any, images: jax.Array) -> dict[str, jax.Array]:
+        mean, std = codec.encode(params["autoencoder"], to_float(images))
+        return {"latent": mean, "latent_std": std} if sample else {"latent": mean}
+
+    def of_batch(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+        z = batch if "latent" in batch else moments(params, batch["image"])
+        if not sample:
+            return normal(params, z["latent"])
+        eps = jax.random.normal(jax.random.fold_in(key, MOMENTS_KEY), z["latent"].shape)
+        return normal(params, z["latent"] + z["latent_std"] * eps)
+
+    def mask(known: np.ndarray) -> np.ndarray:
+        cells = known.reshape(height // cell, cell, width // cell, cell, -1)
+        return cells.all(axis=(1, 3))  # a cell of which a part is to be drawn is drawn
+
+    def init(key: jax.Array) -> Any:
+        if found is None:  # a checkpoint's: only shapes are needed
+            of_channel = jnp.zeros(codec.channels)
+            return {"autoencoder": codec.init(key), "shift": of_channel, "scale": of_channel}
+        return {"autoencoder": found.params, "shift": jnp.asarray(found.shift), "scale": jnp.asarray(found.scale)}
+
+    return Space(
+        image_shape,
+        shape,
+        encode,
+        decode,
+        of_batch,
+        mask,
+        init,
+        codec.description,
+        moments if precomputed else None,
+        fitted,
+    )
+
+
+SPACES: dict[str, Callable[..., Space]] = {"pixels": pixels, "latents": latents}
+
+
+def fit(space: Space, mean: np.ndarray, std: np.ndarray) -> Space:
+    """Returns `space` with shift and scale of data whose latents have this mean and standard deviation per channel."""
+    init = space.init
+    assert init is not None
+    return space._replace(init=lambda key: {**init(key), "shift": jnp.asarray(mean), "scale": 1 / jnp.asarray(std)})
+
+
+def with_latents(source: Source, space: Space, params: Any, batch_size: int = 64) -> tuple[Source, Space]:
+    """Returns the same examples, read as latents in place of images, and the space fitted to them where it is to be.
+
+    Computed once by all devices and kept in `cache_folder()/latents`, keyed by images, encoder and weights. An
+    interrupted call resumes.
+
+    Args:
+      source: of images.
+      space: of latents.
+      params: of the space.
+      batch_size: images per call of the encoder.
+
+    Raises:
+      ValueError: the disk is full.
+    """
+    moments = space.precomputed
+    assert moments is not None
+    encode = jax.jit(moments)
+    key = json.dumps([source.fingerprint, source.image_shape, space.description, digest(params["autoencoder"])])
+    key += repr(sorted(jax.eval_shape(moments, params, jnp.zeros((1, *space.image_shape), jnp.uint8))))
+    folder = cache_folder() / "latents" / hashlib.sha256(key.encode()).hexdigest()[:32]
+
+    def compute(rows: np.ndarray) -> dict[str, np.ndarray]:
+        batch = source.read(rows)
+        return {**jax.device_get(encode(params, batch["image"])), "label": batch["label"]}
+
+    found = precomputed(folder, source.num_examples, compute, batch_size, "encoding images")
+    if space.fitted:
+        space = fit(space, *mean_and_std(found["latent"]))
+    return source._replace(read=lambda indices: {name: rows[indices] for name, rows in found.items()}), space
+
+
+def mean_and_std(z: np.ndarray, rows: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean and standard deviation per channel of latents [N, h, w, c], float32; a part is in memory at a time."""
+    total, squares = np.zeros(z.shape[-1]), np.zeros(z.shape[-1])
+    for first in range(0, len(z), rows):
+        part = z[first : first + rows].astype(np.float64)
+        total += part.sum((0, 1, 2))
+        squares += np.square(part).sum((0, 1, 2))
+    mean = total / np.prod(z.shape[:-1])
+    variance = squares / np.prod(z.shape[:-1]) - np.square(mean)
+    return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)

@@ -88,7 +88,7 @@ def interpolate_prompts(call: Call, run: Run, out: Path) -> None:
     @jax.jit
     def mix(params: Any, ids: jax.Array, seed: Any, index: jax.Array) -> jax.Array:
         keys, eps = draw_noise(model, seed, index)
-        ends = model.condition.of_request(parts(model, params)[1], ids)
+        ends = model.condition.of_request(parts(model, params).text, ids)
         first, last, negative = (jax.tree.map(lambda x, i=i: x[i], ends) for i in range(3))
 
         def denoise_of(told: Any) -> Any:
@@ -103,7 +103,7 @@ def interpolate_prompts(call: Call, run: Run, out: Path) -> None:
 
     x_0 = mix(run.params, ids, np.uint32(call.flags.seed), np.arange(count))
     refuse_not_finite(np.isfinite(x_0).all(axis=tuple(range(1, x_0.ndim))))
-    rows = np.asarray(model.space.decode(x_0))
+    rows = np.asarray(jax.jit(model.space.decode)(parts(model, run.params).space, x_0))
     write_rows(out, [rows], "shares 0 to 1 of the second prompt", [f"{prompts[0]} -> {prompts[1]}"] * count, rows)
 
 
@@ -112,7 +112,7 @@ def inpaint(call: Call) -> None:
     out, run = make_path(call, f"inpaint_{Path(call.flags.mask).stem}"), call.open()
     known = ~read_mask(call.flags.mask, run.model.space.image_shape)
     image, requests = read_images(call, run, call.flags.num_samples or 8, DRAWS)
-    hidden, resample = jnp.asarray(known), call.flags.resample
+    hidden, resample = jnp.asarray(run.model.space.mask(known)), call.flags.resample
 
     def use(sampler: Any, denoise: Any, grid: Any, keys: Any, eps: Any, x_0: jax.Array) -> Any:
         return editing.inpaint(sampler, denoise, x_0, hidden, grid, keys, resample)

@@ -27,7 +27,7 @@ from diffusion.model.likelihood import Likelihood, bits_per_dim
 from diffusion.model.model import Model, from_noise, guided
 from diffusion.model.sampling import make_sampling
 from diffusion.runs.draw import Painter, Programs, draw
-from diffusion.training import RunError, check_finite, check_seed, make_mesh, snapshots
+from diffusion.training import RunError, averaged, check_finite, check_seed, make_mesh, snapshots
 from diffusion.training.checkpoints import open_existing
 from diffusion.training.workdir import FREE_AFTERWARDS, differences
 
@@ -214,7 +214,7 @@ def open_run(
       workdir: folder of a training, or of an imported model.
       step: of the checkpoint; None: the newest.
       ema_length: relative length of a power-function average that is made of those stored; None: the run's own.
-      changes: fields of sampling and evaluation, as {"sampling.num_steps": 10}.
+      changes: fields of sampling and evaluation, and training.mesh, as {"sampling.num_steps": 10}.
       num_devices: how many devices it works on; None: all.
 
     Raises:
@@ -228,7 +228,7 @@ def open_run(
     old = from_plain(stored["config"])
     config = change(old, changes or {})
     check_changes(workdir, old, config)
-    return load(workdir, stored, config, make_mesh(num_devices), step, ema_length)
+    return load(workdir, stored, config, make_mesh(num_devices, config.training.mesh), step, ema_length)
 
 
 def read_description(workdir: Path, step: int | None = None) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def check_changes(workdir: Path, old: Config, new: Config) -> None:
 def model_of(config: Config, stored: Mapping[str, Any]) -> Model:
     """Returns the model of a stored description with this config."""
     shape = tuple(stored["image_shape"])
-    return make_model(config, shape, stored["num_classes"], stored["condition"] or None)
+    return make_model(config, shape, stored["num_classes"], stored)
 
 
 def load(
@@ -282,8 +282,9 @@ def load(
     if ema_length is None:
         with open_existing(workdir, step) as checkpoints:
             state = checkpoints.restore(abstract)
-        check_finite(state.ema, f"the averaged weights in {workdir}")
-        return make(params=state.ema, step=int(state.step), average=settings.ema_decay)
+        params = averaged(state.params, state.ema, model.frozen)
+        check_finite(params, f"the averaged weights in {workdir}")
+        return make(params=params, step=int(state.step), average=settings.ema_decay)
     if step is not None:
         raise RunError("averages of other lengths are made at the last stored step: leave --checkpoint out")
     average = snapshots.reconstruct(workdir, ema_length, abstract.ema)
@@ -294,4 +295,7 @@ def load(
         )
     params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), average.params, abstract.ema)
     check_finite(params, f"the averages in {workdir}")
+    if model.frozen:
+        with open_existing(workdir) as checkpoints:
+            params = averaged(checkpoints.restore(abstract).params, params, model.frozen)
     return make(params=params, step=max(snapshots.stored_steps(workdir)), average=f"power {ema_length:g}")

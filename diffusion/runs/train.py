@@ -14,8 +14,9 @@ from diffusion.data.captions import with_text
 from diffusion.data.sources import Source
 from diffusion.model import formats, prompts
 from diffusion.model.config import Config, make_settings, plain
-from diffusion.model.experiment import make_experiment, make_model, warnings_of
-from diffusion.model.model import Model
+from diffusion.model.experiment import make_experiment, make_model, stored_of, warnings_of
+from diffusion.model.model import Model, Parts, parts
+from diffusion.model.space import with_latents
 from diffusion.runs.call import TRAIN, Call, words_of_captions
 from diffusion.runs.evaluate import evaluate, ready
 from diffusion.runs.run import Run, load, model_of
@@ -60,7 +61,8 @@ def train_run(
     workdir = Path(workdir).expanduser()
     stored = stored_in(workdir)
     vocabulary = words_of_captions(config, source) if source.captions and not stored else []
-    return train_on(name, config, source, workdir, make_mesh(num_devices), stored, vocabulary, ())
+    mesh = make_mesh(num_devices, config.training.get("mesh", ""))
+    return train_on(name, config, source, workdir, mesh, stored, vocabulary, ())
 
 
 def stored_in(workdir: Path) -> dict[str, Any] | None:
@@ -90,7 +92,8 @@ def train_on(
     state = training.train(
         experiment, settings, workdir=workdir, mesh=mesh, description=description, migrate=formats.current
     )
-    return Run(name, workdir, config, mesh, model, state.ema, int(state.step), settings.ema_decay, {})
+    params = training.averaged(state.params, state.ema, model.frozen)
+    return Run(name, workdir, config, mesh, model, params, int(state.step), settings.ema_decay, {})
 
 
 def describe(
@@ -110,19 +113,18 @@ def describe(
                 raise RunError(f"the run was trained on images of {fact} {stored[fact]}, and these have {value}")
         return model_of(config, stored), dict(stored) | {"config": plain(config)}
     model = make_model(config, source.image_shape, facts["num_classes"], None, vocabulary)
-    described = {
-        "experiment": name,
-        "config": plain(config),
-        **facts,
-        "condition": dict(model.condition.description or {}),
-    }
-    return model, described
+    return model, {"experiment": name, "config": plain(config), **facts, **stored_of(model)}
 
 
 def prepare(
     config: Config, model: Model, source: Source, workdir: Path, mesh: Mesh, stored: Any, examples: Sequence[str]
 ) -> Experiment:
-    """Returns the experiment on `source`, read with what the condition needs."""
+    """Returns the experiment on `source`, read with what the space and the condition need."""
+    if model.space.precomputed is not None:
+        if config.data.flip:
+            raise ValueError("data.flip=True mirrors images, and latents are not mirrored: set space.precomputed=False")
+        source, space = with_latents(source, model.space, frozen(config, model, workdir, mesh, stored).space)
+        model = model._replace(space=space)
     if model.condition.kind == "prompts":
         if not source.captions:
             raise ValueError(f"condition.name={config.condition.name} needs captions, and {source.name} has none")
@@ -130,15 +132,17 @@ def prepare(
             shown = np.linspace(0, len(source.captions) - 1, NUM_EXAMPLES).astype(int)
             examples = [source.captions[i] for i in shown]
         if config.condition.get("precomputed"):
-            source = prompts.with_features(source, model.condition, frozen(config, model, workdir, mesh, stored))
+            text = frozen(config, model, workdir, mesh, stored).text
+            source = prompts.with_features(source, model.condition, text)
         else:
             source = with_text(source, model.condition.read)
     return make_experiment(config, model, source, mesh, examples)
 
 
-def frozen(config: Config, model: Model, workdir: Path, mesh: Mesh, stored: Any) -> Any:
-    """Returns the weights of a frozen text encoder: the checkpoint's, or those that a run starts with."""
+def frozen(config: Config, model: Model, workdir: Path, mesh: Mesh, stored: Any) -> Parts:
+    """Returns the weights of what is not trained: the checkpoint's, or those that a run starts with."""
     if stored is not None:
-        return load(workdir, stored, config, mesh).params["text"]
-    assert model.condition.init is not None
-    return jax.device_get(model.condition.init(training.run_key(config.seed, "init")))
+        return parts(model, load(workdir, stored, config, mesh).params)
+    key = training.run_key(config.seed, "init")
+    text, space = (jax.device_get(part.init(key)) if part.init else None for part in (model.condition, model.space))
+    return Parts(None, text, space)

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
+from diffusion.files import check_folder
 from diffusion.model.choices import fields_of
 from diffusion.model.config import Config, make_settings, plain
-from diffusion.model.experiment import abstract_batch, make_learner, make_model
+from diffusion.model.experiment import abstract_batch, make_learner, make_model, stored_of
 from diffusion.model.fields import choose, complete
 from diffusion.model.processes import PROCESSES
 from diffusion.model.sampling import SAMPLERS, make_sampling
@@ -46,10 +47,13 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def published_folder(call: Call) -> Path:
-    """Returns --weights. Raises RunError where it is missing."""
+    """Returns --weights. Raises RunError where it is missing, ValueError where it is to be written and cannot be."""
     if not call.flags.weights:
         raise RunError("--weights is missing: name the published folder to read, or to write")
-    return Path(call.flags.weights).expanduser()
+    path = Path(call.flags.weights).expanduser()
+    if call.flags.mode == "export":
+        check_folder(path.parent, f"--weights={path}")
+    return path
 
 
 def load_published(call: Call, path: Path) -> tuple[Published, list[Path]]:
@@ -95,14 +99,25 @@ def import_weights(call: Call) -> None:
         config.loss.learned_variance = network.out_channels == 2 * shape[-1]
     else:
         describe_chain(config, published.chain)
+    refuse_asked(call, path, config)
     config.training.ema_profiles = ()  # of the training that led here nothing is known
     config.evaluation.after_training = False
     config = complete(config)
     model = make_model(config, shape, network.num_classes)
     make_sampling(config, model.process)  # what cannot be sampled is refused now
-    facts = {"image_shape": list(shape), "num_classes": network.num_classes, "condition": {}}
+    facts = {"image_shape": list(shape), "num_classes": network.num_classes, **stored_of(model)}
     learner, batch = make_learner(config, model), abstract_batch(config, model)
     write_run(call.workdir, call.task.name, config, learner, batch, {"params": published.params}, files, facts)
+
+
+def refuse_asked(call: Call, path: Path, config: Config) -> None:
+    """Raises RunError where the command line names a field that the published model has otherwise."""
+    theirs, asked = workdir.flatten(plain(config)), workdir.flatten(plain(call.config))
+    for field in call.asked:
+        field = field if field in asked else f"{field}.name"
+        if field.partition(".")[0] in ("network", "process") and theirs.get(field) != asked[field]:
+            has = f"has {theirs[field]}" if field in theirs else "has no such field"
+            raise RunError(f"--config.{field}={asked[field]}: {path} {has}: leave it out")
 
 
 def describe_network(config: Config, network: Any) -> None:

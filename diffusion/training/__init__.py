@@ -3,10 +3,20 @@
 from diffusion.training import processes
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.errors import RunError
-from diffusion.training.experiment import Experiment, Loss, Mean, TrainState, check_seed, init_state, run_key
+from diffusion.training.experiment import (
+    Experiment,
+    Loss,
+    Mean,
+    Rules,
+    TrainState,
+    averaged,
+    check_seed,
+    init_state,
+    run_key,
+)
 from diffusion.training.loop import abstract_train_state, train
 from diffusion.training.settings import Settings
-from diffusion.training.sharding import fully_sharded, make_mesh, place_batch, replicated, state_shardings
+from diffusion.training.sharding import batch_sharding, make_mesh, place_batch, state_shardings
 from diffusion.training.step import make_train_step
 from diffusion.training.weights import check_finite, digest
 
@@ -15,20 +25,21 @@ __all__ = [
     "Experiment",
     "Loss",
     "Mean",
+    "Rules",
     "RunError",
     "Settings",
     "TrainState",
     "abstract_train_state",
+    "averaged",
+    "batch_sharding",
     "check_finite",
     "check_seed",
     "digest",
-    "fully_sharded",
     "init_state",
     "make_mesh",
     "make_train_step",
     "place_batch",
     "processes",
-    "replicated",
     "run_key",
     "state_shardings",
     "train",

@@ -13,6 +13,10 @@ from diffusion.training.errors import RunError
 
 Params = Any  # a pytree of arrays
 Batch = dict[str, Any]  # named arrays, [B, ...]
+# (regular expression on an array's path, mesh axis or None per axis of the array), see `sharding.partition`.
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+# (regular expression on an array's path, mesh axis or None per axis of the array), see `sharding.partition`.
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 
 class Mean(NamedTuple):
@@ -40,6 +44,10 @@ class Experiment(NamedTuple):
         trainer closes it.
       batch_size: B, over all processes and devices.
       preview: params -> uint8[N, H, W, C], drawn as a picture while training; None for no pictures.
+      frozen: names of the top-level groups of params that keep the values of `init`: no gradient, no moments, and not
+        in the averages.
+      rules: how the parameters are cut over the mesh beside the trainer's own cut over "fsdp".
+      rules: how the parameters are cut over the mesh beside the trainer's own cut over "fsdp".
     """
 
     init: Callable[[jax.Array], Params]
@@ -49,6 +57,9 @@ class Experiment(NamedTuple):
     batches: Callable[[int], Generator[dict[str, np.ndarray], None, None]]
     batch_size: int
     preview: Callable[[Params], jax.Array] | None = None
+    frozen: tuple[str, ...] = ()
+    rules: Rules = ()
+    rules: Rules = ()
 
 
 class TrainState(NamedTuple):
@@ -57,7 +68,7 @@ class TrainState(NamedTuple):
     Attributes:
       step: int32[], the number of updates made.
       params: the parameters.
-      ema: their exponential moving average.
+      ema: the exponential moving average of those that are trained; see `averaged`.
       profiles: their power-function averages by sigma_rel, see `diffusion.averages`.
       opt_state: of the optimizer.
       metrics: sums since the last log line, so that a resumed run logs the same numbers.
@@ -69,6 +80,16 @@ class TrainState(NamedTuple):
     profiles: dict[str, Params]
     opt_state: optax.OptState
     metrics: dict[str, Mean]
+
+
+def trained(params: Params, frozen: Sequence[str]) -> Params:
+    """Returns `params` without its frozen groups, the same tree where there are none."""
+    return {name: group for name, group in params.items() if name not in frozen} if frozen else params
+
+
+def averaged(params: Params, average: Params, frozen: Sequence[str]) -> Params:
+    """Returns whole parameters: an average of the trained groups, and the frozen groups of `params`."""
+    return {**average, **{name: params[name] for name in frozen}} if frozen else average
 
 
 def check_seed(seed: int) -> int:
@@ -115,8 +136,9 @@ def init_state(experiment: Experiment, seed: int, batch: Batch, ema_profiles: Se
     params = experiment.init(run_key(seed, "init"))
     names = jax.eval_shape(experiment.loss, params, batch, run_key(seed, "train"))[1]
     # One buffer cannot be donated under two names: the averages start as copies.
-    copy = lambda: jax.tree.map(jnp.copy, params)  # noqa: E731
+    learned = trained(params, experiment.frozen)
+    copy = lambda: jax.tree.map(jnp.copy, learned)  # noqa: E731
     profiles = {f"{sigma_rel:g}": copy() for sigma_rel in ema_profiles}
     metrics = {name: Mean(jnp.zeros(()), jnp.zeros(())) for name in ["loss", "grad_norm", *names]}
-    opt_state = experiment.optimizer.init(params)
+    opt_state = experiment.optimizer.init(learned)
     return TrainState(jnp.zeros((), jnp.int32), params, copy(), profiles, opt_state, metrics)

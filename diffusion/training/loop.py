@@ -19,7 +19,7 @@ from diffusion.training import snapshots
 from diffusion.training.checkpoints import Checkpoints, provenance
 from diffusion.training.description import Description, Migrate, unchanged
 from diffusion.training.errors import RunError
-from diffusion.training.experiment import Batch, Experiment, TrainState, init_state
+from diffusion.training.experiment import Batch, Experiment, TrainState, averaged, init_state
 from diffusion.training.health import Watch
 from diffusion.training.interrupt import StopSignal
 from diffusion.training.lock import sole_run
@@ -35,7 +35,7 @@ from diffusion.training.workdir import check, check_same_run, claim, recorded_co
 def abstract_train_state(experiment: Experiment, settings: Settings, mesh: Mesh, batch: dict[str, Any]) -> TrainState:
     """Returns the state's shapes, dtypes and shardings; nothing is allocated."""
     shapes = jax.eval_shape(lambda: init_state(experiment, settings.seed, batch, settings.ema_profiles))
-    shardings = state_shardings(mesh, shapes, settings.rule)
+    shardings = state_shardings(mesh, shapes, experiment.rules, settings.spread)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
@@ -217,8 +217,8 @@ class Ballot:
         self._none = jnp.zeros(0, bool)
 
     def vote(self, stop: bool) -> jax.Array:
-        """Returns this process's vote beside those of the others, bool[devices]; bool[0] where it is alone."""
-        count = len(self._mesh.local_devices)
+        """Returns this process's vote beside those of the others, bool[parts of a batch]; bool[0] where it is alone."""
+        count = len(self._mesh.local_devices) // self._mesh.shape["tensor"]
         return self._none if self.alone else place_batch(self._mesh, {"stop": np.full(count, stop)})["stop"]
 
     def with_votes(self, train_step: Callable[..., Any], shardings: tuple[Any, Any]) -> Any:
@@ -239,7 +239,8 @@ def metric_values(state: TrainState) -> dict[str, float]:
 def draw_previews(experiment: Experiment, state: TrainState, path: Path) -> None:
     """Draws the previews of the raw and of the averaged weights, `path`_raw.png and `path`_ema.png."""
     assert experiment.preview is not None
-    for name, params in (("raw", state.params), ("ema", state.ema)):
+    whole = averaged(state.params, state.ema, experiment.frozen)
+    for name, params in (("raw", state.params), ("ema", whole)):
         images = multihost_utils.process_allgather(experiment.preview(params), tiled=True)
         if jax.process_index() == 0:
             save_png(path.with_name(f"{path.name}_{name}.png"), image_grid(images), smallest_side=480)

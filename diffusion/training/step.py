@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from diffusion.averages import power_exponent, power_rate
-from diffusion.training.experiment import Batch, Experiment, Mean, Params, TrainState, run_key
+from diffusion.training.experiment import Batch, Experiment, Mean, Params, TrainState, averaged, run_key, trained
 
 
 class Report(NamedTuple):
@@ -89,8 +89,8 @@ def make_train_step(
       spike_factor: a loss over so many times `usual_loss` is bad too; 0: no bound.
     """
 
-    def mean_loss(params, batch, key):
-        losses, metrics = experiment.loss(params, batch, key)
+    def mean_loss(learned, params, batch, key):
+        losses, metrics = experiment.loss(averaged(params, learned, experiment.frozen), batch, key)
         count = jnp.float32(losses.shape[0])
         metrics = {"loss": Mean(losses, jnp.ones_like(losses)), **metrics}
         return losses.sum() / count, jax.tree.map(lambda x: jnp.sum(x, dtype=jnp.float32), metrics)
@@ -98,18 +98,20 @@ def make_train_step(
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
 
     def accumulated_gradient(params, batch, key):
+        learned = trained(params, experiment.frozen)
         if accumulate == 1:
-            return gradient(params, batch, key)
+            return gradient(learned, params, batch, key)
         parts = jax.tree.map(
             lambda x: jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1), batch
         )
 
         def add(total, part):
             index, batch = part
-            return jax.tree.map(jnp.add, total, gradient(params, batch, jax.random.fold_in(key, index))), None
+            found = gradient(learned, params, batch, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, total, found), None
 
         first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(gradient, params, first, key)
+        shapes = jax.eval_shape(gradient, learned, params, first, key)
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         ((loss, metrics), grads), _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), parts))
         return (loss / accumulate, metrics), jax.tree.map(lambda g: g / accumulate, grads)
@@ -125,17 +127,19 @@ def make_train_step(
             bad |= loss > spike_factor * usual_loss  # false where usual_loss is nan, the mean of nothing
         group_norms = {name: optax.global_norm(leaves) for name, leaves in parameter_groups(grads).items()}
         report = Report(bad, loss, grad_norm, usual_loss, group_norms, metrics)
-        updates, opt_state = experiment.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = average(state.ema, params, 1.0 - ema_decay_at(state.step, ema_decay))
+        learned = trained(state.params, experiment.frozen)
+        updates, opt_state = experiment.optimizer.update(grads, state.opt_state, learned)
+        learned = optax.apply_updates(learned, updates)
+        ema = average(state.ema, learned, 1.0 - ema_decay_at(state.step, ema_decay))
         profiles = {
-            sigma_rel: average(profile, params, power_rate(state.step + 1, power_exponent(float(sigma_rel))))
+            sigma_rel: average(profile, learned, power_rate(state.step + 1, power_exponent(float(sigma_rel))))
             for sigma_rel, profile in state.profiles.items()
         }
         fresh = starts_interval(state.step, log_every)
         old_metrics = jax.tree.map(lambda old: jnp.where(fresh, 0.0, old), state.metrics)
         metrics = {**metrics, "grad_norm": Mean(grad_norm, jnp.ones_like(grad_norm))}
         metrics = jax.tree.map(jnp.add, old_metrics, metrics)
+        params = averaged(state.params, learned, experiment.frozen)
         new = TrainState(state.step + 1, params, ema, profiles, opt_state, metrics)
         if skip_bad_steps:
             unchanged = state._replace(step=new.step, metrics=old_metrics)

@@ -35,6 +35,7 @@ MMDIT = dict(
     dual_attention=0,  # of the blocks, from the first, how many have image attention of their own
     dtype="float32",
     remat=False,
+    scan=False,  # blocks of one kind are compiled once: deep networks compile as fast as shallow ones
 )
 WORDS = dict(
     name="words",  # learned with the network; or clip: the text tower of a trained CLIP, frozen
@@ -60,6 +61,7 @@ def image_config() -> ConfigDict:
     )
     config.network = ConfigDict(UNET)
     config.condition = ConfigDict(dict(name="nothing"))  # or classes, words, clip
+    config.space = ConfigDict(dict(name="pixels"))  # or latents, of an autoencoder
     config.process = ConfigDict(dict(name="ddpm", beta="linear", first=1e-4, last=0.02, num_steps=1000))
     config.loss = ConfigDict(
         dict(
@@ -89,7 +91,8 @@ def image_config() -> ConfigDict:
             ema_profiles=(0.05, 0.1),  # power-function averages; any other length is made of these afterwards
             snapshot_every=0,  # steps; stores those averages, 0: never
             accumulate=1,  # micro-batches per step
-            sharding="replicated",  # of parameters and optimizer; or full: spread over the devices
+            mesh="",  # sizes of data, fsdp and tensor, as data:2,fsdp:4; empty: every device on data
+            sharding="replicated",  # of parameters and optimizer over data; or full: cut over it as over fsdp
             log_every=100,
             checkpoint_every=5_000,
             keep_newest=2,

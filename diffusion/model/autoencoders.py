@@ -1,0 +1,95 @@
+"""Autoencoders as a space is made of them: published ones, and those of experiments.autoencoder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion.model.choices import fields_of
+from diffusion.networks.tiny_vae import TinyAutoencoder
+from diffusion.networks.vae import Autoencoder, fold, unfold
+from diffusion.pretrained.autoencoders import load_autoencoder
+
+NETWORKS = {"vae": Autoencoder, "tiny": TinyAutoencoder}
+
+
+class Codec(NamedTuple):
+    """Between images in [-1, 1] and latents, patches of which are channels.
+
+    Attributes:
+      module: the network.
+      patch: side of the patches.
+      description: what makes it again, plain JSON.
+    """
+
+    module: Any
+    patch: int
+    description: dict[str, Any]
+
+    @property
+    def cell(self) -> int:
+        """Side in pixels of what one position of the latents stands for."""
+        return self.module.factor * self.patch
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return self.module.latent_channels * self.patch**2
+
+    def encode(self, params: Any, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns mean and standard deviation of the latents [B, h, w, channels], float32."""
+        posterior = self.module.apply(params, image, method="encode")
+        return fold(posterior.mean, self.patch), fold(jnp.exp(posterior.log_variance / 2), self.patch)
+
+    def decode(self, params: Any, z: jax.Array) -> jax.Array:
+        """Returns images in [-1, 1], not clipped."""
+        return self.module.apply(params, unfold(z, self.patch), method="decode")
+
+    def init(self, key: jax.Array) -> Any:
+        """Returns parameters that `key` draws."""
+        side = self.cell
+        return self.module.init(key, jnp.zeros((1, side, side, 3)))
+
+
+class Trained(NamedTuple):
+    """A codec with weights.
+
+    Attributes:
+      codec: see `Codec`.
+      params: of its module.
+      shift: float32[channels]; x_0 = (z - shift) * scale.
+      scale: float32[channels].
+    """
+
+    codec: Codec
+    params: Any
+    shift: np.ndarray
+    scale: np.ndarray
+
+
+def restore(description: Mapping[str, Any]) -> Codec:
+    """Returns the codec that a description was made of."""
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in description["fields"].items()}
+    return Codec(NETWORKS[description["name"]](**fields), description["patch"], dict(description))
+
+
+def describe(module: Any, patch: int) -> Codec:
+    """Returns the codec of a network, with its description."""
+    name = next(name for name, kind in NETWORKS.items() if type(module) is kind)
+    fields = {field: getattr(module, field) for field in fields_of(type(module))}
+    fields = {field: list(value) if isinstance(value, tuple) else value for field, value in fields.items()}
+    fields["dtype"] = jnp.dtype(module.dtype).name
+    return Codec(module, patch, {"name": name, "fields": fields, "patch": patch})
+
+
+def open_autoencoder(folder: str | Path) -> Trained:
+    """Returns the autoencoder in a folder: a published one's, a pipeline's.
+
+    Raises:
+      ValueError: there is none, or it cannot be read.
+    """
+    found = load_autoencoder(Path(folder).expanduser())
+    return Trained(describe(found.module, found.patch), found.params, found.shift, found.scale)
