@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffusion.networks.mmdit import MMDiT, partition, position_table
+from diffusion.networks.mmdit import RULES, MMDiT, position_table
 from diffusion.pretrained.mmdit import from_diffusers, shapes, to_diffusers
+from diffusion.training import batch_sharding, make_mesh, state_shardings
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 _spec = importlib.util.spec_from_file_location("record_mmdit", FOLDER / "record_mmdit.py")
@@ -28,6 +28,8 @@ VARIANTS = {
     "sd3_5_large": TINY.clone(qk_norm=True),
     "sd3_5_medium": TINY.clone(qk_norm=True, dual_attention=2),
 }
+# The same products and sums, fused otherwise: some ten float32 roundings, one after the other, in each of three blocks.
+SCAN_TOLERANCE = 3 * 10 * 2**-24
 INPUTS = {name: jnp.asarray(array) for name, array in record.inputs().items()}
 
 
@@ -153,12 +155,8 @@ def test_position_table_is_the_middle_of_the_larger():
 def test_tensor_parallel_and_fsdp_give_the_same(params, apply):
     network = VARIANTS["sd3_5_medium"]
     inputs = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), INPUTS)  # four, that two devices divide
-    mesh = Mesh(np.asarray(jax.devices()[:8]).reshape(2, 4), ("data", "model"))
-
-    def sharding(path, leaf):
-        return NamedSharding(mesh, partition(tuple(key.key for key in path), leaf.shape, mesh.shape))
-
-    placed = jax.device_put(params, jax.tree_util.tree_map_with_path(sharding, params))
+    mesh = make_mesh(spec="fsdp:2,tensor:4")
+    placed = jax.device_put(params, state_shardings(mesh, params, RULES))
     block = placed["block_0"]
     assert block["image_qkv"]["kernel"].addressable_shards[0].data.shape == (32, 3, 1, 8)
     assert block["text_out"]["kernel"].addressable_shards[0].data.shape == (1, 8, 32)
@@ -166,18 +164,45 @@ def test_tensor_parallel_and_fsdp_give_the_same(params, apply):
     assert block["image_mlp_1"]["kernel"].addressable_shards[0].data.shape == (16, 32)
     assert block["image_mlp_2"]["kernel"].addressable_shards[0].data.shape == (32, 16)
     assert block["image_modulation"]["kernel"].addressable_shards[0].data.shape == (32, 144)
-    inputs_there = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec("data")))
+    inputs_there = jax.device_put(inputs, batch_sharding(mesh))
     # Sums over four parts in another order: float32 roundings of outputs of order 1.
     np.testing.assert_allclose(apply(network, placed, inputs_there), apply(network, params, inputs), atol=1e-5)
 
 
-def test_partition_on_one_axis():
-    assert partition(("block_0", "image_qkv", "kernel"), (64, 3, 4, 16), {"model": 4}) == PartitionSpec(
-        None, None, "model", None
-    )
-    assert partition(("block_0", "image_qkv", "kernel"), (64, 3, 3, 16), {"model": 4}) == PartitionSpec(*[None] * 4)
-    assert partition(("patch_out", "kernel"), (64, 128), {"data": 8}) == PartitionSpec(None, "data")
-    assert partition(("patch_out", "bias"), (128,), {"data": 8}) == PartitionSpec(None)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_scanned_blocks_give_the_same(variant, weights_of, apply):
+    network = VARIANTS[variant]
+    params = from_diffusers(network, weights_of(variant))
+    expected, found = (apply(network.clone(scan=scan), params, INPUTS) for scan in (False, True))
+    np.testing.assert_allclose(found, expected, atol=SCAN_TOLERANCE * np.abs(expected).max())
+
+
+def test_scanned_and_recomputed_blocks_have_the_same_gradient(params):
+    def gradient(network):
+        def loss(blocks):
+            return jnp.square(network.apply({"params": {**params, **blocks}}, **INPUTS)).mean()
+
+        return jax.device_get(jax.jit(jax.grad(loss))({name: params[name] for name in ("block_0", "block_1")}))
+
+    network = VARIANTS["sd3_5_medium"]
+    expected, found = gradient(network), gradient(network.clone(scan=True, remat=True))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=2 * SCAN_TOLERANCE * np.abs(other).max())  # through all and back
+    assert all(np.any(layer["kernel"]) for block in expected.values() for layer in block.values() if "kernel" in layer)
+
+
+def test_scanned_blocks_have_the_same_parameters_and_are_compiled_once():
+    def params_of(network):
+        return jax.eval_shape(network.init, jax.random.key(0), **INPUTS)
+
+    def num_products(network):
+        program = jax.make_jaxpr(lambda params: network.apply(params, **INPUTS))(params_of(network))
+        return str(program).count("dot_general[")
+
+    shallow, deep = TINY.clone(depth=3), TINY.clone(depth=5)
+    assert params_of(deep) == params_of(deep.clone(scan=True))
+    assert num_products(shallow) < num_products(deep)
+    assert num_products(shallow.clone(scan=True)) == num_products(deep.clone(scan=True)) < num_products(shallow)
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,10 @@ from diffusion.training import (
     check_finite,
     check_seed,
     digest,
-    fully_sharded,
     init_state,
     make_mesh,
     make_train_step,
     place_batch,
-    replicated,
     run_key,
     state_shardings,
     train,
@@ -35,6 +33,7 @@ from diffusion.training.step import ema_decay_at
 
 BATCH_SIZE = 16
 WIDTH = 64
+WIDE = 512  # of weights that are large enough to be cut
 
 
 def noisy_loss(params, batch, key):
@@ -55,9 +54,13 @@ def batches_from(start_step):
         step += 1
 
 
+def init_width(width):
+    return lambda key: {"w": jax.random.normal(key, (8, width)) / 8, "b": jnp.ones(())}
+
+
 def make_experiment(loss=noisy_loss, **changes):
     experiment = Experiment(
-        init=lambda key: {"w": jax.random.normal(key, (8, WIDTH)) / 8, "b": jnp.ones(())},
+        init=init_width(WIDTH),
         loss=loss,
         optimizer=optax.adam(1e-2),
         learning_rate=lambda step: 1e-2,
@@ -67,10 +70,10 @@ def make_experiment(loss=noisy_loss, **changes):
     return experiment._replace(**changes)
 
 
-def run_steps(experiment, num_steps, mesh, *, rule=replicated, accumulate=1):
+def run_steps(experiment, num_steps, mesh, *, spread=("fsdp",), accumulate=1):
     batch = place_batch(mesh, next(experiment.batches(0)))
     state = init_state(experiment, 0, batch)
-    shardings = state_shardings(mesh, state, rule)
+    shardings = state_shardings(mesh, state, experiment.rules, spread)
     state = jax.device_put(state, shardings)
     step = make_train_step(experiment, seed=0, ema_decay=0.9, accumulate=accumulate, log_every=num_steps)
     chex.clear_trace_counter()  # raises where it is compiled again after the first step
@@ -86,21 +89,21 @@ def assert_same_bits(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-@pytest.mark.parametrize("rule", [replicated, lambda shape, n: fully_sharded(shape, n, smallest=1)])
-def test_eight_devices_give_the_noise_and_loss_of_one(rule):
-    one, losses = run_steps(make_experiment(), 5, make_mesh(1))
-    eight, eight_losses = run_steps(make_experiment(), 5, make_mesh(8), rule=rule)
+@pytest.mark.parametrize("spread", [("fsdp",), ("data", "fsdp")])
+def test_eight_devices_give_the_noise_and_loss_of_one(spread):
+    experiment = make_experiment(init=init_width(WIDE))
+    one, losses = run_steps(experiment, 5, make_mesh(1))
+    eight, eight_losses = run_steps(experiment, 5, make_mesh(8), spread=spread)
     # float32 sums in another order: a few units of 2^-24 a step.
     np.testing.assert_allclose(eight_losses, losses, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one.params, eight.params)
 
 
 def test_sharded_state_is_really_spread():
-    state, _ = run_steps(make_experiment(), 1, make_mesh(8), rule=lambda shape, n: fully_sharded(shape, n, smallest=1))
+    state, _ = run_steps(make_experiment(init=init_width(WIDE)), 1, make_mesh(8), spread=("data", "fsdp"))
     w = state.params["w"]
-    assert {shard.data.shape for shard in w.addressable_shards} == {(8, WIDTH // 8)}
-    assert state.opt_state[0].mu["w"].sharding == w.sharding
-    assert fully_sharded((7, 3), 8, smallest=1) == fully_sharded((8, 8), 8, smallest=65) == replicated((), 8)
+    assert {shard.data.shape for shard in w.addressable_shards} == {(8, WIDE // 8)}
+    assert state.opt_state[0].mu["w"].sharding == state.ema["w"].sharding == w.sharding
 
 
 def test_accumulated_gradient_is_that_of_the_whole_batch():
@@ -172,8 +175,8 @@ def test_digest_names_weights_by_paths_and_bytes_however_they_are_sharded():
     recorded = "sha256:2fa09bb9f12152612423a7955fb2691dfe2ac93d6b3e102c7e84fa5caefb370b"
     assert digest(weights) == recorded
     mesh = make_mesh(4)
-    rule = lambda shape, n: fully_sharded(shape, n, smallest=1)  # noqa: E731
-    placed: Any = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, rule(np.shape(x), 4))), weights)
+    rules = [("kernel$", ("data", None))]
+    placed: Any = jax.device_put(weights, state_shardings(mesh, jax.tree.map(jnp.asarray, weights), rules))
     assert len(placed["params"]["dense"]["kernel"].sharding.device_set) == 4
     assert not placed["params"]["dense"]["kernel"].is_fully_replicated
     assert digest(placed) == recorded
@@ -235,14 +238,10 @@ def test_interrupted_and_resumed_run_ends_with_the_same_bits(tmp_path):
 
 
 def test_a_checkpoint_of_one_layout_is_resumed_in_another(tmp_path):
-    experiment = make_experiment()
-    whole = do_train(tmp_path / "whole")
-    do_train(tmp_path / "parts", num_steps=8)
-    description = {"experiment": "test", "config": {"a": 1}}
-    rule = lambda shape, n: fully_sharded(shape, n, smallest=1)  # noqa: E731
-    parts = train(
-        experiment, settings(rule=rule), workdir=tmp_path / "parts", mesh=make_mesh(8), description=description
-    )
+    experiment = make_experiment(init=init_width(WIDE))
+    whole = do_train(tmp_path / "whole", experiment)
+    do_train(tmp_path / "parts", experiment, num_steps=8)
+    parts = do_train(tmp_path / "parts", experiment, num_devices=8, spread=("data", "fsdp"))
     np.testing.assert_allclose(parts.params["w"], whole.params["w"], rtol=1e-4, atol=1e-5)
     assert len(parts.params["w"].addressable_shards) == 8
 

@@ -16,7 +16,7 @@ from diffusion.data.batches import batch_indices, make_batches
 from diffusion.data.sources import Source
 from diffusion.evaluation.clip_features import Encoder, make_encoder
 from diffusion.model.config import Config, check_ranges, dtype_of, from_plain, make_settings
-from diffusion.networks.clip import CLIP, ImageTower, TextTower
+from diffusion.networks.clip import CLIP, RULES, ImageTower, TextTower
 from diffusion.training import Experiment, Mean, RunError, make_mesh
 from diffusion.training.checkpoints import open_existing
 
@@ -34,8 +34,6 @@ class Trained(NamedTuple):
 def make_clip(config: Config, tokenizer: Tokenizer) -> CLIP:
     """Returns both towers of `config.network`, the text tower made for this vocabulary."""
     check_ranges(config)
-    if min(config.data.std) <= 0:
-        raise ValueError(f"data.std is {tuple(config.data.std)}: every number must be above 0")
     for tower in ("image", "text"):
         for field, value in config.network[tower].items():
             if value < 1:
@@ -133,7 +131,8 @@ def make_contrast(config: Config, clip: CLIP, source: Any) -> Experiment:
         return make_batches(source, config.seed, batch_size, start_step=start_step, flip=config.data.flip, **processes)
 
     batch_indices(config.seed, 0, batch_size, source.num_examples)
-    experiment = Experiment(init, contrastive_loss(config, clip), optimizer, learning_rate, batches, batch_size)
+    loss = contrastive_loss(config, clip)
+    experiment = Experiment(init, loss, optimizer, learning_rate, batches, batch_size, rules=RULES)
     shapes = jax.eval_shape(init, jax.random.key(0))
     jax.eval_shape(experiment.loss, shapes, abstract_batch(config), jax.random.key(0))
     return experiment

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion import guidance
+from diffusion.training import Rules
 
 Told = dict[str, Any]  # keyword arguments of the network
 
@@ -26,6 +27,7 @@ class Condition(NamedTuple):
       description: what makes it again beside the config and the parameters, plain JSON; None: nothing more.
       num_classes: of "classes".
       optional: whether "no condition" can be asked for.
+      rules: how a mesh cuts its parameters, see `training.sharding`.
     """
 
     kind: str
@@ -38,6 +40,7 @@ class Condition(NamedTuple):
     description: Mapping[str, Any] | None = None
     num_classes: int | None = None
     optional: bool = True
+    rules: Rules = ()
 
 
 def rows_of(condition: Condition, requests: Sequence[Any]) -> np.ndarray:

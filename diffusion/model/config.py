@@ -8,17 +8,18 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from diffusion.training import Settings, fully_sharded, replicated
+from diffusion.training import Settings
 
 Config = Any  # an ml_collections.ConfigDict, whose fields type checkers cannot know
 
-SHARDINGS = {"replicated": replicated, "full": fully_sharded}
+SHARDINGS = {"replicated": ("fsdp",), "full": ("data", "fsdp")}  # mesh axes over which parameters are cut
 
 
 # Of each number: the smallest value and, where there is one, the value that it must remain below.
 RANGES = {
     "network.channels": (1, None),
     "network.multipliers": (1, None),
+    "network.attention_resolutions": (1, None),
     "network.num_blocks": (1, None),
     "network.num_groups": (1, None),
     "network.num_heads": (1, None),
@@ -54,19 +55,27 @@ RANGES = {
     "data.num_examples": (1, None),
     "data.batch_size": (1, None),
     "data.image_size": (0, None),
+    "data.std": (1e-300, math.inf),
     "training.num_previews": (0, None),
     "sampling.num_steps": (1, None),
     "sampling.batch_size": (1, None),
     "text.size": (258, 10_000_000),  # of a vocabulary of tokens, 256 bytes and two ends among them
 }
+WHOLE = ("network.multipliers", "network.attention_resolutions")  # a field of one number has a type that is kept
 
 
 def check_ranges(config: Config) -> None:
     """Raises ValueError, naming the field, where a number is out of its range."""
+    for name in ("mean", "std"):
+        value = config.get("data", {}).get(name, (0, 0, 0))
+        if len(value) != 3 or not all(map(math.isfinite, value)):
+            raise ValueError(f"data.{name} is {value}: give 3 finite numbers, for red, green and blue")
     for field, (smallest, limit) in RANGES.items():
         block, name = field.split(".")
         value = config.get(block, {}).get(name)
         for number in () if value is None else value if isinstance(value, tuple) else (value,):
+            if field in WHOLE and not isinstance(number, int):
+                raise ValueError(f"{field} is {value}: whole numbers are needed")
             if not (number >= smallest and (limit is None or number < limit)):  # in this form nan is refused too
                 least = f"at least {smallest}" if smallest >= 1 or smallest == 0 else "above 0"
                 below = "" if limit is None else " and finite" if limit == math.inf else f" and less than {limit}"
@@ -115,8 +124,8 @@ def make_settings(config: Config) -> Settings:
     sharding = settings.pop("sharding")
     if sharding not in SHARDINGS:
         raise ValueError(f"training.sharding is {sharding!r}: choose from {', '.join(SHARDINGS)}")
-    rule = SHARDINGS[sharding]
-    return Settings(seed=config.seed, rule=rule, **settings)
+    settings.pop("mesh", None)
+    return Settings(seed=config.seed, spread=SHARDINGS[sharding], **settings)
 
 
 def round_up(count: int, multiple: int) -> int:

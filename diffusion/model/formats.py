@@ -38,11 +38,17 @@ def current(description: Mapping[str, Any]) -> dict[str, Any]:
       RunError: format 1 of a data set whose image shape was not stored.
     """
     stored = dict(description)
+    stored["config"] = with_mesh(stored["config"])
     if "image" in stored["config"].get("network", {}):
         return stored  # a CLIP has one form so far
     if stored.get("format", 1) == 1:
         stored = from_format_1(stored)
     return stored | {"config": plain(complete(from_plain(stored["config"])))}
+
+
+def with_mesh(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config with training.mesh: those of the first versions, which spread batches alone, have none."""
+    return {**config, "training": {"mesh": "", **config["training"]}}
 
 
 def from_format_1(stored: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,12 @@ normal = nn.initializers.normal
 Dense = partial(nn.Dense, dot_general=merged_dot_general)
 # Statistics are float32; the mean is taken away before squaring, so that a large one does not cost precision.
 LayerNorm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+# How a mesh cuts the parameters, see `training.sharding`: heads and the MLP's hidden units over "tensor".
+RULES = (
+    (r"block_\d+/(query|key|value|mlp_1)/kernel$", (None, "tensor")),
+    (r"block_\d+/(query|key|value|mlp_1)/bias$", ("tensor",)),
+    (r"block_\d+/(out|mlp_2)/kernel$", ("tensor", None)),
+)
 
 
 class Features(NamedTuple):

@@ -3,7 +3,6 @@
 Two streams of tokens, text and image patches, each with its own weights, that meet in attention alone.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from diffusion.networks.layers import merged_dot_general
@@ -21,6 +19,17 @@ zeros = nn.initializers.zeros_init()
 TIME_CHANNELS = 256
 Dense = partial(nn.Dense, dot_general=merged_dot_general)
 DenseGeneral = partial(nn.DenseGeneral, dot_general=merged_dot_general)
+
+# How a mesh cuts the parameters, see `training.sharding`: heads and the MLP's hidden units are spread over "tensor", so
+# that each block needs two sums over it, as in Megatron (Shoeybi et al. 2019).
+RULES = (
+    (r"_qkv/kernel$", (None, None, "tensor", None)),
+    (r"_qkv/bias$", (None, "tensor", None)),
+    (r"_out/kernel$", ("tensor", None, None)),
+    (r"_mlp_1/kernel$", (None, "tensor")),
+    (r"_mlp_1/bias$", ("tensor",)),
+    (r"_mlp_2/kernel$", ("tensor", None)),
+)
 
 Vectors = Float[Array, "B 1 W"]
 Tokens = Float[Array, "B _ W"]
@@ -116,7 +125,9 @@ class MMDiT(nn.Module):
 
     `time_scale` multiplies `time` before its embedding: 1000 for a flow's time in [0, 1]. Products are computed in
     `dtype`; parameters, normalisation, softmax, residuals, the last layer and the output stay float32. `remat`
-    recomputes every block's activations in the backward pass.
+    recomputes every block's activations in the backward pass. `scan` compiles blocks of one kind once, however many:
+    they are a loop over parameters that are stacked inside the program. The tree of the parameters is the same, and the
+    price in memory is a copy of the blocks' parameters, and one of their gradients.
 
     Raises ValueError for an image that patches do not divide or the table does not hold, text of another width, and a
     width that the heads do not divide.
@@ -136,6 +147,7 @@ class MMDiT(nn.Module):
     time_scale: float = 1000.0
     dtype: Any = jnp.float32
     remat: bool = False
+    scan: bool = False
 
     @nn.compact
     def __call__(
@@ -167,16 +179,14 @@ class MMDiT(nn.Module):
         text = dense(self.width, "context_in")(context).astype(jnp.float32)
         conditioning = nn.silu(mlp(time_embedding(time * self.time_scale), "time") + mlp(pooled, "pooled"))
 
-        block = nn.remat(Block) if self.remat else Block
-        for i in range(self.depth):
-            image, text = block(
-                self.num_heads,
-                self.qk_norm,
-                dual_attention=i < self.dual_attention,
-                last=i == self.depth - 1,
-                dtype=self.dtype,
-                name=f"block_{i}",
-            )(image, text, conditioning)
+        streams = image, text
+        for kind in self._kinds():
+            if self.scan and len(kind) > 1 and not self.is_initializing():
+                streams = self._scanned(kind, streams, conditioning)
+            else:
+                for i in kind:
+                    streams = self._block(i, name=f"block_{i}")(*streams, conditioning)
+        image, _ = streams
 
         modulation = dense(2 * self.width, "modulation_out", kernel_init=zeros)(conditioning)[:, None]
         scale, shift = jnp.split(modulation, 2, axis=-1)
@@ -185,6 +195,35 @@ class MMDiT(nn.Module):
         )
         patches = patches.reshape(batch, rows, columns, self.patch, self.patch, channels).swapaxes(2, 3)
         return patches.reshape(x_t.shape)
+
+    def _kinds(self) -> list[range]:
+        """Returns the blocks' numbers, those of one kind after the other: with dual attention, without, the last."""
+        last = self.depth - 1
+        dual = min(self.dual_attention, last)
+        return [range(dual), range(dual, last), range(last, self.depth)]
+
+    def _block(self, number: int, in_loop: bool = False, **options: Any) -> Block:
+        block = nn.remat(Block, prevent_cse=not in_loop) if self.remat else Block
+        return block(
+            self.num_heads,
+            self.qk_norm,
+            dual_attention=number < self.dual_attention,
+            last=number == self.depth - 1,
+            dtype=self.dtype,
+            **options,
+        )
+
+    def _scanned(
+        self, kind: range, streams: tuple[Tokens, Tokens], conditioning: Float[Array, "B W"]
+    ) -> tuple[Tokens, Tokens]:
+        """Returns the streams after blocks of one kind, as a loop over their stacked parameters."""
+        block = self._block(kind[0], in_loop=True, parent=None)
+        own = [self.variables["params"][f"block_{i}"] for i in kind]
+
+        def step(streams: tuple[Tokens, Tokens], params: Any) -> tuple[Any, None]:
+            return block.apply({"params": params}, *streams, conditioning), None
+
+        return jax.lax.scan(step, streams, jax.tree.map(lambda *leaves: jnp.stack(leaves), *own))[0]
 
     def _check(self, x_t: Array, context: Array, pooled: Array) -> None:
         height, width = x_t.shape[1:3]
@@ -238,26 +277,3 @@ def position_table(
     row = np.broadcast_to(along(rows)[:, None], (rows, columns, width // 2))
     column = np.broadcast_to(along(columns)[None], (rows, columns, width // 2))
     return np.concatenate([column, row], axis=-1).reshape(rows * columns, width).astype(np.float32)
-
-
-def partition(path: tuple[str, ...], shape: tuple[int, ...], mesh_shape: Mapping[str, int]) -> PartitionSpec:
-    """Where a parameter of `MMDiT` is cut, on a mesh of "model" (tensor parallel) and "data" (FSDP) of these sizes.
-
-    Tensor parallel as in Megatron (Shoeybi et al. 2019): heads and the MLP's hidden units are spread over "model",
-    so that each block needs two sums over it; a device then keeps only its part of q, k, v and the MLP. Whatever is
-    then left whole along some axis that "data" divides is cut along the longest of those, to be gathered when it is
-    used. An axis of size 1 or absent cuts nothing, and small arrays stay whole.
-    """
-    module, leaf = path[-2:]
-    kernel = leaf == "kernel"
-    heads = -2 if module.endswith("_qkv") else 0 if module.endswith("_out") and len(shape) == 3 else None
-    hidden = -1 if module.endswith("_mlp_1") else 0 if module.endswith("_mlp_2") and kernel else None
-    axes: list[str | None] = [None] * len(shape)
-    cut = heads if heads is not None else hidden
-    if cut is not None and mesh_shape.get("model", 1) > 1 and shape[cut] % mesh_shape["model"] == 0:
-        axes[cut] = "model"
-    num_data = mesh_shape.get("data", 1)
-    left = [i for i, name in enumerate(axes) if name is None and shape[i] % num_data == 0]
-    if num_data > 1 and left and np.prod(shape) >= 2**12:
-        axes[max(left, key=lambda i: shape[i])] = "data"
-    return PartitionSpec(*axes)

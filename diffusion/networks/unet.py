@@ -23,6 +23,14 @@ from diffusion.networks.layers import (
     zeros_init,
 )
 
+# How a mesh cuts the parameters, see `training.sharding`: residual blocks are tensor parallel in the channels between
+# their two convolutions. Attention has one head in DDPM's network, and stays whole.
+RULES = (
+    (r"_block_\d+/conv_1/kernel$", (None, None, None, "tensor")),
+    (r"_block_\d+/conv_1/bias$", ("tensor",)),
+    (r"_block_\d+/conv_2/kernel$", (None, None, "tensor", None)),
+)
+
 
 class CrossAttention(nn.Module):
     """Applies attention of all pixels to the tokens of a text, with its normalisation and residual.

@@ -16,7 +16,7 @@ from diffusion.training.experiment import Experiment, TrainState, init_state, ru
 from diffusion.training.health import describe
 from diffusion.training.loop import abstract_train_state, make_step
 from diffusion.training.settings import Settings, check_settings
-from diffusion.training.sharding import place_batch
+from diffusion.training.sharding import batch_sharding, describe_mesh, place_batch
 from diffusion.training.step import parameter_groups
 
 # A file by which the driver of an accelerator shows, and the extra with which JAX uses it.
@@ -53,6 +53,7 @@ def dry_run(experiment: Experiment, settings: Settings, *, mesh: Mesh, num_examp
     check_settings(settings, experiment, mesh)
     devices = mesh.devices.ravel()
     lines = [f"devices      {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)"]
+    lines.append(f"mesh         {describe_mesh(mesh)}")
     batches = experiment.batches(0)
     rows = next(batches)
     batches.close()
@@ -100,7 +101,7 @@ def sharding_lines(state: TrainState) -> list[str]:
     for name, part in state._asdict().items():
         rows: dict[str, list[int]] = {}
         for leaf in jax.tree.leaves(part):
-            split = [f"axis {axis}" for axis, along in enumerate(leaf.sharding.spec) if along is not None]
+            split = [f"axis {axis} over {along}" for axis, along in enumerate(leaf.sharding.spec) if along is not None]
             row = rows.setdefault(f"split along {', '.join(split)}" if split else "whole", [0, 0])
             row[0] += 1
             row[1] += int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
@@ -113,10 +114,10 @@ def same_noise(experiment: Experiment, state: TrainState, rows: dict[str, np.nda
     """Returns a warning where equal examples have equal losses on two devices: their noise is equal too."""
     rows = {name: np.broadcast_to(value[:1], value.shape).copy() for name, value in rows.items()}
     key = run_key(0, "check")
-    losses = jax.jit(lambda params, batch: experiment.loss(params, batch, key)[0])(
-        state.params, place_batch(mesh, rows)
-    )
-    on_device = {shard.device.id: np.asarray(shard.data).tobytes() for shard in losses.addressable_shards}
+    loss = lambda params, batch: experiment.loss(params, batch, key)[0]  # noqa: E731
+    losses = jax.jit(loss, out_shardings=batch_sharding(mesh))(state.params, place_batch(mesh, rows))
+    parts = [shard for shard in losses.addressable_shards if shard.replica_id == 0]
+    on_device = {shard.device.id: np.asarray(shard.data).tobytes() for shard in parts}
     first: dict[bytes, int] = {}
     for number, values in on_device.items():
         if first.setdefault(values, number) != number:

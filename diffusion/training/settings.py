@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from diffusion.averages import power_exponent
 from diffusion.training.errors import RunError
 from diffusion.training.experiment import Experiment, check_seed
-from diffusion.training.sharding import Rule, replicated
+from diffusion.training.sharding import describe_mesh, num_batch_parts
 
 
 class Settings(NamedTuple):
@@ -27,7 +27,7 @@ class Settings(NamedTuple):
       keep_every: every multiple of so many steps is kept as well; 0: none.
       skip_bad_steps: a step with a loss or gradient that is not finite changes nothing, instead of stopping the run.
       spike_factor: a loss over so many times the mean of those before is bad too; 0: no bound.
-      rule: which arrays of the state are sharded, and how.
+      spread: mesh axes over which parameters, averages and moments are cut: "fsdp", or "data" and "fsdp".
     """
 
     seed: int
@@ -43,7 +43,7 @@ class Settings(NamedTuple):
     keep_every: int = 0
     skip_bad_steps: bool = False
     spike_factor: float = 0.0
-    rule: Rule = replicated
+    spread: tuple[str, ...] = ("fsdp",)
 
 
 # Of each number: the smallest value and, where there is one, the value that it must stay below.
@@ -77,13 +77,16 @@ def check_settings(settings: Settings, experiment: Experiment, mesh: Mesh) -> No
     for sigma_rel in settings.ema_profiles:
         try:
             power_exponent(sigma_rel)
-        except (ValueError, TypeError) as error:
+        except TypeError as error:
+            raise RunError(f"training.ema_profiles is {settings.ema_profiles}: numbers are needed") from error
+        except ValueError as error:
             raise RunError(f"training.ema_profiles: {error}") from error
-    parts = mesh.size * settings.accumulate
+    in_batch = num_batch_parts(mesh)
+    parts = in_batch * settings.accumulate
     if experiment.batch_size % parts:
         raise RunError(
-            f"a batch of {experiment.batch_size} cannot be split into {mesh.size} devices x {settings.accumulate} "
-            f"micro-batches: make data.batch_size a multiple of {parts}"
+            f"a batch of {experiment.batch_size} cannot be split into {in_batch} devices x {settings.accumulate} "
+            f"micro-batches (mesh {describe_mesh(mesh)}): make data.batch_size a multiple of {parts}"
         )
 
 

@@ -17,7 +17,7 @@ from diffusion.training.errors import RunError
 Config = dict[str, Any]  # plain JSON
 
 # Fields (or blocks, with a dot at their end) that do not change what was learned: free when a trained run is used.
-FREE_AFTERWARDS = ("sampling.", "evaluation.", "data.dir")
+FREE_AFTERWARDS = ("sampling.", "evaluation.", "data.dir", "training.mesh")
 # Those that also do not change what further steps learn: free when a run is resumed.
 FREE_IN_TRAINING = (
     *FREE_AFTERWARDS,

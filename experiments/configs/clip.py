@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
             num_steps=2000,
             ema_decay=0.995,
             accumulate=1,
+            mesh="",
             sharding="replicated",
             log_every=50,
             checkpoint_every=500,
