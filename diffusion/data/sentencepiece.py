@@ -74,13 +74,13 @@ def from_model(data: bytes) -> Tokenizer:
     try:
         for number, value in _fields(data):
             if number == 1:
-                piece = dict(_fields(value))
+                piece = _message(value)
                 pieces.append((piece[1].decode("utf-8"), struct.unpack("<f", piece.get(2, bytes(4)))[0]))
                 types.append(piece.get(3, _NORMAL))
             elif number == 2:
-                trainer |= dict(_fields(value))
+                trainer |= _message(value)
             elif number == 3:
-                normaliser |= dict(_fields(value))
+                normaliser |= _message(value)
         settings = (trainer.get(3, _UNIGRAM), trainer.get(35, 0), trainer.get(24, 0))
         # Dummy prefix, no extra white space, spaces as "▁".
         flags = [normaliser.get(number, 1) for number in (3, 4, 5)]
@@ -158,6 +158,13 @@ def _id_of(tokenizer: Tokenizer, word: str) -> int:
     if number is None:
         raise ValueError(f"the tokenizer has no token {word}: it is not one of T5's")
     return number
+
+
+def _message(data: Any) -> dict[int, Any]:
+    """Returns the fields of a message inside another; the last of several of one number counts."""
+    if not isinstance(data, bytes):
+        raise ValueError("a number stands where a message should")
+    return dict(_fields(data))
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:

@@ -195,9 +195,7 @@ def read_padding(folder: str | os.PathLike, tokenizer: Tokenizer) -> int | None:
             continue
         number = tokenizer.token_to_id(content) if isinstance(content, str) else None
         if number is None:
-            raise ValueError(
-                f"{path} pads with {content!r}, which the tokenizer beside it does not have: copy both again"
-            )
+            raise ValueError(f"{path} pads with {content!r}, which is no token of the tokenizer beside it: copy both")
         return number
     return None
 
