@@ -1,13 +1,14 @@
 """Decoding in tiles: the memory is that of one tile, whatever the size of the image."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Float
 
 
 def decode_tiled(
-    decode: Callable[[Float[Array, "B h w c"]], Float[Array, "B H W C"]],
+    decode: Callable[[Any], Float[Array | np.ndarray, "B H W C"]],
     z: Float[Array | np.ndarray, "B h w c"],
     tile: int,
     overlap: int,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from diffusion.networks.layers import Attention, Conv, GroupNorm, ResidualBlock, ddpm_init, upsample
@@ -34,7 +35,7 @@ def sample(posterior: Posterior, key: jax.Array) -> Float[Array, "B h w c"]:
     return posterior.mean + jnp.exp(posterior.log_variance / 2) * normal_like(key, posterior.mean)
 
 
-def fold(z: Float[Array, "B H W C"], patch: int) -> Float[Array, "B h w c"]:
+def fold(z: Float[Array | np.ndarray, "B H W C"], patch: int) -> Float[Array | np.ndarray, "B h w c"]:
     """Returns patches of `patch` x `patch` pixels as channels, in the order (channel, row, column), as FLUX.2 does.
 
     Raises:
@@ -51,7 +52,7 @@ def fold(z: Float[Array, "B H W C"], patch: int) -> Float[Array, "B h w c"]:
     return z.reshape(batch, height // patch, width // patch, channels * patch**2)
 
 
-def unfold(x: Float[Array, "B h w c"], patch: int) -> Float[Array, "B H W C"]:
+def unfold(x: Float[Array | np.ndarray, "B h w c"], patch: int) -> Float[Array | np.ndarray, "B H W C"]:
     """Returns what `fold` was given.
 
     Example:

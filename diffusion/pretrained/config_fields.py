@@ -25,7 +25,7 @@ def read_fields(
         raise ValueError(f"it describes a {config['_class_name']}, not a {name}")
     fields = {**defaults} | {field: value for field, value in config.items() if not field.startswith("_")}
     if unknown := sorted(fields.keys() - defaults.keys()):
-        raise ValueError(f"a {name} has no field {few(unknown)}")
+        raise ValueError(f"diffusers' {name} has no field {few(unknown)}")
     if refused := [
         f"{field}={reprlib.repr(fields[field])} (only {' or '.join(map(repr, ours))})"
         for field, ours in honoured.items()

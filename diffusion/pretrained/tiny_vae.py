@@ -137,11 +137,11 @@ def save_tiny(folder: str | os.PathLike, published: PublishedAutoencoder) -> Non
         "out_channels": module.image_channels,
         "encoder_block_out_channels": [module.width] * levels,
         "decoder_block_out_channels": [module.width] * levels,
-        "block_out_channels": [module.width] * levels,
         "latent_channels": module.latent_channels,
         "num_encoder_blocks": list(module.encoder_blocks),
         "num_decoder_blocks": list(module.decoder_blocks)[::-1],
     }
+    del config["block_out_channels"]  # diffusers writes it, but takes it for unknown
     weights = to_diffusers(module, published.params)
     with new_folder(folder) as temporary:
         write_json(temporary / "config.json", config)
@@ -247,6 +247,11 @@ def _module_of_weights(weights: Mapping[str, Any], path: Path) -> TinyAutoencode
         latent = weights[f"encoder.layers.{places['encoder'][-1]}.weight"].shape[0]
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f"{path} is {identify(path)}: needed is an encoder of TAESD") from error
+    if len(blocks["encoder"]) != len(blocks["decoder"]):
+        raise ValueError(
+            f"{path} and the decoder beside it do not fit together: convolutions make {len(blocks['encoder'])} levels "
+            f"of one, {len(blocks['decoder'])} of the other"
+        )
     return TinyAutoencoder(
         image_channels=image,
         latent_channels=latent,

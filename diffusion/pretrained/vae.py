@@ -155,7 +155,7 @@ def published_of(settings: Settings, weights: Mapping[str, Any]) -> PublishedAut
     channels = (module.latent_channels * patch**2,)
     ours = {name: weight for name, weight in weights.items() if name.startswith("bn.")}
     check_keys(ours, dict.fromkeys(STATISTICS.values(), channels), "autoencoder's latents", {_COUNT: ()})
-    statistics = {name: np.asarray(weights[theirs], np.float32) for name, theirs in STATISTICS.items()}
+    statistics: dict[str, Any] = {name: np.asarray(weights[theirs], np.float32) for name, theirs in STATISTICS.items()}
     statistics["epsilon"] = np.float32(settings.batch_norm_eps)
     if _COUNT in weights:
         statistics["count"] = np.asarray(weights[_COUNT], np.int64)
