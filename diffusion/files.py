@@ -6,6 +6,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+LONGEST_NAME = 200  # bytes; file systems take 255, and temporary names are longer
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
@@ -27,6 +29,41 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_folder(folder: str | os.PathLike, flag: str) -> None:
+    """Checks that files can be written into `folder`, which may be new; `flag` begins the error.
+
+    Raises:
+      ValueError: in one line, a part of the path is a file, is too long or cannot be written to.
+    """
+    folder = Path(folder).absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    for name in folder.relative_to(there).parts:
+        check_name(name, flag)
+    if not os.path.isdir(there):
+        raise ValueError(f"{flag}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag}: {there} cannot be written to: choose another folder")
+
+
+def check_file(path: str | os.PathLike, flag: str) -> None:
+    """Checks that the file `path` can be written by `replacing`; `flag` begins the error.
+
+    Raises:
+      ValueError: in one line, as `check_folder`, or it is a folder.
+    """
+    path = Path(path)
+    check_name(path.name, flag)
+    if os.path.isdir(path):
+        raise ValueError(f"{flag} is a folder: name a file")
+    check_folder(path.parent, flag)
+
+
+def check_name(name: str, flag: str) -> None:
+    """Raises ValueError where a new file or folder cannot have this name."""
+    if len(os.fsencode(name)) > LONGEST_NAME or "\0" in name:
+        raise ValueError(f"{flag}: choose a name of at most {LONGEST_NAME} bytes")
 
 
 def cache_folder() -> Path:

@@ -202,6 +202,8 @@ def score(call: Call) -> None:
     prompts = [prompt.strip() for prompt in (call.flags.prompts or "").split(";")]
     if not all(prompts) or not call.flags.images:
         raise ValueError('give --images=a.png,b.png and --prompts="one prompt;another"')
+    if files := [prompt for prompt in prompts if Path(prompt).is_file()]:
+        raise ValueError(f"--prompts={files[0]} names a file: give the prompts themselves, with ; between them")
     encoder = open_trained(call).encoder
     # Of any shape: the encoder crops and resizes them as CLIP's own code does.
     pictures = [decode(Path(path).expanduser(), channels=3) for path in call.flags.images]

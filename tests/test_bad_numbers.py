@@ -44,6 +44,13 @@ def test_bad_numbers_are_reported_with_step_parameters_and_part(tmp_path):
         do_train(tmp_path / "loss", make_experiment(loss_by_parity, batches=bad_batches([6])))
 
 
+def test_lengths_of_averages_are_numbers(tmp_path):
+    line = r"training\.ema_profiles is \('long',\): numbers are needed"
+    with pytest.raises(RunError, match=line):
+        do_train(tmp_path, make_experiment(), ema_profiles=("long",))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_spike_stops_the_run_in_its_step(tmp_path):
     experiment = make_experiment(batches=bad_batches([6], 1e6), loss=lambda p, batch, key: (
         np.float32(1) + batch["x"][:, 2] ** 2 * p["b"] ** 2, {}))  # fmt: skip

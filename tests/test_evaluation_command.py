@@ -171,7 +171,7 @@ def test_bad_input_of_the_command_gets_one_line_before_features_are_computed(rea
         (["one.npz", "digits"], "fid needs at least 2 samples, not 1"),
         (["cut.npz", "digits"], "cut.npz is not a whole .npz"),
         (["empty.npz", "digits"], "empty.npz is not a whole .npz"),
-        (["text.npz", "digits"], "text.npz is not a whole .npz"),
+        (["text.npz", "digits"], r"text.npz is not a whole .npz file of samples \(cut off, or of another format\)$"),
         (["missing.npz", "digits"], "missing.npz is not a whole .npz"),
         (["prompts.txt", "digits"], "prompts.txt is not a whole .npz"),
         (["float.npz", "digits"], "float64 in .* not uint8"),
@@ -187,8 +187,9 @@ def test_bad_input_of_the_command_gets_one_line_before_features_are_computed(rea
         ),
         (["empty", "digits"], "holds no pictures"),
         (["hidden", "digits"], "holds no pictures"),
-        (["broken", "digits"], "a.png cannot be read"),
-        (["sizes", "digits"], "5.png is 8x5 but .*4.png is 8x4"),
+        (["broken", "digits"], r"a.png cannot be read \([^()]*\): repair it, or move it away$"),
+        (["sizes", "digits"], "5.png is 8x5 but .*4.png is 8x4: crop and resize all to one size first$"),
+        (["broken/a.png", "digits"], "broken/a.png is one picture: give a folder of pictures, or an .npz of samples$"),
         (["digits:all", "digits"], "splits 'train' and 'test'"),
         (["", "digits"], "."),
         (["tfds:", "digits"], "."),
@@ -203,6 +204,7 @@ def test_bad_input_of_the_command_gets_one_line_before_features_are_computed(rea
         (["good.npz", "missing.npz"], "missing.npz is not a whole .npz"),
         (["good.npz", "mu.npz"], "no array arr_0"),
         (["good.npz", "empty"], "holds no pictures"),
+        (["good.npz", "broken/b.jpg"], "b.jpg is one picture: give a folder of pictures"),
         (["good.npz", "one.npz"], "fid needs a reference of at least 2 images, not 1"),
         # --metrics
         (["good.npz", "digits", "--metrics=FID"], "unknown metric 'FID': choose from fid, kid, inception_score"),
@@ -222,6 +224,8 @@ def test_bad_input_of_the_command_gets_one_line_before_features_are_computed(rea
         (["good.npz", "digits", "--features=clip", "--weights=clip"], "config.json"),
         (["good.npz", "digits", "--features=clip", "--weights=none"], "config.json"),
         (["good.npz", "digits", "--features=clip", "--weights=good.npz"], "config.json"),
+        (["good.npz", "digits", "--weights=clip"], "--weights are those of a network, and --features=pixels has none"),
+        (["good.npz", "digits", "--data-dir=empty"], "--data-dir is where sets named tfds:NAME are, and none is named"),
         # --prompts
         (["colour.npz", "colour.npz", "--features=pixels", "--prompts=prompts.txt"], "add --features=clip"),
         (["colour.npz", "colour.npz", "--features=clip", "--prompts=prompts.txt"], "--weights=FOLDER"),
@@ -232,8 +236,8 @@ def test_bad_input_of_the_command_gets_one_line_before_features_are_computed(rea
         (["colour.npz", "colour.npz", *clip, "--prompts=none.txt"], "cannot read none.txt"),
         (["colour.npz", "colour.npz", *clip, "--prompts=empty"], "cannot read empty"),
         # --out
-        (["good.npz", "digits", "--out=good.npz"], "--out=good.npz: .*good.npz is a file, and --out names a folder"),
-        (["good.npz", "digits", "--out=good.npz/report"], "good.npz is a file, and --out names a folder"),
+        (["good.npz", "digits", "--out=good.npz"], "--out=good.npz: .*good.npz is a file, not a folder"),
+        (["good.npz", "digits", "--out=good.npz/report"], "good.npz is a file, not a folder"),
     ]
     with monkeypatch.context() as patch:
         patch.setattr("diffusion.evaluation.reference_set", computed)
@@ -268,6 +272,15 @@ def test_inception_that_cannot_be_fetched_is_reported_before_images_are_read(tmp
     monkeypatch.setattr("urllib.request.urlopen", offline)
     monkeypatch.setattr("diffusion.evaluation.__main__.open_images", None)
     with pytest.raises(SystemExit, match=r"error: cannot fetch pt_inception.* \(no network\): put https://.* at "):
+        command_line(["a.npz", "digits"])
+
+
+def test_features_of_a_network_without_its_device_are_refused(monkeypatch):
+    def devices():
+        raise AssertionError
+
+    monkeypatch.setattr("jax.devices", devices)
+    with pytest.raises(SystemExit, match=r"error: JAX.* set JAX_PLATFORMS=cpu, or install JAX for the device$"):
         command_line(["a.npz", "digits"])
 
 

@@ -14,6 +14,7 @@ from published_folders import write_folder
 from safetensors.numpy import load_file, save_file
 
 from diffusion import training
+from diffusion.files import check_file, check_folder
 from diffusion.model.config import make_settings, plain
 from diffusion.model.experiment import abstract_batch, make_learner, make_model, warnings_of
 from diffusion.model.fields import load_config
@@ -26,7 +27,7 @@ from diffusion.runs.report import finish_run
 from diffusion.runs.run import open_run
 from diffusion.training import Checkpoints, RunError, TrainState, settings
 from diffusion.training.dry_run import Findings
-from experiments import captions, cifar10, clip, digits
+from experiments import captions, cifar10, clip, digits, folder
 
 CLIP: Any = {"modes": clip.MODES, "define_flags": clip.define_flags}
 
@@ -334,18 +335,19 @@ ZEROS = [
     Zero("digits", "network.num_blocks", "network.num_blocks is 0"),
     Zero("digits", "network.num_groups", "network.num_groups is 0"),
     Zero("digits", "optimizer.clip_norm", "optimizer.clip_norm is 0"),
-    Zero("digits", "evaluation.num_samples", "fid needs at least 2 samples, not 0"),
+    Zero("digits", "evaluation.num_samples", "evaluation.num_samples is 0: it must be at least 1"),
     Zero("digits", "evaluation.ode_steps", "ode_steps is 0"),
     Zero("digits", "evaluation.likelihood_images", "likelihood_images is 0"),
     Zero("captions", "network.depth", "network.depth is 0"),
     Zero("captions", "network.patch", "network.patch is 0"),
     Zero("captions", "network.table_size", "make table_size larger"),
+    Zero("digits", "network.attention_resolutions", "network.attention_resolutions is \\(0,\\): it must be at least 1"),
     Zero("captions", "condition.length", "condition.length is 0"),
-    Zero("captions", "evaluation.num_samples", "fid needs at least 2 samples, not 0"),
+    Zero("captions", "evaluation.num_samples", "evaluation.num_samples is 0: it must be at least 1"),
     Zero("clip", "text.length", "a length of 0 tokens is too short"),
-    Zero("clip", "text.size", "a vocabulary of 0 is too small"),
+    Zero("clip", "text.size", "text.size is 0: it must be at least 258"),
     Zero("clip", "data.image_size", "a canvas of 0 pixels"),
-    Zero("clip", "data.num_examples", "at least 1 scene, not 0"),
+    Zero("clip", "data.num_examples", "data.num_examples is 0: it must be at least 1"),
     Zero("clip", "network.image.patch_size", "patch_size is 0"),
     Zero("clip", "network.text.num_heads", "num_heads is 0"),
     Zero("clip", "network.image.num_layers", "num_layers is 0"),
@@ -359,7 +361,11 @@ SMALL_CLIP = ("--config.data.num_examples=300", "--config.evaluation.num_example
 
 @pytest.mark.parametrize("zero", ZEROS, ids=lambda zero: f"{zero.kind} {zero.field}")
 def test_zero_means_none_or_is_refused_before_anything_is_compiled(kinds, tmp_path, zero, untrained, refused):
-    last = (f"--config.{zero.field}=0", f"--config.evaluation.after_training={zero.field.startswith('evaluation')}")
+    zeros = "(0,)" if zero.field == "network.attention_resolutions" else "0"
+    last = (
+        f"--config.{zero.field}={zeros}",
+        f"--config.evaluation.after_training={zero.field.startswith('evaluation')}",
+    )
 
     def begin():
         if zero.kind == "clip":
@@ -379,7 +385,152 @@ def test_zero_means_none_or_is_refused_before_anything_is_compiled(kinds, tmp_pa
         assert getattr(begun.value.settings, name) == 0
 
 
+# --- tuples
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "line"),
+    [
+        ("digits", "training.ema_profiles", "('long',)", r"\('long',\): numbers are needed, as \(0.05, 0.1\)"),
+        ("scenes", "training.ema_profiles", "('long',)", r"\('long',\): numbers are needed$"),
+        ("digits", "training.ema_profiles", "(0.05, None)", r"\(0.05, None\): numbers are needed"),
+        ("digits", "network.multipliers", "(1, 'a')", r"\(1, 'a'\): numbers are needed, as \(1, 2\)"),
+        ("digits", "network.multipliers", "(1.5, 2)", r"\(1.5, 2\): whole numbers are needed"),
+        ("digits", "network.attention_resolutions", "('4',)", r"\('4',\): numbers are needed"),
+        ("digits", "network.attention_resolutions", "(4.5,)", r"\(4.5,\): whole numbers are needed"),
+        ("digits", "network.attention_resolutions", "(True,)", r"\(True,\): numbers are needed"),
+        ("digits", "sampling.guidance_interval", "('a', 'b')", r"\('a', 'b'\): numbers are needed"),
+        ("digits", "process.table", "(0.1, 'x')", r"\(0.1, 'x'\): numbers are needed"),
+        ("digits", "evaluation.metrics", "(1,)", r"\(1,\): names are needed, as \('fid', "),
+        ("scenes", "evaluation.guidance", "(1.0, 'two')", r"\(1.0, 'two'\): numbers are needed"),
+        ("clip", "data.mean", "(0.5,)", r"\(0.5,\): give 3 finite numbers, for red, green and blue"),
+        ("clip", "data.mean", "(0.5, 0.5, 1e999)", r"\(0.5, 0.5, inf\): give 3 finite numbers"),
+        ("clip", "data.std", "(0.5, 0.5, 0.5, 0.5)", r"\(0.5, .*\): give 3 finite numbers"),
+        ("clip", "data.std", "(0.5, 0.5, 0.0)", r"\(0.5, 0.5, 0.0\): it must be above 0"),
+    ],
+)
+def test_tuples_hold_what_their_field_reads(kinds, tmp_path, kind, field, value, line, refused):
+    flag = f"--config.{field}={value}"
+
+    def parse():
+        if kind == "clip":
+            make_call(clip.TASK, "clip", tmp_path / "run", flag, **CLIP)
+        kinds[kind].call(tmp_path / "run", *kinds[kind].flags, flag)
+
+    refused(rf"^{field} is {line}", parse)
+
+
+def test_tuples_are_checked_in_python_too(refused):
+    refused(r"training.ema_profiles is \('long',\): numbers", lambda: of("digits", training__ema_profiles=("long",)))
+    changed = of("digits", training__ema_profiles=(), evaluation__metrics=())
+    assert load_config("digits", {"evaluation.metrics": ["kid"]}, CONFIGS).evaluation.metrics == ("kid",)
+    assert changed.training.ema_profiles == changed.evaluation.metrics == ()
+
+
+def test_a_tuple_that_is_given_twice_is_the_later_one(tmp_path):
+    parse = lambda *flags: make_call(digits.TASK, "digits", tmp_path / "run", *flags).config  # noqa: E731
+    first, later = "--config.network.multipliers=(1,)", "--config.network.multipliers=(1, 3)"
+    assert parse(first, later).network.multipliers == (1, 3)  # and not (1, 1, 3)
+    assert parse(later, first, "--config.training.num_steps=2").network.multipliers == (1,)
+    assert parse(first, "--config.training.ema_profiles=(0.1,)").network.multipliers == (1,)
+
+
+# --- flags that change nothing
+
+
+@pytest.mark.parametrize(
+    ("mode", "flag", "readers"),
+    [
+        ("sample", "--images=a.png", "interpolate, inpaint, img2img"),
+        ("sample", "--strength=0.5", "interpolate, img2img"),
+        ("img2img", "--mask=left", "inpaint"),
+        ("evaluate", "--label=3", "sample, interpolate, inpaint, img2img, progressive"),
+        ("evaluate", "--sweep_steps=5", "sweep"),
+        ("likelihood", "--out=a.npz", "sample, interpolate, inpaint, img2img, progressive, train, evaluate"),
+        ("sample", "--metrics=fid", "train, evaluate, sweep"),
+        ("export", "--variant=fp16", "import"),
+        ("train", "--prompt=a red two", "sample, interpolate, inpaint, img2img, progressive"),
+    ],
+)
+def test_flags_that_a_mode_does_not_read_are_refused(kinds, trained, mode, flag, readers, refused):
+    line = f"{flag.partition('=')[0]} is not read by --mode={mode}, but by {readers}: leave it out"
+    refused(line, lambda: kinds["digits"].call(trained("digits"), f"--mode={mode}", flag))
+
+
+def test_two_flags_of_one_field_are_refused(kinds, trained, refused):
+    for flags in (
+        ("--steps=2", "--config.sampling.num_steps=2"),
+        ("--sampler=euler", "--config.sampling.sampler=ddim"),
+        ("--sampler=euler", "--config.sampling.sampler.name=ddim"),
+    ):
+        line = f"{flags[0].partition('=')[0]} and {flags[1].partition('=')[0]} say the same: leave one out"
+        refused(line, lambda flags=flags: kinds["digits"].call(trained("digits"), "--mode=sample", *flags))
+
+
+def test_fields_that_a_published_model_has_otherwise_are_refused(tmp_path, refused):
+    folder = write_folder(tmp_path / "theirs")
+    for change, difference in [
+        ("network.channels=64", r"network\.channels=64: .*theirs has 4"),
+        ("process.num_steps=500", r"process\.num_steps=500: .*theirs has 1000"),
+        ("process=flow", r"process\.name=flow: .*theirs has ddpm"),
+        ("process.beta=cosine", r"process\.beta=cosine: .*theirs has linear"),
+    ]:
+        flags = ("--mode=import", f"--weights={folder}", f"--config.{change}")
+        call = make_call(cifar10.TASK, "cifar10", tmp_path / "run", *flags)
+        refused(rf"--config\.{difference}: leave it out", lambda call=call: do(call))
+
+
 # --- what the end needs
+
+
+def test_where_a_run_and_its_files_are_written_is_checked_first(kinds, trained, tmp_path, refused):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.npz").mkdir()
+    kind, folder = kinds["digits"], trained("digits")
+    for out, line in (
+        ("file/a.npz", r"--out=.*file/a\.npz: .*file is a file, not a folder"),
+        ("folder.npz", r"--out=.*folder\.npz is a folder: name a file"),
+        (f"{'y' * 250}.npz", "--out=.*: choose a name of at most 200 bytes"),
+        (f"{'y' * 250}/a.npz", "--out=.*: choose a name of at most 200 bytes"),
+    ):
+        refused(line, lambda out=out: kind.call(folder, "--mode=sample", f"--out={tmp_path / out}"))
+    for flags in ((), ("--mode=import",)):
+        line = "--workdir=.*file/run: .*file is a file, not a folder"
+        refused(line, lambda flags=flags: kind.call(tmp_path / "file" / "run", *flags))
+    weights = f"--weights={tmp_path / 'file' / 'new'}"
+    call = kind.call(folder, "--mode=export", weights)
+    refused(f"{weights}: .*file is a file, not a folder", lambda: do(call))
+
+
+def test_folders_without_permission_are_named(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # to root everything is permitted
+    line = f"--out=x: {tmp_path} cannot be written to: choose another folder"
+    refused(line, lambda: check_file(tmp_path / "new" / "a.npz", "--out=x"))
+    refused(line, lambda: check_folder(tmp_path / "new", "--out=x"))
+
+
+@pytest.mark.parametrize("why", [AssertionError(), RuntimeError("Unable to initialize backend 'cuda'")])
+def test_a_machine_without_the_device_asked_for_is_reported(kinds, tmp_path, why, monkeypatch, refused):
+    def devices():
+        raise why
+
+    monkeypatch.setattr("jax.devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    line = rf"JAX_PLATFORMS=cuda names no device of this machine( \({why}\))?: set JAX_PLATFORMS=cpu"
+    refused(line, lambda: kinds["digits"].call(tmp_path / "run", *kinds["digits"].flags))
+
+
+@pytest.mark.parametrize(
+    ("field", "line"),
+    [
+        ("image_size=-4", "data.image_size is -4: it must be at least 0"),
+        ("channels=2", "data.channels is 2: choose 1, 3 or 4, or 0 for what the pictures have"),
+        ("channels=-1", "data.channels is -1: choose 1, 3 or 4"),
+    ],
+)
+def test_sizes_of_pictures_are_checked_before_they_are_read(tmp_path, field, line, refused):
+    flags = (f"--config.data.dir={tmp_path}", f"--config.data.{field}")
+    refused(line, lambda: do(make_call(folder.TASK, "folder", tmp_path / "run", *flags)))
 
 
 @pytest.mark.parametrize("mode", ["sample", "evaluate", "img2img", "interpolate", "inpaint", "progressive"])

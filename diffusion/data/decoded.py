@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from diffusion.data.pictures import VERSION, Size, decode, shape_of
-from diffusion.data.sources import LARGEST_IN_MEMORY, Source, array_source
+from diffusion.data.sources import LARGEST_IN_MEMORY, Source, Unfit, array_source
 from diffusion.files import cache_folder, replacing
 
 Shape = tuple[int, int, int]
@@ -115,7 +115,7 @@ def _each(
             if skip_broken:
                 return None
             advice = "repair it, or skip such files with skip_broken (--config.data.skip_broken=True)"
-            raise ValueError(f"{place}{error}: {advice}") from error
+            raise Unfit(f"{place}{error}", advice, "repair it, or move it away") from error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(desc=title, total=len(files), delay=2) as bar:
         for first in range(0, len(files), AHEAD):
@@ -141,9 +141,10 @@ def _shape(
     (height, width, _), first = known[0]
     for shape, i in known:
         if shape[:2] != (height, width):
-            raise ValueError(
-                f"{places[i]}{files[i]} is {shape[1]}x{shape[0]} but {files[first]} is {width}x{height}: crop and "
-                "resize all to one size with image_size (--config.data.image_size=N)"
+            raise Unfit(
+                f"{places[i]}{files[i]} is {shape[1]}x{shape[0]} but {files[first]} is {width}x{height}",
+                "crop and resize all to one size with image_size (--config.data.image_size=N)",
+                "crop and resize all to one size first",
             )
     return height, width, depth
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from diffusion.data.captions import caption_folder
 from diffusion.data.folder import image_folder
-from diffusion.data.pictures import Size
+from diffusion.data.pictures import OTHER_SUFFIXES, SUFFIXES, Size
 from diffusion.data.samples import load_samples
-from diffusion.data.sources import Source, array_source, digits
+from diffusion.data.sources import Source, Unfit, array_source, digits
 from diffusion.data.tfds import UnknownSet, tfds_source
 from diffusion.data.tfds_captions import tfds_captions
 
@@ -43,6 +43,8 @@ def named_images(
       ValueError: in one line, an unknown name, a missing folder, or data that cannot be read.
     """
     size, channels = image_size or None, channels or None
+    if channels not in (None, 1, 3, 4):
+        raise ValueError(f"data.channels is {channels}: choose 1, 3 or 4, or 0 for what the pictures have")
     kind, _, rest = name.partition(":")
     if name == "digits":
         if size not in (None, 8, (8, 8)) or channels not in (None, 1):
@@ -122,14 +124,19 @@ def open_images(spec: str | os.PathLike, data_dir: str | os.PathLike = "") -> So
       ValueError: in one line, if there are no images.
     """
     kind, _, rest = os.fspath(spec).partition(":")
-    if kind == "tfds" and rest:
-        name, _, split = rest.rpartition("/")
-        return tfds_source(name or split, split if name else "train", data_dir or None)
-    if kind == "digits":
-        return digits(rest or "train")
     path = Path(spec)
-    if path.is_dir():
-        return image_folder(path)
+    try:
+        if kind == "tfds" and rest:
+            name, _, split = rest.rpartition("/")
+            return tfds_source(name or split, split if name else "train", data_dir or None)
+        if kind == "digits":
+            return digits(rest or "train")
+        if path.is_dir():
+            return image_folder(path)
+    except Unfit as error:
+        raise ValueError(error.elsewhere) from error
+    if path.suffix.lower() in (*SUFFIXES, *OTHER_SUFFIXES):
+        raise ValueError(f"{path} is one picture: give a folder of pictures, or an .npz of samples")
     if is_statistics(path):
         return None
     return array_source(load_samples(path), None, path.name, "all", None)

@@ -30,6 +30,8 @@ def load_samples(path: str | os.PathLike) -> UInt8[np.ndarray, "N H W C"]:
       ValueError: with one line that names the file, if it is missing, truncated, or holds something else.
     """
     try:
+        if os.path.isfile(path) and not zipfile.is_zipfile(path):
+            raise ValueError("cut off, or of another format")
         with np.load(path, allow_pickle=False) as arrays:
             image = arrays["arr_0"]
     except KeyError as error:

@@ -11,6 +11,18 @@ from diffusion.data.images import check_uint8_images
 LARGEST_IN_MEMORY = 2 * 2**30  # bytes of decoded images
 
 
+class Unfit(ValueError):
+    """Images that cannot be used as they are. The message is that of a run, whose config can mend it.
+
+    Attributes:
+      elsewhere: the message where there is no config.
+    """
+
+    def __init__(self, fact: str, in_run: str, elsewhere: str):
+        super().__init__(f"{fact}: {in_run}")
+        self.elsewhere = f"{fact}: {elsewhere}"
+
+
 class Source(NamedTuple):
     """Labelled images that can be read in any order.
 

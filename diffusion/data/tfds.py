@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from diffusion.data.pictures import VERSION, Size, decode
-from diffusion.data.sources import LARGEST_IN_MEMORY, Source, array_source
+from diffusion.data.sources import LARGEST_IN_MEMORY, Source, Unfit, array_source
 from diffusion.files import cache_folder, replacing
 
 
@@ -52,8 +52,10 @@ def tfds_source(
     if image_size is not None:
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if height is None or width is None:
-        raise ValueError(
-            f"the images of {name} differ in size: give image_size (--config.data.image_size=N) to resize them"
+        raise Unfit(
+            f"the images of {name} differ in size",
+            "give image_size (--config.data.image_size=N) to resize them",
+            "write them as a folder of pictures of one size",
         )
     shape = (height, width, channels or depth)
     names = tuple(features["label"].names) if isinstance(features.get("label"), tfds.features.ClassLabel) else ()
@@ -147,7 +149,8 @@ def _find(name: str, data_dir: Path) -> Path:
             f"no prepared data set '{name}' in {data_dir}: on a connected machine run pip install '.[prepare]' && "
             f"python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='{data_dir}', "
             "file_format='array_record').download_and_prepare()\", "
-            f"or copy {data_dir / base} from a machine that has it (--config.data.dir=DIR names another folder)"
+            f"or copy {data_dir / base} from a machine that has it (--config.data.dir=DIR, or --data-dir=DIR of "
+            "diffusion.evaluation, names another folder)"
         )
     (folders,) = found.values()
     return max(folders, key=lambda folder: [int(number) for number in folder.name.split(".")])

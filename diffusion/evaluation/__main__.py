@@ -24,7 +24,9 @@ from diffusion.data.lines import read_lines
 from diffusion.data.named import open_images
 from diffusion.evaluation import Measurement, clip_extractor
 from diffusion.evaluation.extractors import NAMES
-from diffusion.training.errors import one_line
+from diffusion.files import check_folder
+from diffusion.training.errors import RunError, one_line
+from diffusion.training.sharding import find_devices
 
 
 class OneLine(argparse.ArgumentParser):
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     try:
         score(options)
-    except (ValueError, OSError) as error:
+    except (RunError, ValueError, OSError) as error:
         sys.exit(f"error: {one_line(error, 560)}")
     except MemoryError as error:
         sys.exit(f"error: not enough memory ({one_line(error)}): lower what was asked for")
@@ -66,6 +68,7 @@ def score(options: argparse.Namespace) -> None:
 
     Raises:
       ValueError: bad input, in one line.
+      RunError: a network is needed, and there is no device for it.
     """
     asked = None if options.metrics is None else [name.strip() for name in options.metrics.split(",")]
     evaluation.check_names(asked or ())
@@ -73,10 +76,16 @@ def score(options: argparse.Namespace) -> None:
         raise ValueError("--out= is empty: name a folder, or leave it out")
     out = None if options.out is None else Path(options.out).expanduser()
     if out:
-        check_folder(out)
+        check_folder(out, f"--out={options.out}")
     if options.prompts and not (options.features == "clip" and options.weights):
         raise ValueError("--prompts are for the CLIP score: add --features=clip --weights=FOLDER")
+    if options.weights and options.features == "pixels":
+        raise ValueError("--weights are those of a network, and --features=pixels has none: leave one out")
+    if options.data_dir and not any(name.startswith("tfds:") for name in (options.samples, options.reference)):
+        raise ValueError("--data-dir is where sets named tfds:NAME are, and none is named: leave it out")
     prompts = read_prompts(Path(options.prompts).expanduser()) if options.prompts else []
+    if options.features != "pixels":
+        find_devices()
     judge = evaluation.load_encoder(options.weights) if prompts else None
     extractor = clip_extractor(judge) if judge else evaluation.make_extractor(options.features, options.weights)
 
@@ -138,15 +147,6 @@ def possible(extractor: evaluation.Extractor, counts: Mapping[str, int]) -> list
             evaluation.check_names([name], extractor, **counts)
             names.append(name)
     return names or ["fid"]
-
-
-def check_folder(folder: Path) -> None:
-    """Raises ValueError unless files can be written into `folder`, or into a new folder there."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"--out={folder}: {there} is a file, and --out names a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"--out={folder}: {there} cannot be written to: choose another folder")
 
 
 def read_prompts(path: Path) -> list[str]:

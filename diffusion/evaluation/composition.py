@@ -71,6 +71,8 @@ def blobs(image: UInt8[np.ndarray, "H W 3"]) -> list[Blob]:
 
     canvas = image.shape[0]
     background = float(np.median(image.max(axis=-1)))
+    if background == 255:  # no ink can be told from it
+        return []
     ink = np.clip((image.max(axis=-1) - background) / (255 - background), 0, 1)
     label: Any = ndimage.label(ink > FAINT, structure=np.ones((3, 3)))[0]  # pyright: ignore
     side = WINDOW * canvas // 16

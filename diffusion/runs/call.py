@@ -26,6 +26,7 @@ class Call(NamedTuple):
       mesh: the devices.
       flags: of the command line.
       stored: what is stored beside the run's weights; None where it starts.
+      asked: fields of the config that the command line names.
     """
 
     task: "Task"
@@ -34,6 +35,7 @@ class Call(NamedTuple):
     mesh: Mesh
     flags: flags.FlagValues
     stored: Mapping[str, Any] | None
+    asked: tuple[str, ...] = ()
 
     def open(self, ema_length: float | None = None) -> Run:
         """Returns the trained run of this call: --checkpoint's and --ema_length's weights."""

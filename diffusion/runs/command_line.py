@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,10 +12,10 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from diffusion.files import cache_folder
+from diffusion.files import cache_folder, check_file, check_folder
 from diffusion.model import formats
-from diffusion.model.config import Config, from_plain, plain
-from diffusion.model.fields import CHOICES, check_field, choose, load, nearest
+from diffusion.model.config import Config, check_ranges, from_plain, plain
+from diffusion.model.fields import CHOICES, check_field, check_items, choose, load, nearest
 from diffusion.runs.call import Call, Task
 from diffusion.runs.run import check_changes
 from diffusion.runs.train import stored_in
@@ -26,6 +26,23 @@ from diffusion.training.errors import one_line
 Mode = Callable[[Call], None]
 LONGEST = 560  # characters of an error
 BEGIN = ("train", "check", "import")  # modes that need no checkpoint
+DRAW = ("sample", "interpolate", "inpaint", "img2img", "progressive")
+SCORE = ("train", "evaluate", "sweep")
+MANY = 10**8  # samples are not meant
+# Which modes read a flag, of those that not all do.
+READ_BY = {
+    **dict.fromkeys(("prompt", "negative_prompt", "label"), DRAW),
+    "prompts": (*DRAW, "score"),
+    "images": ("interpolate", "inpaint", "img2img", "score"),
+    "strength": ("interpolate", "img2img"),
+    **dict.fromkeys(("mask", "resample"), ("inpaint",)),
+    **dict.fromkeys(("sweep_steps", "sweep_ema"), ("sweep",)),
+    **dict.fromkeys(("metrics", "num_seeds"), SCORE),
+    "num_samples": (*DRAW, *SCORE, "likelihood"),
+    "out": (*DRAW, "train", "evaluate"),
+    "weights": ("import", "export"),
+    **dict.fromkeys(("variant", "null_class", "new_attention_order"), ("import",)),
+}
 
 
 def run_to_end(work: Callable[[], None]) -> NoReturn:
@@ -62,7 +79,7 @@ def define_flags(values: flags.FlagValues, modes: dict[str, Mode]) -> None:
     flags.DEFINE_string("config", None, "config file: FILE, NAME, with methods FILE:METHOD,METHOD", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of the run; default: runs/CONFIG", flag_values=values)
     flags.DEFINE_enum("mode", "train", list(modes), "what to do", flag_values=values)
-    flags.DEFINE_integer("num_samples", None, "how many samples", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("num_samples", None, "how many samples", lower_bound=1, upper_bound=MANY, flag_values=values)
     flags.DEFINE_integer("seed", 0, "of the samples (the training's is config.seed)", flag_values=values)
     flags.DEFINE_integer("checkpoint", None, "use the one of this step, not the newest", flag_values=values)
     flags.DEFINE_float(
@@ -110,15 +127,20 @@ def parse(
     rest = values(argv, known_only=True)
     if empty := [name for name in values if values[name].present and values[name].value in ("", [], [""])]:
         raise RunError(f"--{empty[0]}= is empty: give it a value, or leave it out")
+    refuse_unread(values, modes)
     check_seed(values.seed)
     if values.out and not values.out.endswith(".npz"):
         raise RunError(f"--out={values.out}: images are written to an .npz file, with a picture of them beside it")
+    if values.out:
+        check_file(Path(values.out).expanduser(), f"--out={values.out}")
     begins = values.mode in BEGIN
     config, name = load(values.config or default_config, configs)
     folder = Path(values.workdir).expanduser() if values.workdir else Path("runs") / name
     if begins and (values.checkpoint is not None or values.ema_length is not None):
         flag = "--checkpoint" if values.checkpoint is not None else "--ema_length"
         raise RunError(f"{flag} is for the use of a trained model, not for --mode={values.mode}")
+    if begins:
+        check_folder(folder, f"--workdir={folder}")
 
     if begins:
         stored = stored_in(folder) if values.mode != "import" else None
@@ -136,9 +158,24 @@ def parse(
             check_changes(folder, old, config)
         config = override(config if values.config is not None else old, rest, values)
         check_changes(folder, old, config)
+    check_ranges(config)
     use_compilation_cache()
     processes.join()
-    return Call(task, config, folder, make_mesh(), values, stored), values.mode
+    asked = tuple(name.removeprefix("config.") for name in map(name_of, rest) if name.startswith("config."))
+    return Call(task, config, folder, make_mesh(spec=config.training.mesh), values, stored, asked), values.mode
+
+
+def refuse_unread(values: flags.FlagValues, modes: Mapping[str, Mode]) -> None:
+    """Raises RunError where a flag is given that the mode does not read."""
+    for name, readers in READ_BY.items():
+        if name in values and values[name].present and values.mode not in readers:
+            known = ", ".join(mode for mode in readers if mode in modes)
+            raise RunError(f"--{name} is not read by --mode={values.mode}, but by {known}: leave it out")
+
+
+def name_of(argument: str) -> str:
+    """Returns NAME of an argument --NAME=VALUE."""
+    return argument.lstrip("-").partition("=")[0]
 
 
 def override(config: Config, arguments: list[str], known: flags.FlagValues) -> Config:
@@ -155,6 +192,11 @@ def override(config: Config, arguments: list[str], known: flags.FlagValues) -> C
         choose(config, place, argument.partition("=")[2])
     arguments = [argument for argument in arguments if argument not in named]
     fields = [argument for argument in arguments[1:] if argument.startswith("-")]  # not the value of the flag before
+    samplers = [argument for argument, place in named.items() if place == "sampling.sampler"]
+    steps = [argument for argument in arguments if name_of(argument) == "config.sampling.num_steps"]
+    for flag, said in (("sampler", samplers), ("steps", steps)):
+        if known[flag].value is not None and said:
+            raise RunError(f"--{flag} and --{name_of(said[0])} say the same: leave one out")
     if known.sampler is not None:
         choose(config, "sampling.sampler", known.sampler)
     for argument in fields:
@@ -165,13 +207,15 @@ def override(config: Config, arguments: list[str], known: flags.FlagValues) -> C
             raise RunError(f"unknown flag {argument.split('=')[0]}{near} (--help lists all)")
         check_field(config, name.removeprefix("config."))
     flat = workdir.flatten(plain(config))
-    arguments = [whole(argument, flat) for argument in arguments]
+    arguments = [whole(argument, flat) for argument in last_tuples(arguments, flat)]
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
     try:
         unused = values(arguments)[1:]
     except (flags.Error, TypeError, ValueError) as error:
         raise RunError(str(error)) from error
+    for field, value in workdir.flatten(plain(config)).items():
+        check_items(field, flat[field], value)
     if unused:
         raise RunError(f"unexpected argument {unused[0]!r}: flags look like --name=value (--help lists all)")
     if known.steps is not None:
@@ -195,6 +239,18 @@ def whole(argument: str, fields: dict[str, Any]) -> str:
             if float(value) == int(float(value)):
                 return f"{name}={int(float(value))}"
     return argument
+
+
+def last_tuples(arguments: list[str], fields: dict[str, Any]) -> list[str]:
+    """Returns the arguments without a tuple that a later --config.FIELD=VALUE replaces; absl would join both."""
+    last: dict[str, str] = {}
+    for number, argument in enumerate(arguments):
+        name = name_of(argument)
+        joined = "=" in argument and isinstance(fields.get(name.removeprefix("config.")), list)
+        key = name if joined else str(number)
+        last.pop(key, None)
+        last[key] = argument
+    return list(last.values())
 
 
 def use_compilation_cache() -> None:

@@ -10,6 +10,7 @@ parameter, its averages and its optimizer moments alike.
 """
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,12 +27,12 @@ BATCH_AXES = ("data", "fsdp")
 SMALLEST = 2**12  # elements of an array that is worth cutting
 
 
-def find_devices() -> list[jax.Device]:
+def find_devices() -> list[Any]:
     """Returns all devices. Raises RunError where JAX finds none, or none of what JAX_PLATFORMS names."""
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:
-        asked = jax.config.jax_platforms
+        asked = os.environ.get("JAX_PLATFORMS")
         where = f"JAX_PLATFORMS={asked} names no device of this machine" if asked else "JAX can use no device"
         why = f" ({one_line(error, 200)})" if str(error) else ""
         raise RunError(f"{where}{why}: set JAX_PLATFORMS=cpu, or install JAX for the device") from error

@@ -12,6 +12,7 @@ import jax
 from diffusion.training.processes.launchers import environment_number, find_launch
 from diffusion.training.processes.lifeline import GRACE_SECONDS, Lifeline, delay_aborts
 from diffusion.training.processes.rollcall import roll_call, who
+from diffusion.training.sharding import find_devices
 
 JOIN_SECONDS = 120  # for all processes to connect
 HEARTBEAT_SECONDS = 30  # of silence, after which a process counts as dead
@@ -34,7 +35,7 @@ def join() -> None:
     - found by JAX (Slurm, Open MPI, TPU pods): JAX ends them, after HEARTBEAT_SECONDS and with its own message.
 
     Raises:
-      RunError: not all processes connected in that time, or an environment variable is wrong.
+      RunError: not all processes connected in that time, an environment variable is wrong, or JAX finds no device.
     """
     launch = find_launch()
     if launch is None:
@@ -59,6 +60,7 @@ def join() -> None:
         heartbeat_timeout_seconds=PATIENT_HEARTBEAT_SECONDS if _lifeline else HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
+    find_devices()
     devices = jax.local_devices()
     print_line(
         f"process {jax.process_index()} of {jax.process_count()} ({who()}) has "
