@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 MODULES = [
-    "averages", "chains", "contrastive", "editing", "flow", "gaussian", "grids", "guidance", "likelihood", "losses",
-    "metrics", "multistep", "predictions", "randomness", "samplers", "schedules", "types", "weightings",
+    "autoencoding", "averages", "chains", "contrastive", "editing", "flow", "gaussian", "grids", "guidance",
+    "likelihood", "losses", "metrics", "multistep", "predictions", "randomness", "samplers", "schedules", "types",
+    "weightings",
 ]  # fmt: skip
 
 
