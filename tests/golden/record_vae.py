@@ -75,8 +75,12 @@ FLUX2 = dict(resolution=16, ch=32, ch_mult=[1, 2], num_res_blocks=1, z_channels=
 
 
 def seeded(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Weights by name; the statistics of a batch normalisation have a variance above 0 and a count."""
+    """Weights by name; the statistics of a batch normalisation have a variance above 0 and a count.
+
+    What some normalisations see is so small that their epsilon counts.
+    """
     weights = seeded_weights({name: shape for name, shape in shapes.items() if not name.startswith("bn.")})
+    weights |= {name: weights[name] * np.float32(2**-9) for name in weights if "conv_in." in name or "pool.0." in name}
     for name, shape in shapes.items():
         if name.startswith("bn."):
             random = np.random.RandomState(len(name)).randn(*shape)
