@@ -86,7 +86,7 @@ def test_an_encoder_that_is_absent_leaves_zeros_in_its_place(published, whole, a
     # bigG's pooled vector is not as wide as its features; an absent one is thought to be.
     widths = {**WIDTHS, "clip_g": 18} if "clip_g" in absent else WIDTHS
     encoder, params = sd3_text.load_text(published, length=T5_LENGTH, leave_out=absent, widths=widths)
-    found, every = encode(encoder, params, PROMPTS), encode(*whole, PROMPTS)
+    found, every = encode(encoder, params, PROMPTS), encode(whole[0], whole[1], PROMPTS)
     clip_length = 77 if {"clip_l", "clip_g"} <= set(absent) else CLIP_LENGTH
     assert found.context.shape == (2, clip_length + T5_LENGTH, 40) and found.pooled.shape == (2, 30)
     kept = jnp.array([[name not in absent for name in NAMES]] * 2)

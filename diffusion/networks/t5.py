@@ -15,9 +15,11 @@ from jaxtyping import Array, Float, Int
 from diffusion.networks.layers import merged_dot_general
 
 normal = nn.initializers.normal
-Dense = partial(nn.Dense, use_bias=False, dot_general=merged_dot_general)
-RMSNorm = partial(nn.RMSNorm, epsilon=1e-6)
+# Sums leave products in float32. What is added to the residual is so not rounded first; and on CPUs XLA multiplies
+# bfloat16 natively this way alone, 2.5 times as fast and without a copy of the weights in float32.
 whole_dot_general = partial(merged_dot_general, preferred_element_type=jnp.float32)
+Dense = partial(nn.Dense, use_bias=False, dot_general=whole_dot_general)
+RMSNorm = partial(nn.RMSNorm, epsilon=1e-6)
 # How a mesh cuts the parameters, see `training.sharding`: heads and the MLP's hidden units over "tensor".
 RULES = (
     (r"block_\d+/(query|key|value|mlp_gate|mlp_1)/kernel$", (None, "tensor")),
@@ -38,22 +40,20 @@ class Block(nn.Module):
         """Returns the tokens after the block; `bias` is added to the logits of attention."""
         width, inner = x.shape[-1], self.num_heads * self.head_width
 
-        def dense(name: str, features: int, std: float, **options: Any) -> nn.Dense:
-            return Dense(features, kernel_init=normal(std), dtype=self.dtype, name=name, **options)
-
-        # What is added to the residual is not rounded to `dtype` first.
-        added = partial(dense, features=width, dot_general=whole_dot_general)
+        def dense(name: str, features: int, std: float) -> nn.Dense:
+            return Dense(features, kernel_init=normal(std), dtype=self.dtype, name=name)
 
         h = RMSNorm(dtype=self.dtype, name="norm_1")(x)
+        query = dense("query", inner, (width * self.head_width) ** -0.5)(h)
+        key, value = (dense(name, inner, width**-0.5)(h) for name in ("key", "value"))
         heads = (*x.shape[:2], self.num_heads, self.head_width)
-        query = dense("query", inner, (width * self.head_width) ** -0.5)(h).reshape(heads)
-        key, value = (dense(name, inner, width**-0.5)(h).reshape(heads) for name in ("key", "value"))
+        query, key, value = (array.astype(self.dtype).reshape(heads) for array in (query, key, value))
         # No 1 / sqrt(head_width): T5 has it in the initial weights of the query.
         h = jax.nn.dot_product_attention(query, key, value, bias, scale=1.0).reshape(*x.shape[:2], inner)
-        x = x + added("out", std=inner**-0.5)(h)
+        x = x + dense("out", width, inner**-0.5)(h)
         h = RMSNorm(dtype=self.dtype, name="norm_2")(x)
         gate, h = (dense(name, self.mlp_width, width**-0.5)(h) for name in ("mlp_gate", "mlp_1"))
-        return x + added("mlp_2", std=self.mlp_width**-0.5)(nn.gelu(gate) * h)
+        return x + dense("mlp_2", width, self.mlp_width**-0.5)(nn.gelu(gate) * h)
 
 
 class T5Encoder(nn.Module):
