@@ -4,6 +4,7 @@ A Denoise may return x_0_hat or `Denoised`; a learned variance v of the first on
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +33,25 @@ def classifier_free(conditional: Denoise, unconditional: Denoise, scale: ArrayLi
     """
     if isinstance(scale, (int, float)) and scale == 1:
         return conditional
+    return classifier_free_pair(lambda x_t, time: (conditional(x_t, time), unconditional(x_t, time)), scale)
+
+
+def classifier_free_pair(pair: Callable[[Array, Array | float], tuple[Any, Any]], scale: ArrayLike) -> Denoise:
+    """Returns `classifier_free` of a function that makes both evaluations, in one call of the network for instance.
+
+    Args:
+      pair: (x_t, time) -> what `conditional` returns, and what `unconditional` returns.
+      scale: as in `classifier_free`.
+
+    Example:
+      >>> guided = classifier_free_pair(lambda x_t, time: (0.5 * x_t, 0.25 * x_t), 3.0)
+      >>> print(guided(jnp.ones((1, 2)), 0.0))
+      [[1. 1.]]
+    """
 
     def denoise(x_t: Array, time: Array | float) -> Array | Denoised:
-        output, other = denoised(conditional(x_t, time)), denoised(unconditional(x_t, time)).x_0_hat
-        x_0_hat = output.x_0_hat
+        output, other = map(denoised, pair(x_t, time))
+        x_0_hat, other = output.x_0_hat, other.x_0_hat
         scales = per_example(jnp.asarray(scale, x_0_hat.dtype), x_0_hat)
         guided = jnp.where(scales == 1, x_0_hat, other + scales * (x_0_hat - other))
         return Denoised(guided, output.v).plain()

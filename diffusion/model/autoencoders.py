@@ -12,6 +12,7 @@ from diffusion.model.choices import fields_of
 from diffusion.networks.tiny_vae import TinyAutoencoder
 from diffusion.networks.vae import Autoencoder, fold, unfold
 from diffusion.pretrained.autoencoders import load_autoencoder
+from diffusion.pretrained.vae import PublishedAutoencoder
 
 NETWORKS = {"vae": Autoencoder, "tiny": TinyAutoencoder}
 
@@ -85,11 +86,27 @@ def describe(module: Any, patch: int) -> Codec:
     return Codec(module, patch, {"name": name, "fields": fields, "patch": patch})
 
 
-def open_autoencoder(folder: str | Path) -> Trained:
+def open_autoencoder(folder: str | Path, patch: int = 0) -> Trained:
     """Returns the autoencoder in a folder: a published one's, a pipeline's.
 
+    Args:
+      folder: of one of those.
+      patch: side of the patches that become channels; 0: the published one.
+
     Raises:
-      ValueError: there is none, or it cannot be read.
+      ValueError: there is none, it cannot be read, or its shift and scale differ within a patch.
     """
-    found = load_autoencoder(Path(folder).expanduser())
-    return Trained(describe(found.module, found.patch), found.params, found.shift, found.scale)
+    return of_published(load_autoencoder(Path(folder).expanduser()), patch)
+
+
+def of_published(found: PublishedAutoencoder, patch: int = 0) -> Trained:
+    """Returns a published autoencoder as `open_autoencoder` does."""
+    shift, scale = found.shift, found.scale
+    if patch and patch != found.patch:
+        channels = found.module.latent_channels
+        for numbers in (shift, scale):
+            if not (numbers.reshape(channels, -1) == numbers.reshape(channels, -1)[:, :1]).all():
+                raise ValueError(f"space.patch={patch}: these latents are normalised in patches of {found.patch}: use 0")
+        shift, scale = (np.repeat(x.reshape(channels, -1)[:, 0], patch**2) for x in (shift, scale))
+    params = {"params": found.params["params"]}
+    return Trained(describe(found.module, patch or found.patch), params, shift, scale)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from diffusion.data.batches import batch_indices, make_batches
 from diffusion.data.sources import Source
-from diffusion.model import prompts
+from diffusion.model import prompts, sd3_text
 from diffusion.model.choices import pick
 from diffusion.model.condition import Condition, Facts, classes, nothing
 from diffusion.model.config import Config, check_ranges, dtype_of, round_up
@@ -27,7 +27,13 @@ from diffusion.training import Experiment, run_key, state_shardings
 NETWORKS = {"unet": UNet, "mmdit": MMDiT}
 RULES = {"unet": unet.RULES, "mmdit": mmdit.RULES}  # how a mesh cuts their parameters
 LARGEST_TERMINAL_SIGNAL = 1e-3  # alpha_bar_T; DDPM's own is 4e-5
-CONDITIONS = {"nothing": nothing, "classes": classes, "words": prompts.words, "clip": prompts.clip_text}
+CONDITIONS = {
+    "nothing": nothing,
+    "classes": classes,
+    "words": prompts.words,
+    "clip": prompts.clip_text,
+    "sd3": sd3_text.sd3_text,
+}
 
 
 def make_model(

@@ -98,7 +98,7 @@ def make_measure(model: Model, config: Config, num_terms: int, num_steps: int) -
 
     @jax.jit
     def measure(params: Any, image: jax.Array, rows: jax.Array, index: jax.Array) -> dict[str, jax.Array]:
-        x_0 = model.space.encode(None, image)
+        x_0 = model.space.encode(None, image, None)
         keys = {
             name: jax.vmap(lambda i, name=name: run_key(0, name, i))(index) for name in ("bound", "dequantize", "ode")
         }

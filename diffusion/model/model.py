@@ -6,6 +6,7 @@ arguments alone, and a checkpoint is the whole experiment.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from diffusion.model.sampling import Sampling
 from diffusion.model.space import Space
 from diffusion.samplers import Denoise
 from diffusion.training import Loss, Mean, batch_sharding, run_key
+from diffusion.types import denoised
 
 
 SPACE_KEY = 2  # folded into init's key; its splits 0 and 1 are taken
@@ -161,6 +163,14 @@ def guided(model: Model, sampling: Sampling, params: Any, rows: Any, away: Any) 
     Raises:
       ValueError: guidance of a model that has no condition.
     """
+    check_guidance(model, sampling)
+    text = parts(model, params).text
+    told, fro = (model.condition.of_request(text, x) for x in (rows, away))
+    return steered(model, sampling, params, told, fro)
+
+
+def check_guidance(model: Model, sampling: Sampling) -> None:
+    """Raises ValueError where a model that has no condition, or cannot do without, is to be guided."""
     if sampling.scale != 1.0 and model.condition.kind == "nothing":
         raise ValueError(
             f"sampling.guidance={sampling.scale:g} needs a condition to be guided to: train with "
@@ -170,9 +180,31 @@ def guided(model: Model, sampling: Sampling, params: Any, rows: Any, away: Any) 
         raise ValueError(
             f"sampling.guidance={sampling.scale:g} needs an embedding of no class, and this model has none: use 1"
         )
-    text = parts(model, params).text
-    to, fro = (make_denoise(model, params, model.condition.of_request(text, x)) for x in (rows, away))
-    return sampling.guide(to, fro)
+
+
+def steered(model: Model, sampling: Sampling, params: Any, told: Told, fro: Told) -> Denoise:
+    """Returns the guided denoiser of what the network is told, and of what it is led away from.
+
+    Both evaluations are one call of the network on twice the images, each beside its own: on a mesh they are on the
+    same device.
+    """
+    conditional = make_denoise(model, params, told)
+    if sampling.scale == 1.0:
+        return sampling.threshold(conditional)
+    both = make_denoise(model, params, jax.tree.map(beside, told, fro))
+
+    def pair(x_t: jax.Array, time: jax.Array) -> tuple[Any, Any]:
+        times = jnp.repeat(time, 2) if jnp.ndim(time) else time
+        output = denoised(both(beside(x_t, x_t), times))
+        halves = (jax.tree.map(lambda x, i=i: x[i::2], output) for i in range(2))
+        return tuple(half.plain() for half in halves)
+
+    return sampling.guide(conditional, pair)
+
+
+def beside(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns x_1, y_1, x_2, y_2, ... along the first axis."""
+    return jnp.stack([x, y], axis=1).reshape(-1, *x.shape[1:])
 
 
 def draw_noise(model: Model, seed: Any, index: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -196,7 +228,8 @@ def make_generate(
     """Returns generate(params, rows, away, seed, index int32[B], *images) -> (uint8 [B, ...], finite bool[B]).
 
     It is jitted and spread over the mesh, which has to divide B. Image number i is a pure function of (params, its row,
-    seed, i), whatever batch it is made in. `finite` is False where x_0 held NaN or infinity.
+    seed, i), whatever batch it is made in. `finite` is False where x_0 held NaN or infinity. In a space with parameters
+    of its own, text encoder, sampler and decoder are programs of their own: their temporary memory is not added up.
 
     Args:
       model: with `sampling`, what draws.
@@ -204,13 +237,36 @@ def make_generate(
       mesh: the devices.
       use: what is made of the noise and of `images`, uint8.
     """
+    check_guidance(model, sampling)
+    apart = model.space.init is not None
+
+    def stage(function: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.jit(function, out_shardings=batch_sharding(mesh)) if apart else function
+
+    tell = stage(model.condition.of_request)
+    encode = stage(lambda params, image, key: model.space.encode(params, image, key))
+    noise = stage(partial(draw_noise, model))
+
+    @stage
+    def run(network: Any, told: Told, fro: Told, keys: jax.Array, eps: jax.Array, *begun: jax.Array) -> jax.Array:
+        denoise = steered(model, sampling, network, told, fro)
+        return use(sampling.sampler, denoise, sampling.grid, keys, eps, *begun)
+
+    @stage
+    def show(params: Any, x_0: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return model.space.decode(params, x_0), jnp.isfinite(x_0).all(axis=range(1, x_0.ndim))
 
     def generate(params: Any, rows: Any, away: Any, seed: Any, index: Any, *images: Any) -> tuple[jax.Array, jax.Array]:
-        keys, eps = draw_noise(model, seed, index)
-        denoise = guided(model, sampling, params, rows, away)
-        of_space = parts(model, params).space
-        begun = (model.space.encode(of_space, image) for image in images)
-        x_0 = use(sampling.sampler, denoise, sampling.grid, keys, eps, *begun)
-        return model.space.decode(of_space, x_0), jnp.isfinite(x_0).all(axis=range(1, x_0.ndim))
+        of_text, of_space = parts(model, params)[1:]
+        told, fro = tell(of_text, rows), tell(of_text, away)
+        keys, eps = noise(seed, index)
+        begun = (encode(of_space, image, keys) for image in images)
+        x_0 = run(network_alone(model, params), told, fro, keys, eps, *begun)
+        return show(of_space, x_0)
 
-    return jax.jit(generate, out_shardings=batch_sharding(mesh))
+    return generate if apart else jax.jit(generate, out_shardings=batch_sharding(mesh))
+
+
+def network_alone(model: Model, params: Any) -> Any:
+    """Returns the parameters without those of condition and space: all that `steered` reads."""
+    return params if parts(model, params).network is params else {"network": params["network"]}

@@ -96,9 +96,11 @@ class Sampling(NamedTuple):
     interval: tuple[float, float] | None
     threshold: Callable[[Denoise], Denoise]
 
-    def guide(self, conditional: Denoise, unconditional: Denoise) -> Denoise:
-        """Returns `conditional` led away from `unconditional`, with its x_0_hat bounded."""
-        denoise = guidance.classifier_free(conditional, unconditional, self.scale)
+    def guide(self, conditional: Denoise, pair: Callable[..., Any]) -> Denoise:
+        """Returns `conditional` guided, with its x_0_hat bounded; `pair` is that of `classifier_free_pair`."""
+        if self.scale == 1.0:
+            return self.threshold(conditional)
+        denoise = guidance.classifier_free_pair(pair, self.scale)
         if self.interval:
             denoise = guidance.limited_interval(denoise, conditional, *self.interval)
         return self.threshold(denoise)

@@ -14,6 +14,7 @@ from diffusion.data.precomputed import precomputed
 from diffusion.data.sources import Source
 from diffusion.files import cache_folder
 from diffusion.model.autoencoders import Trained, open_autoencoder, restore
+from diffusion.randomness import fold_in, normal_like
 from diffusion.training import digest
 
 MOMENTS_KEY = 4  # folded into the loss's key; its splits 0 to 3 are taken
@@ -25,7 +26,7 @@ class Space(NamedTuple):
     Attributes:
       image_shape: (height, width, channels) of images.
       shape: of one x_0.
-      encode: (params, uint8 images [B, *image_shape]) -> x_0 [B, *shape]; deterministic.
+      encode: (params, uint8 images [B, *image_shape], keys [B] or None) -> x_0 [B, *shape].
       decode: (params, x_0 [..., *shape]) -> uint8 images.
       of_batch: (params, batch, key of the loss) -> x_0 of training examples.
       mask: bool[height, width, 1] of an image -> the same of an x_0.
@@ -37,7 +38,7 @@ class Space(NamedTuple):
 
     image_shape: tuple[int, int, int]
     shape: tuple[int, ...]
-    encode: Callable[[Any, jax.Array], jax.Array]
+    encode: Callable[[Any, jax.Array, Any], jax.Array]
     decode: Callable[[Any, jax.Array], jax.Array]
     of_batch: Callable[[Any, dict[str, jax.Array], jax.Array], jax.Array]
     mask: Callable[[np.ndarray], np.ndarray] = lambda known: known
@@ -53,7 +54,7 @@ def pixels(image_shape: tuple[int, int, int], stored: Mapping[str, Any] | None) 
     return Space(
         image_shape,
         image_shape,
-        lambda params, images: to_float(images),
+        lambda params, images, keys: to_float(images),
         lambda params, x_0: to_uint8(x_0),
         lambda params, batch, key: to_float(batch["image"]),
     )
@@ -67,6 +68,7 @@ def latents(
     sample: bool = False,
     precomputed: bool = True,
     fitted: bool = False,
+    patch: int = 0,
 ) -> Space:
     """Returns the space of an autoencoder's latents z: x_0 = (z - shift) * scale, per channel.
 
@@ -77,10 +79,11 @@ def latents(
       stored: `Space.description` in the run's checkpoint; None where a run starts.
       folder: of a published autoencoder or pipeline, or work folder of experiments.autoencoder, from which a run that
         starts takes it.
-      sample: training draws z from the encoder's distribution, as latent diffusion does; else z is its mode.
+      sample: z is drawn from the encoder's distribution, as in latent diffusion; else it is the mode.
       precomputed: latents of all images are made once, before training.
       fitted: shift and scale are mean and 1 / standard deviation over the training images, not the published ones;
         needs `precomputed`.
+      patch: side of the patches of z that are folded into channels; 0: as the autoencoder was published.
 
     Raises:
       ValueError: no folder is named, images that the autoencoder's cells do not divide, or of other channels.
@@ -95,7 +98,7 @@ def latents(
             raise ValueError(
                 "space.name=latents encodes with a trained autoencoder: name its folder, --config.space.folder=DIR"
             )
-        found = open_autoencoder(folder)
+        found = open_autoencoder(folder, patch)
     codec = found.codec if found else restore(stored or {})
     height, width, channels = image_shape
     cell = codec.cell
@@ -109,8 +112,9 @@ def latents(
     def normal(params: Any, z: jax.Array) -> jax.Array:
         return (z.astype(jnp.float32) - params["shift"]) * params["scale"]
 
-    def encode(params: Any, images: jax.Array) -> jax.Array:
-        return normal(params, codec.encode(params["autoencoder"], to_float(images))[0])
+    def encode(params: Any, images: jax.Array, keys: Any) -> jax.Array:
+        mean, std = codec.encode(params["autoencoder"], to_float(images))
+        return normal(params, mean + std * normal_like(fold_in(keys, MOMENTS_KEY), mean) if sample else mean)
 
     def decode(params: Any, x_0: jax.Array) -> jax.Array:
         z = (x_0 / params["scale"] + params["shift"]).reshape(-1, *x_0.shape[-3:])
@@ -130,7 +134,7 @@ def latents(
 
     def mask(known: np.ndarray) -> np.ndarray:
         cells = known.reshape(height // cell, cell, width // cell, cell, -1)
-        return cells.all(axis=(1, 3))  # a cell of which a part is to be drawn is drawn
+        return np.asarray(cells.all(axis=(1, 3)))  # a cell of which a part is to be drawn is drawn
 
     def init(key: jax.Array) -> Any:
         if found is None:  # a checkpoint's: only shapes are needed

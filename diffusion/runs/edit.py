@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from diffusion import editing
-from diffusion.model.model import draw_noise, make_denoise, parts
+from diffusion.model.model import draw_noise, parts, steered
 from diffusion.model.sampling import make_sampling
 from diffusion.runs.call import TEST, Call
 from diffusion.runs.draw import draw, refuse_not_finite, warn_of_negative
@@ -91,12 +91,12 @@ def interpolate_prompts(call: Call, run: Run, out: Path) -> None:
         ends = model.condition.of_request(parts(model, params).text, ids)
         first, last, negative = (jax.tree.map(lambda x, i=i: x[i], ends) for i in range(3))
 
-        def denoise_of(told: Any) -> Any:
-            return make_denoise(model, params, jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), told))
+        def all_of(told: Any) -> Any:
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), told)
 
         def decode(share: jax.Array) -> jax.Array:
             told = jax.tree.map(lambda a, b: (1 - share) * a + share * b, first, last)
-            denoise = sampling.guide(denoise_of(told), denoise_of(negative))
+            denoise = steered(model, sampling, params, all_of(told), all_of(negative))
             return sampling.sampler(denoise, sampling.grid.noise[0] * eps, sampling.grid, keys)
 
         return jax.lax.map(decode, jnp.asarray(SHARES, eps.dtype)).swapaxes(0, 1)
