@@ -35,7 +35,7 @@ def sample(posterior: Posterior, key: jax.Array) -> Float[Array, "B h w c"]:
     return posterior.mean + jnp.exp(posterior.log_variance / 2) * normal_like(key, posterior.mean)
 
 
-def fold(z: Float[Array | np.ndarray, "B H W C"], patch: int) -> Float[Array | np.ndarray, "B h w c"]:
+def fold(z: Float[Array | np.ndarray, "B H W C"], patch: int) -> Float[Array, "B h w c"]:
     """Returns patches of `patch` x `patch` pixels as channels, in the order (channel, row, column), as FLUX.2 does.
 
     Raises:
@@ -48,11 +48,11 @@ def fold(z: Float[Array | np.ndarray, "B H W C"], patch: int) -> Float[Array | n
     batch, height, width, channels = z.shape
     if height % patch or width % patch:
         raise ValueError(f"latents of {height}x{width} are not whole patches of {patch}x{patch}")
-    z = z.reshape(batch, height // patch, patch, width // patch, patch, channels).transpose(0, 1, 3, 5, 2, 4)
+    z = jnp.reshape(z, (batch, height // patch, patch, width // patch, patch, channels)).transpose(0, 1, 3, 5, 2, 4)
     return z.reshape(batch, height // patch, width // patch, channels * patch**2)
 
 
-def unfold(x: Float[Array | np.ndarray, "B h w c"], patch: int) -> Float[Array | np.ndarray, "B H W C"]:
+def unfold(x: Float[Array | np.ndarray, "B h w c"], patch: int) -> Float[Array, "B H W C"]:
     """Returns what `fold` was given.
 
     Example:
@@ -61,7 +61,7 @@ def unfold(x: Float[Array | np.ndarray, "B h w c"], patch: int) -> Float[Array |
         [2. 3.]]]
     """
     batch, height, width, channels = x.shape
-    x = x.reshape(batch, height, width, channels // patch**2, patch, patch).transpose(0, 1, 4, 2, 5, 3)
+    x = jnp.reshape(x, (batch, height, width, channels // patch**2, patch, patch)).transpose(0, 1, 4, 2, 5, 3)
     return x.reshape(batch, height * patch, width * patch, channels // patch**2)
 
 
