@@ -48,7 +48,8 @@ def fold(z: Float[Array | np.ndarray, "B H W C"], patch: int) -> Float[Array, "B
     batch, height, width, channels = z.shape
     if height % patch or width % patch:
         raise ValueError(f"latents of {height}x{width} are not whole patches of {patch}x{patch}")
-    z = jnp.reshape(z, (batch, height // patch, patch, width // patch, patch, channels)).transpose(0, 1, 3, 5, 2, 4)
+    z = jnp.asarray(z).reshape(batch, height // patch, patch, width // patch, patch, channels)
+    z = z.transpose(0, 1, 3, 5, 2, 4)
     return z.reshape(batch, height // patch, width // patch, channels * patch**2)
 
 
@@ -61,7 +62,8 @@ def unfold(x: Float[Array | np.ndarray, "B h w c"], patch: int) -> Float[Array, 
         [2. 3.]]]
     """
     batch, height, width, channels = x.shape
-    x = jnp.reshape(x, (batch, height, width, channels // patch**2, patch, patch)).transpose(0, 1, 4, 2, 5, 3)
+    x = jnp.asarray(x).reshape(batch, height, width, channels // patch**2, patch, patch)
+    x = x.transpose(0, 1, 4, 2, 5, 3)
     return x.reshape(batch, height * patch, width * patch, channels // patch**2)
 
 
