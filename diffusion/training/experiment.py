@@ -15,8 +15,6 @@ Params = Any  # a pytree of arrays
 Batch = dict[str, Any]  # named arrays, [B, ...]
 # (regular expression on an array's path, mesh axis or None per axis of the array), see `sharding.partition`.
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
-# (regular expression on an array's path, mesh axis or None per axis of the array), see `sharding.partition`.
-Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 
 class Mean(NamedTuple):
@@ -47,7 +45,6 @@ class Experiment(NamedTuple):
       frozen: names of the top-level groups of params that keep the values of `init`: no gradient, no moments, and not
         in the averages.
       rules: how the parameters are cut over the mesh beside the trainer's own cut over "fsdp".
-      rules: how the parameters are cut over the mesh beside the trainer's own cut over "fsdp".
     """
 
     init: Callable[[jax.Array], Params]
@@ -58,7 +55,6 @@ class Experiment(NamedTuple):
     batch_size: int
     preview: Callable[[Params], jax.Array] | None = None
     frozen: tuple[str, ...] = ()
-    rules: Rules = ()
     rules: Rules = ()
 
 
