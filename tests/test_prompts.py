@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import CONFIGS, make_call
+from absl.flags import FlagValues
+from helpers import CONFIGS
 
 from diffusion import predictions
 from diffusion.data import scenes, text
@@ -21,7 +22,9 @@ from diffusion.model.fields import change, load
 from diffusion.model.model import Model, guided, init, make_denoise
 from diffusion.model.sampling import make_sampling
 from diffusion.networks.unet import UNet
+from diffusion.runs.call import Call
 from diffusion.runs.draw import Painter, draw
+from diffusion.runs.modes import define_flags
 from diffusion.runs.sample import read_prompts
 from diffusion.training import RunError, make_mesh
 from experiments.scenes import TASK, VOCABULARY
@@ -339,7 +342,11 @@ def test_the_network_refuses_another_encoder(parts, clip_parts, params):
 def test_prompts_are_read_from_flags_and_file(tmp_path, caplog):
     def read(path, prompt=(), examples=()):
         flags = [f"--prompt={one}" for one in prompt] + ([f"--prompts={path}"] if path else [])
-        return read_prompts(make_call(TASK, "scenes", tmp_path / "run", *flags), examples)
+        values = FlagValues()
+        define_flags(values)
+        values(["", *flags])
+        config = load("scenes", CONFIGS)[0]
+        return read_prompts(Call(TASK, config, tmp_path, make_mesh(), values, None), examples)
 
     file = tmp_path / "prompts.txt"
     file.write_text("a red two\n\n a blue four \n")

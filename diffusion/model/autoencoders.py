@@ -106,7 +106,9 @@ def of_published(found: PublishedAutoencoder, patch: int = 0) -> Trained:
         channels = found.module.latent_channels
         for numbers in (shift, scale):
             if not (numbers.reshape(channels, -1) == numbers.reshape(channels, -1)[:, :1]).all():
-                raise ValueError(f"space.patch={patch}: these latents are normalised in patches of {found.patch}: use 0")
+                raise ValueError(
+                    f"space.patch={patch}: these latents are normalised in patches of {found.patch}: use 0"
+                )
         shift, scale = (np.repeat(x.reshape(channels, -1)[:, 0], patch**2) for x in (shift, scale))
     params = {"params": found.params["params"]}
     return Trained(describe(found.module, patch or found.patch), params, shift, scale)

@@ -1,7 +1,9 @@
-"""MM-DiT weights <-> diffusers' `SD3Transformer2DModel` (Stable Diffusion 3 and 3.5), arrays by name."""
+"""The MM-DiT <-> diffusers' `SD3Transformer2DModel` (Stable Diffusion 3 and 3.5): folders, and arrays by name."""
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.networks.mmdit import MMDiT, position_table
+from diffusion.pretrained.config_fields import check_counts, read_fields
+from diffusion.pretrained.folder import read_json, read_weights, resolve, write_json, write_weights
+from diffusion.pretrained.identify import identify
 from diffusion.pretrained.strict import check_keys, without_memory
 
 # Our modules -> diffusers'. Theirs has three layers where ours, "qkv", has one.
@@ -43,6 +48,23 @@ _MODULES = {
 # A table computed by a formula and stored with the weights. Files of 16 bits round it by up to 2^-9.
 _TABLE = "pos_embed.pos_embed"
 _TABLE_TOLERANCE = 2**-8
+_CLASS = "SD3Transformer2DModel"
+# The fields of that class, and what holds where a config is silent.
+_FIELDS: dict[str, Any] = dict(
+    sample_size=128,
+    patch_size=2,
+    in_channels=16,
+    num_layers=18,
+    attention_head_dim=64,
+    num_attention_heads=18,
+    joint_attention_dim=4096,
+    caption_projection_dim=1152,
+    pooled_projection_dim=2048,
+    out_channels=16,
+    pos_embed_max_size=96,
+    dual_attention_layers=(),
+    qk_norm=None,
+)
 
 
 def shapes(network: MMDiT) -> dict[str, Any]:
@@ -68,8 +90,16 @@ def to_diffusers(network: MMDiT, params: Mapping[str, Any]) -> dict[str, np.ndar
     return weights
 
 
-def from_diffusers(network: MMDiT, weights: Mapping[str, Any]) -> dict[str, Any]:
+def from_diffusers(
+    network: MMDiT, weights: Mapping[str, Any], put: Callable[[Any, np.ndarray], Any] | None = None
+) -> dict[str, Any]:
     """Returns diffusers' weights as parameters of `network`, in the dtypes they are read in.
+
+    Args:
+      network: what they are for.
+      weights: arrays by name, read one by one.
+      put: (path, array) -> what is kept of it: an array on a device, so that the whole is never on the host; None:
+        the array.
 
     Raises:
       ValueError: a key is missing or left over, a shape differs, or the position table is another one.
@@ -83,11 +113,98 @@ def from_diffusers(network: MMDiT, weights: Mapping[str, Any]) -> dict[str, Any]
             "sample_size / patch_size"
         )
 
-    def take(path: Any, leaf: Any) -> np.ndarray:
+    def take(path: Any, leaf: Any) -> Any:
         parts = [_from_torch(path, np.asarray(weights[name])) for name in _names(path)]
-        return (parts[0] if len(parts) == 1 else np.stack(parts, axis=-2)).reshape(leaf.shape)
+        array = (parts[0] if len(parts) == 1 else np.stack(parts, axis=-2)).reshape(leaf.shape)
+        return array if put is None else put(path, array)
 
     return jax.tree_util.tree_map_with_path(take, like)
+
+
+def load_mmdit(
+    folder: str | os.PathLike,
+    dtype: Any = jnp.float32,
+    *,
+    weights_dtype: Any = np.float32,
+    variant: str | None = None,
+    put: Callable[[Any, np.ndarray], Any] | None = None,
+) -> tuple[MMDiT, dict[str, Any]]:
+    """Returns the network of a published `SD3Transformer2DModel` and its parameters.
+
+    Args:
+      folder: of it.
+      dtype: what the network computes in.
+      weights_dtype: what weights are converted to; None: as they are stored.
+      variant: see `folder.read_weights`.
+      put: see `from_diffusers`.
+
+    Raises:
+      ValueError: a file is missing, it is another kind of model (which is named), or weights do not fit the config.
+    """
+    network = read_network(folder, dtype)
+    weights = read_weights(folder, variant=variant, dtype=weights_dtype)
+    return network, {"params": from_diffusers(network, weights, put)}
+
+
+def read_network(folder: str | os.PathLike, dtype: Any = jnp.float32) -> MMDiT:
+    """Returns the network that a folder's config.json describes; raises ValueError as `load_mmdit`."""
+    folder = resolve(folder)
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"cannot read {path}: {folder} is {identify(folder)}; needed is that of a {_CLASS}")
+    try:
+        fields = read_fields(read_json(path), _CLASS, _FIELDS, {"qk_norm": (None, "rms_norm")})
+        names = [name for name in _FIELDS if name not in ("dual_attention_layers", "qk_norm", "out_channels")]
+        check_counts({name: fields[name] for name in names})
+        width = fields["num_attention_heads"] * fields["attention_head_dim"]
+        dual = list(fields["dual_attention_layers"])
+        if dual != list(range(len(dual))) or len(dual) > fields["num_layers"]:
+            raise ValueError(f"dual_attention_layers={dual}: ours are the first blocks, 0, 1, ...")
+        if fields["sample_size"] % fields["patch_size"]:
+            raise ValueError("patch_size does not divide sample_size")
+        for name, needed in (("caption_projection_dim", width), ("out_channels", fields["in_channels"])):
+            if (fields[name] or needed) != needed:
+                raise ValueError(f"{name} is {fields[name]}: ours is {needed} in such a network")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return MMDiT(
+        width=width,
+        depth=fields["num_layers"],
+        num_heads=fields["num_attention_heads"],
+        patch=fields["patch_size"],
+        out_channels=fields["in_channels"],
+        context_width=fields["joint_attention_dim"],
+        pooled_width=fields["pooled_projection_dim"],
+        table_size=fields["pos_embed_max_size"],
+        base_size=fields["sample_size"] // fields["patch_size"],
+        qk_norm=fields["qk_norm"] is not None,
+        dual_attention=len(dual),
+        dtype=dtype,
+    )
+
+
+def write_mmdit(folder: Path, network: MMDiT, params: Mapping[str, Any]) -> None:
+    """Writes config.json and the weights, in the dtypes of `params`, into a folder that is there."""
+    config = dict(
+        _class_name=_CLASS,
+        sample_size=network.base_size * network.patch,
+        patch_size=network.patch,
+        in_channels=network.out_channels,
+        out_channels=network.out_channels,
+        num_layers=network.depth,
+        attention_head_dim=network.width // network.num_heads,
+        num_attention_heads=network.num_heads,
+        joint_attention_dim=network.context_width,
+        caption_projection_dim=network.width,
+        pooled_projection_dim=network.pooled_width,
+        pos_embed_max_size=network.table_size,
+        dual_attention_layers=list(range(network.dual_attention)),
+        qk_norm="rms_norm" if network.qk_norm else None,
+    )
+    write_json(folder / "config.json", config)
+    weights = to_diffusers(network, params["params"])
+    weights[_TABLE] = weights[_TABLE].astype(weights["pos_embed.proj.weight"].dtype)
+    write_weights(folder / "diffusion_pytorch_model.safetensors", weights)
 
 
 def _names(path: Any) -> list[str]:
