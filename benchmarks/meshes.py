@@ -32,7 +32,7 @@ from diffusion.model.model import Model, make_generate
 from diffusion.model.sampling import make_sampling
 from diffusion.networks.mmdit import MMDiT
 from diffusion.runs.call import words_of_captions
-from diffusion.training import abstract_train_state, init_state, make_mesh, place_batch
+from diffusion.training import abstract_train_state, init_state, make_mesh, on_mesh, place_batch
 from diffusion.training.loop import make_step
 
 NUM_DEVICES = 8
@@ -95,7 +95,8 @@ def run_on(mesh: Mesh, tiny: Tiny, num_steps: int) -> Found:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
     init = lambda: init_state(experiment, settings.seed, shapes, settings.ema_profiles)  # noqa: E731
     state = jax.jit(init, out_shardings=shardings)()
-    step = jax.jit(make_step(experiment, settings), donate_argnums=0, out_shardings=(shardings, None))
+    step = on_mesh(mesh, make_step(experiment, settings))
+    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     step = step.lower(state, batch).compile()
     losses = []
     for _ in range(num_steps):

@@ -15,7 +15,7 @@ from test_training import WIDE, init_width, make_experiment, settings
 
 from benchmarks import meshes
 from diffusion.networks import clip, mmdit, unet
-from diffusion.training import RunError, batch_sharding, make_mesh, sharding, train
+from diffusion.training import RunError, batch_sharding, make_mesh, on_mesh, sharding, train
 from diffusion.training.dry_run import dry_run
 from diffusion.training.sharding import mesh_sizes, partition, state_shardings
 from experiments import digits
@@ -149,6 +149,29 @@ def test_a_dry_run_reports_the_mesh_and_what_each_device_holds(tmp_path):
     (row,) = [" ".join(line.split()) for line in found.lines if "params" in line and "split" in line]
     size = 4 * 8 * WIDE / 4 / 1e6
     assert row == f"params 1 arrays split along axis 0 over fsdp, axis 1 over tensor {size:.1f} MB per device"
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_fsdp_gathers_weights_and_never_the_images_of_a_batch(scan):
+    network = mmdit.MMDiT(
+        width=64, depth=3, num_heads=2, out_channels=3, context_width=8, pooled_width=8, table_size=8, base_size=8
+    ).clone(scan=scan)
+    mesh = make_mesh(spec="fsdp:8")
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh))
+
+    inputs = dict(x_t=array(16, 16, 16, 3), time=array(16), context=array(16, 12, 8), pooled=array(16, 8))
+    params = jax.eval_shape(network.init, jax.random.key(0), **inputs)
+    placed = state_shardings(mesh, params, mmdit.RULES)
+    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, placed)
+    apply = on_mesh(mesh, lambda params, inputs: network.apply(params, **inputs))
+    program = jax.jit(apply, out_shardings=batch_sharding(mesh)).lower(params, inputs).compile().as_text() or ""
+    gathered = [tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]\S* all-gather\(", program)]
+    assert (64, 256) in gathered and (256, 64) in gathered
+    tokens = 16 * 8 * 8
+    assert not [shape for shape in gathered if tokens in shape or (shape[0] == 16 and len(shape) > 2)]
+    assert not re.search(rf"f32\[{tokens},\S* all-reduce\(", program)
 
 
 @pytest.fixture

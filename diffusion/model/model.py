@@ -19,9 +19,8 @@ from diffusion.model.processes import Process
 from diffusion.model.sampling import Sampling
 from diffusion.model.space import Space
 from diffusion.samplers import Denoise
-from diffusion.training import Loss, Mean, batch_sharding, run_key
+from diffusion.training import Loss, Mean, batch_sharding, on_mesh, run_key
 from diffusion.types import denoised
-
 
 SPACE_KEY = 2  # folded into init's key; its splits 0 and 1 are taken
 
@@ -241,7 +240,7 @@ def make_generate(
     apart = model.space.init is not None
 
     def stage(function: Callable[..., Any]) -> Callable[..., Any]:
-        return jax.jit(function, out_shardings=batch_sharding(mesh)) if apart else function
+        return jax.jit(on_mesh(mesh, function), out_shardings=batch_sharding(mesh)) if apart else function
 
     tell = stage(model.condition.of_request)
     encode = stage(lambda params, image, key: model.space.encode(params, image, key))
@@ -264,7 +263,7 @@ def make_generate(
         x_0 = run(network_alone(model, params), told, fro, keys, eps, *begun)
         return show(of_space, x_0)
 
-    return generate if apart else jax.jit(generate, out_shardings=batch_sharding(mesh))
+    return generate if apart else jax.jit(on_mesh(mesh, generate), out_shardings=batch_sharding(mesh))
 
 
 def network_alone(model: Model, params: Any) -> Any:

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 # Weights of the released DDPM code. Its "zero" layers have scale 1e-10; here they are exactly zero.
@@ -220,3 +221,16 @@ def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     """Returns x at half its height and width (both even), every pixel the mean of four."""
     batch, height, width, channels = x.shape
     return jnp.mean(x.reshape(batch, height // 2, 2, width // 2, 2, channels), axis=(2, 4))
+
+
+def cut_along_batch(x: Float[Array, "B *shape"]) -> Float[Array, "B *shape"]:
+    """Returns x, cut along its first axis over the mesh's "data" and "fsdp" where a mesh that has "fsdp" is known.
+
+    Weights that are cut over "fsdp" are then gathered where they are used. Left alone, the compiler may as well gather
+    the batch, above all inside a loop.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    if sizes.get("fsdp", 1) == 1:
+        return x
+    free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp"), *free))

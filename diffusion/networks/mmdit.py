@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diffusion.networks.layers import merged_dot_general
+from diffusion.networks.layers import cut_along_batch, merged_dot_general
 
 xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros_init()
@@ -185,7 +185,7 @@ class MMDiT(nn.Module):
                 streams = self._scanned(kind, streams, conditioning)
             else:
                 for i in kind:
-                    streams = self._block(i, name=f"block_{i}")(*streams, conditioning)
+                    streams = self._block(i, name=f"block_{i}")(*map(cut_along_batch, streams), conditioning)
         image, _ = streams
 
         modulation = dense(2 * self.width, "modulation_out", kernel_init=zeros)(conditioning)[:, None]
@@ -221,7 +221,7 @@ class MMDiT(nn.Module):
         own = [self.variables["params"][f"block_{i}"] for i in kind]
 
         def step(streams: tuple[Tokens, Tokens], params: Any) -> tuple[Any, None]:
-            return block.apply({"params": params}, *streams, conditioning), None
+            return block.apply({"params": params}, *map(cut_along_batch, streams), conditioning), None
 
         return jax.lax.scan(step, streams, jax.tree.map(lambda *leaves: jnp.stack(leaves), *own))[0]
 

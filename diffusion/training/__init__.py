@@ -16,7 +16,7 @@ from diffusion.training.experiment import (
 )
 from diffusion.training.loop import abstract_train_state, train
 from diffusion.training.settings import Settings
-from diffusion.training.sharding import batch_sharding, make_mesh, place_batch, state_shardings
+from diffusion.training.sharding import batch_sharding, make_mesh, on_mesh, place_batch, state_shardings
 from diffusion.training.step import make_train_step
 from diffusion.training.weights import check_finite, digest
 
@@ -38,6 +38,7 @@ __all__ = [
     "init_state",
     "make_mesh",
     "make_train_step",
+    "on_mesh",
     "place_batch",
     "processes",
     "run_key",

@@ -16,7 +16,7 @@ from diffusion.training.experiment import Experiment, TrainState, init_state, ru
 from diffusion.training.health import describe
 from diffusion.training.loop import abstract_train_state, make_step
 from diffusion.training.settings import Settings, check_settings
-from diffusion.training.sharding import batch_sharding, describe_mesh, place_batch
+from diffusion.training.sharding import batch_sharding, describe_mesh, on_mesh, place_batch
 from diffusion.training.step import parameter_groups
 
 # A file by which the driver of an accelerator shows, and the extra with which JAX uses it.
@@ -67,7 +67,8 @@ def dry_run(experiment: Experiment, settings: Settings, *, mesh: Mesh, num_examp
     state = jax.jit(init, out_shardings=shardings)()
     alike = same_noise(experiment, state, rows, mesh)
     begun = time.perf_counter()
-    step = jax.jit(make_step(experiment, settings), donate_argnums=0, out_shardings=(shardings, None))
+    step = on_mesh(mesh, make_step(experiment, settings))
+    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     step = step.lower(state, batch).compile()
     compiled = time.perf_counter()
     memory = step.memory_analysis()

@@ -26,7 +26,7 @@ from diffusion.training.lock import sole_run
 from diffusion.training.loggers import Loggers
 from diffusion.training.processes import meet
 from diffusion.training.settings import Settings, check_settings, is_due
-from diffusion.training.sharding import place_batch, state_shardings
+from diffusion.training.sharding import on_mesh, place_batch, state_shardings
 from diffusion.training.step import Report, make_train_step, starts_interval
 from diffusion.training.weights import check_finite
 from diffusion.training.workdir import check, check_same_run, claim, recorded_config
@@ -227,7 +227,7 @@ class Ballot:
         def step(state: TrainState, batch: Batch, votes: jax.Array) -> tuple[TrainState, Report, jax.Array]:
             return (*train_step(state, batch), jnp.any(votes))
 
-        return jax.jit(step, donate_argnums=0, out_shardings=(*shardings, None))
+        return jax.jit(on_mesh(self._mesh, step), donate_argnums=0, out_shardings=(*shardings, None))
 
 
 def metric_values(state: TrainState) -> dict[str, float]:

@@ -9,10 +9,11 @@ path in the state, as "opt_state/0/mu/params/block_0/image_qkv/kernel": written 
 parameter, its averages and its optimizer moments alike.
 """
 
+import functools
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -109,6 +110,17 @@ def num_batch_parts(mesh: Mesh) -> int:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of arrays [B, ...] of examples: the one of batches, samples and votes everywhere."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `function`, to be jitted, in which networks can see the mesh; see `networks.layers.cut_along_batch`."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return wrapped
 
 
 def place_batch(mesh: Mesh, rows: dict[str, np.ndarray]) -> Batch:
