@@ -3,6 +3,7 @@
 Two streams of tokens, text and image patches, each with its own weights, that meet in attention alone.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -127,7 +128,8 @@ class MMDiT(nn.Module):
     `dtype`; parameters, normalisation, softmax, residuals, the last layer and the output stay float32. `remat`
     recomputes every block's activations in the backward pass. `scan` compiles blocks of one kind once, however many:
     they are a loop over parameters that are stacked inside the program. The tree of the parameters is the same, and the
-    price in memory is a copy of the blocks' parameters, and one of their gradients.
+    price in memory is a copy of the blocks' parameters and one of their gradients; a loop also keeps every activation,
+    some of which a chain computes again: take `remat` with it.
 
     Raises ValueError for an image that patches do not divide or the table does not hold, text of another width, and a
     width that the heads do not divide.
@@ -158,10 +160,11 @@ class MMDiT(nn.Module):
         pooled: Float[Array, "B P"],
         *,
         train: bool = False,
+        skip: Sequence[int] = (),
     ) -> Float[Array, "B H W C"]:
         """The network's output, float32; `context` holds the features of the prompt's tokens, `pooled` those of all.
 
-        `train` changes nothing: there is no dropout.
+        `train` changes nothing: there is no dropout. Both streams pass by the blocks whose numbers are in `skip`.
         """
         self._check(x_t, context, pooled)
         batch, height, width, channels = x_t.shape
@@ -181,6 +184,7 @@ class MMDiT(nn.Module):
 
         streams = image, text
         for kind in self._kinds():
+            kind = [i for i in kind if i not in skip]
             if self.scan and len(kind) > 1 and not self.is_initializing():
                 streams = self._scanned(kind, streams, conditioning)
             else:
@@ -214,7 +218,7 @@ class MMDiT(nn.Module):
         )
 
     def _scanned(
-        self, kind: range, streams: tuple[Tokens, Tokens], conditioning: Float[Array, "B W"]
+        self, kind: Sequence[int], streams: tuple[Tokens, Tokens], conditioning: Float[Array, "B W"]
     ) -> tuple[Tokens, Tokens]:
         """Returns the streams after blocks of one kind, as a loop over their stacked parameters."""
         block = self._block(kind[0], in_loop=True, parent=None)
