@@ -59,6 +59,36 @@ def classifier_free_pair(pair: Callable[[Array, Array | float], tuple[Any, Any]]
     return denoise
 
 
+def skip_layer(
+    pair: Callable[[Array, Array | float], tuple[Any, Any]], without: Denoise, scale: ArrayLike, skip_scale: float
+) -> Denoise:
+    """Returns `classifier_free_pair` that is led away, too, from the conditional network without some of its layers.
+
+    x_0_hat = unconditional + scale (conditional - unconditional) + skip_scale (conditional - without)
+
+    Args:
+      pair: as in `classifier_free_pair`.
+      without: the conditional network without these layers.
+      scale: as in `classifier_free`.
+      skip_scale: 2.8 with Stable Diffusion 3.5 medium's layers 7 to 9.
+
+    Source: the released code of Stable Diffusion 3.5 (Stability AI 2024).
+
+    Example:
+      >>> guided = skip_layer(lambda x_t, time: (0.5 * x_t, 0.25 * x_t), lambda x_t, time: 0.25 * x_t, 3.0, 2.0)
+      >>> print(guided(jnp.ones((1, 2)), 0.0))
+      [[1.5 1.5]]
+    """
+
+    def denoise(x_t: Array, time: Array | float) -> Array | Denoised:
+        outputs = pair(x_t, time)
+        led = denoised(classifier_free_pair(lambda x_t, time: outputs, scale)(x_t, time))
+        away = denoised(outputs[0]).x_0_hat - denoised(without(x_t, time)).x_0_hat
+        return Denoised(led.x_0_hat + skip_scale * away, led.v).plain()
+
+    return denoise
+
+
 def autoguidance(network: Denoise, weaker: Denoise, scale: ArrayLike) -> Denoise:
     """Returns a Denoise with x_0_hat = weaker + scale * (network - weaker).
 

@@ -42,9 +42,7 @@ def precomputed(
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
 
 
-def _make(
-    folder: Path, count: int, compute: Callable[[np.ndarray], Arrays], batch_size: int, what: str
-) -> None:
+def _make(folder: Path, count: int, compute: Callable[[np.ndarray], Arrays], batch_size: int, what: str) -> None:
     """Makes the folder beside its place, and moves it there when it is whole."""
     making = folder.with_name(f"{folder.name}.making")
     making.mkdir(parents=True, exist_ok=True)

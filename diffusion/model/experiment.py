@@ -22,7 +22,7 @@ from diffusion.model.space import SPACES, Space
 from diffusion.networks import mmdit, unet
 from diffusion.networks.mmdit import MMDiT
 from diffusion.networks.unet import UNet
-from diffusion.training import Experiment, run_key, state_shardings
+from diffusion.training import Experiment, Rules, run_key, state_shardings
 
 NETWORKS = {"unet": UNet, "mmdit": MMDiT}
 RULES = {"unet": unet.RULES, "mmdit": mmdit.RULES}  # how a mesh cuts their parameters
@@ -161,6 +161,11 @@ def abstract_batch(config: Config, model: Model) -> dict[str, jax.ShapeDtypeStru
     return batch
 
 
+def rules_of(config: Config, model: Model) -> Rules:
+    """Returns how a mesh cuts the parameters of a model."""
+    return (*RULES[config.network.name], *model.condition.rules)
+
+
 def make_learner(config: Config, model: Model) -> Experiment:
     """Returns the experiment of `config` without data: all that the state of a training depends on."""
     optimizer, learning_rate = make_run_optimizer(config, model)
@@ -169,7 +174,7 @@ def make_learner(config: Config, model: Model) -> Experiment:
     def batches(start_step: int) -> Any:
         raise ValueError("this experiment was made without data")
 
-    rules = (*RULES[config.network.name], *model.condition.rules)
+    rules = rules_of(config, model)
     size = config.data.batch_size
     return Experiment(
         lambda key: init(model, key),

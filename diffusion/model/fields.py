@@ -36,7 +36,7 @@ CHOICES: dict[str, Mapping[str, Any]] = {
     "sampling.threshold": THRESHOLDS,
 }
 ALWAYS = {"optimizer": SHARED}
-NAMES = "evaluation.metrics"  # the one tuple of names, also where it is empty
+NAMES = ("evaluation.metrics", "condition.leave_out")  # tuples of names; all others hold numbers
 NEAR = 0.6  # of difflib's ratio: a name less alike is not offered
 
 
@@ -103,6 +103,8 @@ def complete(config: Config) -> Config:
     with config.unlocked():
         if "process" in config and "space" not in config:  # stored before there were others
             config.space = ConfigDict(dict(name="pixels"))
+        if "process" in config and "size" not in config.sampling:
+            config.sampling.size = ()
         for place, table in CHOICES.items():
             block = block_at(config, place)
             if block is not None and block.get("name") in table:
@@ -179,7 +181,7 @@ def check_items(field: str, old: Any, value: Any) -> None:
     """Raises RunError unless the items of a tuple are of the kind that they were: names, or else numbers."""
     if not isinstance(old, tuple | list) or not isinstance(value, tuple | list):
         return
-    names = field == NAMES or any(isinstance(item, str) for item in old)
+    names = field in NAMES or any(isinstance(item, str) for item in old)
     kind, what = (str, "names") if names else (int | float, "numbers")
     if not all(isinstance(item, kind) and not isinstance(item, bool) for item in value):
         raise RunError(f"{field} is {tuple(value)}: {what} are needed{f', as {tuple(old)}' if old else ''}")

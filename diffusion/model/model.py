@@ -144,9 +144,9 @@ def mean_by_part(name: str, values: jax.Array, u: jax.Array, parts: int = 4) -> 
     }
 
 
-def make_denoise(model: Model, params: Any, told: Told) -> Denoise:
+def make_denoise(model: Model, params: Any, told: Told, **options: Any) -> Denoise:
     """Returns denoise(x_t, time) -> x_0_hat of the network with `params`, or `Denoised` with a learned variance."""
-    return predictions.denoiser(model.prediction, network_of(model, params, told), model.process.at)
+    return predictions.denoiser(model.prediction, network_of(model, params, told, **options), model.process.at)
 
 
 def guided(model: Model, sampling: Sampling, params: Any, rows: Any, away: Any) -> Denoise:
@@ -190,6 +190,7 @@ def steered(model: Model, sampling: Sampling, params: Any, told: Told, fro: Told
     conditional = make_denoise(model, params, told)
     if sampling.scale == 1.0:
         return sampling.threshold(conditional)
+    without = make_denoise(model, params, told, skip=sampling.skip.layers) if sampling.skip else conditional
     both = make_denoise(model, params, jax.tree.map(beside, told, fro))
 
     def pair(x_t: jax.Array, time: jax.Array) -> tuple[Any, Any]:
@@ -198,7 +199,7 @@ def steered(model: Model, sampling: Sampling, params: Any, told: Told, fro: Told
         halves = (jax.tree.map(lambda x, i=i: x[i::2], output) for i in range(2))
         return tuple(half.plain() for half in halves)
 
-    return sampling.guide(conditional, pair)
+    return sampling.guide(conditional, pair, without)
 
 
 def beside(x: jax.Array, y: jax.Array) -> jax.Array:

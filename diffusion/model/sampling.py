@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from diffusion import grids, guidance, samplers, schedules
@@ -57,6 +58,13 @@ def chain_of(process: Process, spacing: str) -> schedules.Schedule:
     return process.schedule
 
 
+def released_flow(process: Process, num_steps: int, *, shift: float = 1.0) -> schedules.Grid:
+    """Returns the times of Stable Diffusion 3's released code and of diffusers (`grids.released_flow_grid`)."""
+    if not np.isclose(sum(map(float, process.at(jnp.float32(0.25)))), 1):  # straight lines from noise to data
+        raise ValueError("sampling.grid.name=released_flow has the times of a flow: it needs process.name=flow")
+    return grids.released_flow_grid(num_steps, shift)
+
+
 GRIDS = {
     "uniform": uniform,
     "quadratic": quadratic,
@@ -65,6 +73,7 @@ GRIDS = {
     "leading": leading,
     "trailing": trailing,
     "linspace": linspace,
+    "released_flow": released_flow,
 }
 
 
@@ -79,6 +88,21 @@ SAMPLERS = {
 THRESHOLDS = {"clip": guidance.clip, "dynamic": guidance.dynamic_threshold, "none": lambda denoise: denoise}
 
 
+class Skip(NamedTuple):
+    """Layers that guidance leads away from doing without; see `guidance.skip_layer`.
+
+    Attributes:
+      layers: their numbers.
+      scale: of the guidance.
+      first, last: time between which it acts.
+    """
+
+    layers: tuple[int, ...]
+    scale: float
+    first: float
+    last: float
+
+
 class Sampling(NamedTuple):
     """How a trained model is sampled.
 
@@ -88,6 +112,7 @@ class Sampling(NamedTuple):
       scale: of classifier-free guidance; 1 is none.
       interval: (first, last) time, as the network is given it, at which guidance acts; None: always.
       threshold: of x_0_hat, a Denoise -> Denoise.
+      skip: layers that are skipped for guidance; None: none are.
     """
 
     sampler: Callable[..., Any]
@@ -95,12 +120,16 @@ class Sampling(NamedTuple):
     scale: float
     interval: tuple[float, float] | None
     threshold: Callable[[Denoise], Denoise]
+    skip: Skip | None = None
 
-    def guide(self, conditional: Denoise, pair: Callable[..., Any]) -> Denoise:
-        """Returns `conditional` guided, with its x_0_hat bounded; `pair` is that of `classifier_free_pair`."""
+    def guide(self, conditional: Denoise, pair: Callable[..., Any], without: Denoise) -> Denoise:
+        """Returns `conditional` guided, with its x_0_hat bounded; `pair` and `without` are those of `skip_layer`."""
         if self.scale == 1.0:
             return self.threshold(conditional)
         denoise = guidance.classifier_free_pair(pair, self.scale)
+        if self.skip:
+            led = guidance.skip_layer(pair, without, self.scale, self.skip.scale)
+            denoise = guidance.limited_interval(led, denoise, self.skip.first, self.skip.last)
         if self.interval:
             denoise = guidance.limited_interval(denoise, conditional, *self.interval)
         return self.threshold(denoise)
@@ -135,7 +164,32 @@ def make_sampling(config: Config, process: Process) -> Sampling:
         float(settings.guidance),
         guided_times(grid, tuple(settings.guidance_interval)),
         pick(THRESHOLDS, settings.threshold, "sampling.threshold"),
+        skipped(config, grid),
     )
+
+
+def skipped(config: Config, grid: schedules.Grid) -> Skip | None:
+    """Returns what `config.sampling` says of skipped layers; None where there are none.
+
+    Raises:
+      ValueError: the network has no such layers, or no step is within their interval.
+    """
+    settings = config.sampling
+    layers = settings.get("skip_layers", ())
+    if not layers:
+        return None
+    if config.network.name != "mmdit" or not all(layer in range(config.network.depth) for layer in layers):
+        raise ValueError(f"sampling.skip_layers={tuple(layers)}: this network has no such blocks")
+    if len(settings.skip_interval) != 2:
+        raise ValueError(f"sampling.skip_interval is {settings.skip_interval}: give two shares of the steps")
+    (first, last), time = settings.skip_interval, np.asarray(grid.time)[:-1]
+    within = time[[first * len(time) < i < last * len(time) for i in range(len(time))]]
+    if not len(within):
+        raise ValueError(
+            f"sampling.skip_interval={tuple(settings.skip_interval)}: no step of {len(time)} is within, leave out "
+            "skip_layers or widen it"
+        )
+    return Skip(tuple(layers), float(settings.skip_scale), float(within.min()), float(within.max()))
 
 
 def guided_times(grid: schedules.Grid, interval: tuple[float, ...]) -> tuple[float, float] | None:

@@ -76,6 +76,7 @@ def load_text(
     clip_skip: int = 0,
     widths: Mapping[str, int] | None = None,
     put: Put | None = None,
+    weights: bool = True,
 ) -> tuple[TextEncoder, dict[str, Any]]:
     """Returns the text encoder of the folder of a StableDiffusion3Pipeline, and its parameters by encoder.
 
@@ -83,14 +84,22 @@ def load_text(
       folder: with model_index.json; encoders that are absent from it, or null, give zeros.
       dtype: what the networks compute in, "float32" or "bfloat16".
       weights_dtype: what weights are converted to; None: `dtype`.
-      variant, leave_out, put: see `read_towers`.
+      variant, leave_out, put, weights: see `read_towers`.
       length, clip_skip, widths: see `make_text_encoder`.
 
     Raises:
       ValueError: see `read_towers` and `make_text_encoder`.
     """
     kept = jnp.dtype(dtype if weights_dtype is None else weights_dtype)
-    towers = read_towers(folder, jnp.dtype(dtype), weights_dtype=kept, variant=variant, leave_out=leave_out, put=put)
+    towers = read_towers(
+        folder,
+        jnp.dtype(dtype),
+        weights_dtype=kept,
+        variant=variant,
+        leave_out=leave_out,
+        put=put,
+        weights=weights,
+    )
     params = {name: tower.params for name, tower in towers.items()}
     return make_text_encoder(towers, length=length, clip_skip=clip_skip, widths=widths, weights_dtype=kept), params
 

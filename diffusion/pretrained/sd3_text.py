@@ -59,6 +59,7 @@ def read_towers(
     variant: str | None = None,
     leave_out: Collection[str] = (),
     put: Put | None = None,
+    weights: bool = True,
 ) -> dict[str, Tower]:
     """Returns the text encoders that the folder of a StableDiffusion3Pipeline has, by their names in `PARTS`.
 
@@ -69,6 +70,7 @@ def read_towers(
       variant: see `folder.read_weights`.
       leave_out: names of encoders that are not to be read.
       put: see `t5.from_transformers`.
+      weights: whether they are read.
 
     Raises:
       ValueError: another kind of folder (which is named); a part that model_index.json has is missing, damaged or of
@@ -87,8 +89,10 @@ def read_towers(
     towers = {}
     for name, suffix in found.items():
         load = t5.load_t5 if name == "t5" else clip.load_text_tower
-        path = folder / f"text_encoder{suffix}"
-        _, params = load(path, dtype, weights_dtype=weights_dtype, variant=variant, put=put)
+        params = None
+        if weights:
+            path = folder / f"text_encoder{suffix}"
+            _, params = load(path, dtype, weights_dtype=weights_dtype, variant=variant, put=put)
         towers[name] = Tower(modules[name], params, *words[name])
     return towers
 

@@ -65,14 +65,19 @@ def load_vae(folder: str | os.PathLike, variant: str | None = None, dtype: Any =
       ValueError: another kind of model, which is named; a file that is missing or damaged; a setting that our network
         cannot honour; weights that are missing, left over, misshapen or not finite (each named).
     """
-    folder = vae_folder(folder)
-    config = read_json(folder / "config.json")
+    settings = read_settings(folder)
+    return published_of(settings, read_weights(vae_folder(folder), WEIGHTS, variant, dtype))
+
+
+def read_settings(folder: str | os.PathLike) -> Settings:
+    """Returns the settings of the autoencoder in a folder; raises ValueError as `load_vae` does, of its config."""
+    path = vae_folder(folder) / "config.json"
     try:
-        settings = settings_of(config)
+        settings = settings_of(read_json(path))
         shapes(settings.module)
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    return published_of(settings, read_weights(folder, WEIGHTS, variant, dtype))
+        raise ValueError(f"{path}: {error}") from error
+    return settings
 
 
 def vae_folder(folder: str | os.PathLike, classes: tuple[str, ...] = (KL, FLUX2)) -> Path:

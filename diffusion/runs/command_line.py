@@ -17,10 +17,9 @@ from diffusion.model import formats
 from diffusion.model.config import Config, check_ranges, from_plain, plain
 from diffusion.model.fields import CHOICES, check_field, check_items, choose, load, nearest
 from diffusion.runs.call import Call, Task
-from diffusion.runs.run import check_changes
+from diffusion.runs.run import check_changes, read_description
 from diffusion.runs.train import stored_in
 from diffusion.training import RunError, check_seed, make_mesh, processes, workdir
-from diffusion.training.checkpoints import open_existing
 from diffusion.training.errors import one_line
 
 Mode = Callable[[Call], None]
@@ -33,13 +32,13 @@ MANY = 10**8  # samples are not meant
 READ_BY = {
     **dict.fromkeys(("prompt", "negative_prompt", "label"), DRAW),
     "prompts": (*DRAW, "score"),
-    "images": ("interpolate", "inpaint", "img2img", "score"),
+    "images": ("interpolate", "inpaint", "img2img", "score", "reconstruct"),
     "strength": ("interpolate", "img2img"),
     **dict.fromkeys(("mask", "resample"), ("inpaint",)),
     **dict.fromkeys(("sweep_steps", "sweep_ema"), ("sweep",)),
     **dict.fromkeys(("metrics", "num_seeds"), SCORE),
-    "num_samples": (*DRAW, *SCORE, "likelihood"),
-    "out": (*DRAW, "train", "evaluate"),
+    "num_samples": (*DRAW, *SCORE, "likelihood", "reconstruct"),
+    "out": (*DRAW, "train", "evaluate", "reconstruct"),
     "weights": ("import", "export"),
     **dict.fromkeys(("variant", "null_class", "new_attention_order"), ("import",)),
 }
@@ -149,8 +148,7 @@ def parse(
         if values.mode != "import":  # which refuses any folder that exists
             workdir.check(folder, task.name, plain(config), formats.current)
     else:
-        with open_existing(folder, values.checkpoint) as checkpoints:
-            stored = formats.current(checkpoints.description())
+        stored = read_description(folder, values.checkpoint)
         if stored["experiment"] != task.name:
             raise RunError(f"{folder} holds experiment {stored['experiment']}, not {task.name}")
         old = from_plain(stored["config"])

@@ -26,8 +26,9 @@ from diffusion.model.fields import change
 from diffusion.model.likelihood import Likelihood, bits_per_dim
 from diffusion.model.model import Model, from_noise, guided
 from diffusion.model.sampling import make_sampling
+from diffusion.runs import published
 from diffusion.runs.draw import Painter, Programs, draw
-from diffusion.training import RunError, averaged, check_finite, check_seed, make_mesh, snapshots
+from diffusion.training import RunError, averaged, check_finite, check_seed, digest, make_mesh, snapshots
 from diffusion.training.checkpoints import open_existing
 from diffusion.training.workdir import FREE_AFTERWARDS, differences
 
@@ -47,6 +48,7 @@ class Run(NamedTuple):
       step: updates after which they were stored.
       average: of the weights: a decay, or "power SIGMA_REL".
       programs: what was compiled for sampling.
+      known_digest: of a published model's files; None: that of `params`.
     """
 
     experiment: str
@@ -58,6 +60,12 @@ class Run(NamedTuple):
     step: int
     average: float | str | None
     programs: Programs
+    known_digest: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """What identifies its weights."""
+        return self.known_digest or digest(self.params)
 
     @property
     def painter(self) -> Painter:
@@ -233,6 +241,10 @@ def open_run(
 
 def read_description(workdir: Path, step: int | None = None) -> dict[str, Any]:
     """Returns what is stored beside the weights of a run, in today's format."""
+    if published.is_published(workdir):
+        if step is not None:
+            raise RunError(f"{workdir} is a published model, without checkpoints: leave --checkpoint out")
+        return published.read_about(workdir)
     with open_existing(workdir, step) as checkpoints:
         return formats.current(checkpoints.description())
 
@@ -246,6 +258,8 @@ def check_changes(workdir: Path, old: Config, new: Config) -> None:
 def model_of(config: Config, stored: Mapping[str, Any]) -> Model:
     """Returns the model of a stored description with this config."""
     shape = tuple(stored["image_shape"])
+    if size := config.sampling.get("size"):
+        shape = (*size, shape[-1])
     return make_model(config, shape, stored["num_classes"], stored)
 
 
@@ -275,6 +289,12 @@ def load(
     model = model_of(config, stored)
     for line in warnings_of(config, model):
         logging.warning(line)
+    if "pipeline" in stored:
+        if ema_length is not None:
+            raise RunError(f"{workdir} is a published model, without averages: leave --ema_length out")
+        params = published.load_params(workdir, stored, config, model, mesh)
+        own = published.digest_of(stored)
+        return Run(stored["experiment"], workdir, config, mesh, model, params, 0, None, {}, own)
     settings = make_settings(config)
     learner = make_learner(config, model)
     abstract = training.abstract_train_state(learner, settings, mesh, abstract_batch(config, model))

@@ -19,7 +19,6 @@ from diffusion.model.config import plain
 from diffusion.runs.call import Call
 from diffusion.runs.draw import draw, everywhere, remove_parts
 from diffusion.runs.run import Run
-from diffusion.training import digest
 
 SHOWN = 100  # in the picture of many samples
 
@@ -76,10 +75,10 @@ def draw_samples(
     count = int(np.max(index)) + 1 if prompts else len(requests)
     made = {  # what a sample depends on; not, for one, what is to be measured of it
         "experiment": run.experiment,
-        **{name: config[name] for name in ("network", "condition", "process", "loss", "sampling")},
+        **{name: config[name] for name in ("network", "condition", "space", "process", "loss", "sampling")},
         "step": run.step,
         "average": run.average,
-        "weights": digest(run.params),
+        "weights": run.digest,
         "seed": seed,
         "num_samples": len(requests),
         **({"requests": list(requests)} if any(one is not None for one in requests) else {}),

@@ -19,6 +19,7 @@ from diffusion.model.model import Model, Parts, parts
 from diffusion.model.space import with_latents
 from diffusion.runs.call import TRAIN, Call, words_of_captions
 from diffusion.runs.evaluate import evaluate, ready
+from diffusion.runs.published import is_published
 from diffusion.runs.run import Run, load, model_of
 from diffusion.training import Experiment, RunError, make_mesh
 from diffusion.training.checkpoints import open_existing, steps_in
@@ -67,6 +68,8 @@ def train_run(
 
 def stored_in(workdir: Path) -> dict[str, Any] | None:
     """Returns the description of the run in a folder, in today's format; None where there is none yet."""
+    if is_published(workdir):
+        raise RunError(f"{workdir} is a published model, which is not trained further there: name another --workdir")
     if not steps_in(workdir / "checkpoints"):
         return None
     with open_existing(workdir) as checkpoints:

@@ -20,6 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from diffusion.files import check_folder
+from diffusion.model import pipelines
 from diffusion.model.choices import fields_of
 from diffusion.model.config import Config, make_settings, plain
 from diffusion.model.experiment import abstract_batch, make_learner, make_model, stored_of
@@ -30,6 +31,8 @@ from diffusion.pretrained import adm, folder, pipeline, unet
 from diffusion.pretrained.pipeline import Published
 from diffusion.pretrained.scheduler import Chain
 from diffusion.runs.call import Call
+from diffusion.runs.published import write_run as write_published
+from diffusion.runs.run import model_of
 from diffusion.training import Checkpoints, Experiment, RunError, check_finite, init_state, workdir
 from diffusion.training.checkpoints import provenance
 
@@ -90,6 +93,8 @@ def load_published(call: Call, path: Path) -> tuple[Published, list[Path]]:
 def import_weights(call: Call) -> None:
     """Makes --workdir a run at step 0 whose raw and averaged weights both are the published ones."""
     path = published_folder(call)
+    if kind := pipelines.kind_of(path):
+        return import_pipeline(call, path, kind)
     published, files = load_published(call, path)
     network, shape = published.network, published.image_shape
     config = call.config.copy_and_resolve_references().unlock()
@@ -118,6 +123,19 @@ def refuse_asked(call: Call, path: Path, config: Config) -> None:
         if field.partition(".")[0] in ("network", "process") and theirs.get(field) != asked[field]:
             has = f"has {theirs[field]}" if field in theirs else "has no such field"
             raise RunError(f"--config.{field}={asked[field]}: {path} {has}: leave it out")
+
+
+def import_pipeline(call: Call, path: Path, kind: str) -> None:
+    """Makes --workdir the run of a published pipeline, whose files it keeps."""
+    config = call.config.copy_and_resolve_references().unlock()
+    about = pipelines.PIPELINES[kind].describe(path, config)
+    config.evaluation.after_training = False
+    config = complete(config)
+    model = model_of(config, about)
+    make_sampling(config, model.process)  # what cannot be sampled is refused now
+    about |= {"pipeline": kind, "variant": call.flags.variant}
+    write_published(call.workdir, folder.resolve(path), call.task.name, config, about)
+    print(f"{call.workdir} is now a run of experiments.{call.task.name} with the files of {path}, a {kind}")
 
 
 def describe_network(config: Config, network: Any) -> None:

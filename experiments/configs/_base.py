@@ -113,6 +113,7 @@ def image_config() -> ConfigDict:
             threshold=ConfigDict(dict(name="clip")),  # of x_0_hat; or dynamic, none
             guidance=1.0,  # scale of classifier-free guidance; 1: none
             guidance_interval=(),  # (least, largest) noise / signal at which guidance acts; (): always
+            size=(),  # (height, width) of what is drawn, where the network can; (): that of the training
             batch_size=500,
         )
     )

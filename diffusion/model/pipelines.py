@@ -1,0 +1,105 @@
+"""Published pipelines as models of ours: the config that describes one, and its weights streamed to the devices."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion.model import sd3_text
+from diffusion.model.autoencoders import describe, of_published
+from diffusion.model.choices import fields_of
+from diffusion.model.config import Config, dtype_of
+from diffusion.model.fields import choose
+from diffusion.networks.mmdit import MMDiT
+from diffusion.pretrained import mmdit, sd3
+from diffusion.pretrained.folder import read_json, resolve
+from diffusion.pretrained.vae import load_vae, read_settings
+
+Put = Callable[[Any, np.ndarray], Any]  # (tree path, array) -> what is kept of it
+
+
+class Pipeline(NamedTuple):
+    """How a kind of published pipeline becomes a model.
+
+    Attributes:
+      describe: (folder, config) -> what a checkpoint would store of the model beside its config, plain JSON, with its
+        "image_shape"; changes `config` in place to that of the pipeline. Reads no weights.
+      load: (folder, config, variant, put) -> the model's parameters {"network", "text", "space"}, each array read alone
+        and handed to `put`.
+    """
+
+    describe: Callable[[Path, Config], dict[str, Any]]
+    load: Callable[[Path, Config, str | None, Put], dict[str, Any]]
+
+
+def kind_of(folder: Path) -> str | None:
+    """Returns the class of the pipeline in a folder, one of `PIPELINES`; None where it is none of them."""
+    index = resolve(folder) / "model_index.json"
+    name = read_json(index).get("_class_name") if index.is_file() else None
+    return name if name in PIPELINES else None
+
+
+def describe_sd3(folder: Path, config: Config) -> dict[str, Any]:
+    """Describes a `StableDiffusion3Pipeline`; see `Pipeline`.
+
+    Raises:
+      ValueError: a part is missing, or is one that ours cannot be.
+    """
+    folder = resolve(folder)
+    shift = sd3.read_shift(folder)
+    network = mmdit.read_network(folder / "transformer", dtype_of(config))
+    settings = read_settings(folder)
+    codec = describe(settings.module, settings.patch)
+    text = config.condition
+    encoder, _ = sd3_text.load_text(
+        folder,
+        dtype=text.dtype,
+        leave_out=text.leave_out,
+        length=text.length,
+        clip_skip=text.clip_skip,
+        widths={"t5": network.context_width},
+        weights=False,
+    )
+    widths = encoder.context_width, encoder.pooled_width
+    if widths != (network.context_width, network.pooled_width):
+        raise ValueError(
+            f"{folder}: the text encoders give widths {widths}, and the transformer reads "
+            f"{network.context_width, network.pooled_width}: the parts are not of one pipeline"
+        )
+    own = {field: getattr(network, field) for field in fields_of(MMDiT)}
+    own |= {"dtype": jnp.dtype(network.dtype).name, "remat": config.network.remat, "scan": config.network.scan}
+    config.network = ConfigDict({"name": "mmdit", **own})
+    choose(config, "sampling.grid", "released_flow")
+    config.sampling.grid.shift = shift
+    side = network.base_size * network.patch * codec.cell
+    return {
+        "image_shape": [side, side, 3],
+        "num_classes": None,
+        "condition": dict(encoder.description),
+        "space": codec.description,
+        "frozen": ["text", "space"],
+    }
+
+
+def load_sd3(folder: Path, config: Config, variant: str | None, put: Put) -> dict[str, Any]:
+    """Returns the weights of a `StableDiffusion3Pipeline`; see `Pipeline`."""
+    text, dtype = config.condition, dtype_of(config)
+    params: dict[str, Any] = {}
+    _, params["text"] = sd3_text.load_text(
+        folder, dtype=text.dtype, variant=variant, leave_out=text.leave_out, length=text.length, put=put
+    )
+    path = folder / "transformer"
+    _, params["network"] = mmdit.load_mmdit(path, dtype, weights_dtype=dtype, variant=variant, put=put)
+    found = of_published(load_vae(folder, variant))
+    params["space"] = {
+        "autoencoder": found.params,
+        "shift": jnp.asarray(found.shift),
+        "scale": jnp.asarray(found.scale),
+    }
+    return params
+
+
+PIPELINES: Mapping[str, Pipeline] = {sd3.CLASS: Pipeline(describe_sd3, load_sd3)}

@@ -1,0 +1,118 @@
+"""Published pipelines as runs: the work folder keeps their files as they are, and opening the run reads them.
+
+published.json   what a checkpoint stores beside its weights: experiment, config, and what the files are
+pipeline/        the files: hard links to those that were imported, or copies where a link cannot be made
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from tqdm import tqdm
+
+from diffusion.model import formats
+from diffusion.model.config import Config, plain
+from diffusion.model.experiment import rules_of
+from diffusion.model.model import Model
+from diffusion.model.pipelines import PIPELINES
+from diffusion.pretrained.folder import new_folder
+from diffusion.training import RunError, workdir
+from diffusion.training.checkpoints import provenance
+from diffusion.training.description import FORMAT, check_description
+from diffusion.training.sharding import partition
+
+ABOUT, FILES = "published.json", "pipeline"
+
+
+def is_published(folder: Path) -> bool:
+    """Returns whether a work folder is that of a published pipeline."""
+    return (folder / ABOUT).is_file()
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """Returns what is stored of a published pipeline, in today's format.
+
+    Raises:
+      RunError: it cannot be read.
+    """
+    path = folder / ABOUT
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read {path} ({error}): import the pipeline again") from error
+    return formats.current(check_description(stored, path))
+
+
+def write_run(folder: Path, source: Path, name: str, config: Config, about: Mapping[str, Any]) -> None:
+    """Makes `folder` the work folder of a published pipeline.
+
+    Args:
+      folder: must not exist yet.
+      source: of the pipeline's files.
+      name: of the experiment.
+      config: of the pipeline.
+      about: what else is stored of it, plain JSON.
+    """
+    with new_folder(folder) as temporary:
+        origin = [{"file": str(path), "sha256": digest} for path, digest in _take(source, temporary / FILES)]
+        described = {"experiment": name, "config": plain(config), **about, "format": FORMAT}
+        described |= {"provenance": provenance(), "weights": origin}
+        workdir.claim(temporary, name, plain(config))
+        (temporary / ABOUT).write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+
+
+def _take(source: Path, target: Path) -> Iterator[tuple[Path, str]]:
+    """Links every file of a pipeline, following links of a hub's cache; yields the names and digests of weights."""
+    files = [path for path in sorted(source.rglob("*")) if path.is_file() and not _hidden(path.relative_to(source))]
+    for path in tqdm(files, desc="reading files", unit="file", delay=5):
+        name = path.relative_to(source)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        real = path.resolve()
+        try:
+            os.link(real, target / name)
+        except OSError:  # another disk
+            shutil.copy2(real, target / name)
+        if path.suffix in (".safetensors", ".bin"):
+            with real.open("rb") as opened:
+                yield name, hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _hidden(name: Path) -> bool:
+    return any(part.startswith(".") for part in name.parts)
+
+
+def load_params(folder: Path, stored: Mapping[str, Any], config: Config, model: Model, mesh: Mesh) -> dict[str, Any]:
+    """Returns the parameters of a published pipeline: each array is read alone, straight into its place on the mesh.
+
+    Args:
+      folder: of the run.
+      stored: of `read_about`.
+      config: of the run.
+      model: of the run.
+      mesh: the devices.
+
+    Raises:
+      ValueError: a file is missing or damaged.
+    """
+    rules = rules_of(config, model)
+
+    def put(path: Any, array: np.ndarray) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jax.device_put(array, NamedSharding(mesh, partition(name, array.shape, mesh.shape, rules)))
+
+    kind = PIPELINES[stored["pipeline"]]
+    params = kind.load(folder / FILES, config, stored["variant"], put)
+    return {**params, "space": jax.device_put(params["space"], NamedSharding(mesh, jax.sharding.PartitionSpec()))}
+
+
+def digest_of(stored: Mapping[str, Any]) -> str:
+    """Returns one digest over all files of weights."""
+    text = json.dumps(stored["weights"], sort_keys=True)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

@@ -1,0 +1,82 @@
+"""Stable Diffusion 3 (Esser et al. 2024): what an imported pipeline leaves open, and its fine-tuning.
+
+    python -m experiments.sd3 --mode=import --weights=stable-diffusion-3-medium-diffusers --workdir=runs/sd3
+
+Network, autoencoder, text encoders and the shift of the times are the pipeline's own.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import _base
+
+
+def get_config(methods: str = "") -> ConfigDict:
+    """Returns the config; there are no methods to apply yet."""
+    config = _base.text_config()
+    config.data = ConfigDict(
+        dict(
+            name="folder",  # or tfds:NAME
+            dir="",  # folder: of captions.jsonl and the pictures; tfds: its data_dir, empty for TFDS' own
+            split="train",  # tfds
+            image_size=1024,
+            batch_size=8,
+            flip=False,
+            skip_broken=False,  # folder: leave out pictures that cannot be read, and report how many
+        )
+    )
+    config.network.update(dtype="bfloat16")
+    config.condition = ConfigDict(
+        dict(
+            name="sd3",
+            folder="",  # training: of the pipeline whose text encoders are read
+            leave_out=(),  # of clip_l, clip_g, t5: encoders that are not read
+            length=256,  # tokens that T5 reads, at most 512
+            clip_skip=0,  # layers more that are left out at the end of both CLIPs
+            dtype="bfloat16",
+            precomputed=True,  # features of all captions are made once, before training
+            dropout=0.463,  # share of the captions that training hides from each encoder by itself
+            null="empty",  # what guidance leads away from: the empty prompt, or zeros
+        )
+    )
+    config.space = ConfigDict(
+        dict(
+            name="latents",
+            folder="",  # training: of the autoencoder or pipeline
+            sample=True,
+            precomputed=True,
+            fitted=False,
+            patch=0,
+        )
+    )
+    config.optimizer.update(learning_rate=1e-5, warmup_steps=500)
+    config.training.update(num_steps=10_000, ema_decay=0.999, checkpoint_every=1000, preview_every=500, num_previews=8)
+    config.sampling = ConfigDict(
+        dict(
+            sampler=ConfigDict(dict(name="euler")),
+            num_steps=28,
+            grid=ConfigDict(dict(name="released_flow", shift=3.0)),
+            threshold=ConfigDict(dict(name="none")),
+            guidance=7.0,
+            guidance_interval=(),
+            skip_layers=(),  # blocks that guidance leads away from doing without: (7, 8, 9) of 3.5-medium
+            skip_scale=2.8,
+            skip_interval=(0.01, 0.2),  # between which shares of the steps
+            size=(),  # (height, width), divisible by 16; (): the pipeline's own
+            batch_size=4,
+        )
+    )
+    config.evaluation = ConfigDict(
+        dict(
+            dir="",  # folder: of held-out captions.jsonl and pictures
+            split="val",  # tfds: the held-out one
+            num_samples=1000,  # at most: one of each held-out caption
+            features="inception",  # or clip, pixels
+            weights="",  # Inception's file where it is not to be fetched; clip: a published CLIP's folder
+            metrics=("fid", "kid"),
+            judge="",  # folder of a CLIP, published or trained by experiments.clip, for the CLIP score
+            likelihood_images=100,
+            ode_steps=200,
+            after_training=False,
+        )
+    )
+    return _base.apply(config, methods, {})

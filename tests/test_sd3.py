@@ -1,0 +1,97 @@
+"""Stable Diffusion 3 as a whole: an imported pipeline draws the pictures that diffusers draws from the same noise."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import make_call
+from published_sd3 import ASKED, GOLDEN, T5_LENGTH, noise, write_pipeline
+
+from diffusion import editing
+from diffusion.model.model import parts, steered
+from diffusion.model.sampling import make_sampling
+from diffusion.runs import weights
+from diffusion.runs.run import open_run
+from experiments.sd3 import TASK
+
+TINY = (
+    "--config.network.dtype=float32",
+    "--config.condition.dtype=float32",
+    f"--config.condition.length={T5_LENGTH}",
+    f"--config.sampling.num_steps={ASKED['steps']}",
+)
+
+
+def import_into(folder: Path, published: Path, *flags: str) -> Path:
+    call = make_call(TASK, "sd3", folder, "--mode=import", f"--weights={published}", *TINY, *flags)
+    weights.import_weights(call)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The folder of a tiny pipeline."""
+    return write_pipeline(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture(scope="module")
+def imported(published, tmp_path_factory):
+    """A run with the pipeline's files."""
+    return import_into(tmp_path_factory.mktemp("run") / "sd3", published)
+
+
+def draw(run, x_T, changes=None, use=lambda sampler, denoise, grid, x_T: sampler(denoise, x_T, grid)):
+    """Returns pictures of the recorded prompts from given noise, floats in [0, 1]."""
+    model, own = run.model, parts(run.model, run.params)
+    sampling = make_sampling(run.change(changes or {}).config, model.process)
+    tell = jax.jit(model.condition.of_request)
+    told, fro = (tell(own.text, model.condition.read(ASKED[name])) for name in ("prompts", "negatives"))
+
+    @jax.jit
+    def drawn(params, told, fro, x_T):
+        return use(sampling.sampler, steered(model, sampling, params, told, fro), sampling.grid, x_T)
+
+    codec_of = jax.jit(lambda space, x_0: decoded(model, space, x_0))
+    return np.asarray(codec_of(own.space, drawn(run.params, told, fro, x_T)))
+
+
+def decoded(model, space, x_0):
+    from diffusion.model.autoencoders import restore
+
+    codec = restore(model.space.description)
+    image = codec.decode(space["autoencoder"], x_0 / space["scale"] + space["shift"])
+    return jnp.clip(image / 2 + 0.5, 0, 1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 7.0])
+@pytest.mark.parametrize("height, width", [(16, 16), (16, 24)])
+def test_pictures_are_those_of_diffusers(imported, scale, height, width):
+    run = open_run(imported, changes={"sampling.guidance": scale, "sampling.size": (height, width)})
+    images = draw(run, noise(height, width))
+    np.testing.assert_allclose(images, GOLDEN[f"all/{scale:g}/{height}x{width}"], atol=1e-3)
+
+
+def test_a_pipeline_without_t5_draws_its_pictures(published, tmp_path):
+    run = open_run(import_into(tmp_path / "run", published, "--config.condition.leave_out=('t5',)"))
+    assert "t5" not in run.params["text"]
+    np.testing.assert_allclose(draw(run, noise(16, 16)), GOLDEN["without_t5/7/16x16"], atol=1e-3)
+
+
+def test_blocks_are_skipped_as_diffusers_does(imported):
+    changes = {"sampling.guidance": 4.0, "sampling.skip_layers": (1,), "sampling.skip_interval": (0.2, 0.9)}
+    skipped = draw(open_run(imported, changes=changes), noise(16, 16))
+    np.testing.assert_allclose(skipped, GOLDEN["skipped"], atol=1e-3)
+
+
+def test_pictures_from_pictures_are_those_of_diffusers(imported):
+    begun, eps = (jnp.asarray(GOLDEN[f"img2img/{name}"].transpose(0, 2, 3, 1)) for name in ("begun", "eps"))
+    run = open_run(imported)
+    x_0 = (begun - 0.0609) * 1.5305 if False else begun
+
+    def use(sampler, denoise, grid, x_0):
+        last = editing.last_steps(grid, ASKED["strength"])
+        return sampler(denoise, last.signal[0] * x_0 + last.noise[0] * eps, last)
+
+    np.testing.assert_allclose(draw(run, x_0, use=use), GOLDEN["img2img"], atol=1e-3)
