@@ -165,6 +165,35 @@ def released_flow_grid(num_steps: int, shift: float = 3.0, train_steps: int = 10
     return Grid(*(jnp.asarray(np.append(field, end)) for field, end in ((1 - t, 1), (t, 0), (t, 0))))
 
 
+def flux2_grid(num_steps: int, num_tokens: int) -> Grid:
+    """Returns the steps of FLUX.2's pipelines: even from t = 1 to 1 / N, shifted by exp(mu), then clean data.
+
+    - mu is fitted to how many tokens an image has and, up to 4300 tokens, to the number of steps: it lies on the line
+      through one fit for 10 steps and one for 200. Above, the fit for 200 steps is taken for any number.
+    - So mu jumps after 4300 tokens (1049^2 pixels): from 2.31 to 1.18 for 4 steps.
+
+    Args:
+      num_steps: N.
+      num_tokens: of the image that is drawn, (H / 16) (W / 16); references do not count.
+
+    Source: diffusers 0.42, compute_empirical_mu of Flux2KleinPipeline, after Black Forest Labs' flux2/sampling.py.
+
+    Raises:
+      ValueError: less than one step, or less than one token.
+
+    Example:
+      >>> print(np.asarray(flux2_grid(4, (1024 // 16) ** 2).time).round(5))
+      [1.      0.96738 0.90814 0.7672  0.     ]
+    """
+    check_num_steps(num_steps)
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens is {num_tokens}: give the number of an image's tokens, at least 1")
+    mu_10, mu_200 = 8.73809524e-05 * num_tokens + 1.89833333, 0.00016927 * num_tokens + 0.45666666
+    mu = mu_200 if num_tokens > 4300 else mu_200 + (num_steps - 200) * (mu_200 - mu_10) / 190
+    t = shift_time(np.linspace(1.0, 1.0 / num_steps, num_steps), math.exp(mu))
+    return Grid(*(jnp.asarray(np.append(field, end)) for field, end in ((1 - t, 1), (t, 0), (t, 0))))
+
+
 def shift_time(t: Scalars, shift: Scalars) -> Any:
     """Moves times of rectified flow towards noise by shift > 1: shift t / (1 + (shift - 1) t).
 
