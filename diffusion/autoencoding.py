@@ -109,6 +109,22 @@ def adaptive_weight(reconstruction: Any, adversarial: Any) -> Float[Array, ""]:
     return jax.lax.stop_gradient(ADVERSARIAL_WEIGHT * jnp.clip(ratio, 0, LARGEST_WEIGHT))
 
 
+def psnr(x: Images, x_hat: Images) -> Float[Array, " B"]:
+    """Returns the peak signal-to-noise ratio in decibels of images in [-1, 1]; x_hat is clipped to that.
+
+    An image without an error counts as one with an error of 1 of 255 levels in one number, so that all are finite.
+
+    Example:
+      >>> print(psnr(x, x_hat))
+      [12.0412]
+    """
+    chex.assert_equal_shape([x, x_hat])
+    error = jnp.asarray(x) - jnp.clip(jnp.asarray(x_hat), -1, 1)
+    squares = jnp.square(error).reshape(error.shape[0], -1)
+    least = (2 / 255) ** 2 / squares.shape[1]
+    return 10 * jnp.log10(4 / jnp.maximum(squares.mean(axis=1), least))
+
+
 def _mean(per_number: Float[Array, "B *shape"]) -> Float[Array, " B"]:
     return per_number.reshape(per_number.shape[0], -1).mean(axis=1)
 

@@ -27,12 +27,13 @@ def _save(figure: Any, path: str | os.PathLike) -> None:
         figure.savefig(temporary, dpi=100)
 
 
-def draw_curves(metrics: str | os.PathLike, path: str | os.PathLike) -> None:
+def draw_curves(metrics: str | os.PathLike, path: str | os.PathLike, others: Sequence[str] = ()) -> None:
     """Draws loss, its parts and the norm of the gradient over the steps.
 
     Args:
       metrics: the metrics.jsonl of a run.
       path: of the picture.
+      others: metrics of which each has a panel of its own, on an even scale.
     """
     lines = []
     for line in Path(metrics).read_text().splitlines():
@@ -40,12 +41,12 @@ def draw_curves(metrics: str | os.PathLike, path: str | os.PathLike) -> None:
             lines.append(json.loads(line))
     names = sorted({name for line in lines for name in line})
     losses = [name for name in names if name == "loss" or name.startswith("loss_part")]
-    figure, panels = _figure(2)
-    for axes, shown in zip(panels, (losses, ["grad_norm"]), strict=True):
+    figure, panels = _figure(2 + len(others))
+    for axes, shown in zip(panels, (losses, ["grad_norm"], *([name] for name in others)), strict=True):
         for name in shown:
             points = [(line["step"], line[name]) for line in lines if name in line]
             axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), marker="." if len(points) < 2 else None)
-        axes.set_yscale("log")
+        axes.set_yscale("linear" if shown and shown[0] in others else "log")
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         if axes.get_lines():  # an imported run has no metrics

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion.model import vae
 from diffusion.model.choices import fields_of
 from diffusion.networks.tiny_vae import TinyAutoencoder
 from diffusion.networks.vae import Autoencoder, fold, unfold
@@ -87,7 +88,9 @@ def describe(module: Any, patch: int) -> Codec:
 
 
 def open_autoencoder(folder: str | Path, patch: int = 0) -> Trained:
-    """Returns the autoencoder in a folder: a published one's, a pipeline's.
+    """Returns the autoencoder in a folder: a published one's, a pipeline's, a work folder of experiments.autoencoder.
+
+    Of a work folder it is the newest checkpoint's, with averaged weights.
 
     Args:
       folder: of one of those.
@@ -95,8 +98,12 @@ def open_autoencoder(folder: str | Path, patch: int = 0) -> Trained:
 
     Raises:
       ValueError: there is none, it cannot be read, or its shift and scale differ within a patch.
+      RunError: a work folder of another experiment, or one whose latents have not been fitted yet.
     """
-    return of_published(load_autoencoder(Path(folder).expanduser()), patch)
+    folder = Path(folder).expanduser()
+    if (folder / "checkpoints").is_dir():
+        return of_published(vae.open_published(folder), patch)
+    return of_published(load_autoencoder(folder), patch)
 
 
 def of_published(found: PublishedAutoencoder, patch: int = 0) -> Trained:

@@ -31,7 +31,16 @@ RANGES = {
     "condition.width": (1, None),
     "condition.length": (1, None),
     "condition.size": (0, None),
+    "network.latent_channels": (1, None),
+    "network.blocks_per_level": (1, None),
+    "network.groups": (1, None),
+    "discriminator.width": (1, None),
+    "discriminator.layers": (1, None),
+    "discriminator.groups": (1, None),
     "loss.vlb_weight": (0, math.inf),
+    "loss.kl_weight": (0, math.inf),
+    "loss.adversarial": (0, math.inf),
+    "loss.adversarial_start": (0, None),
     "optimizer.learning_rate": (1e-300, math.inf),
     "optimizer.warmup_steps": (0, None),
     "optimizer.cooldown_steps": (0, None),
@@ -48,6 +57,9 @@ RANGES = {
     "evaluation.num_candidates": (1, None),
     "evaluation.num_single": (1, None),
     "evaluation.num_samples": (1, None),
+    "evaluation.num_images": (1, None),
+    "evaluation.num_latents": (1, None),
+    "evaluation.batch_size": (1, None),
     "evaluation.num_swept": (1, None),
     "evaluation.likelihood_images": (1, None),
     "evaluation.bound_terms": (0, None),
@@ -61,7 +73,11 @@ RANGES = {
     "sampling.batch_size": (1, None),
     "text.size": (258, 10_000_000),  # of a vocabulary of tokens, 256 bytes and two ends among them
 }
-WHOLE = ("network.multipliers", "network.attention_resolutions")  # a field of one number has a type that is kept
+WHOLE = (
+    "network.channels",
+    "network.multipliers",
+    "network.attention_resolutions",
+)  # a field of one number has a type that is kept
 
 
 def check_ranges(config: Config) -> None:

@@ -1,13 +1,16 @@
 """--mode=check: what a run would need and whether its parts work, in under a minute and without beginning it."""
 
 import sys
+from collections.abc import Sequence
 
 import jax
 
+from diffusion.data.sources import Source
 from diffusion.model.config import make_settings
 from diffusion.model.experiment import warnings_of
 from diffusion.runs.call import TRAIN, Call
 from diffusion.runs.train import describe, prepare
+from diffusion.training import Experiment
 from diffusion.training.dry_run import dry_run
 from diffusion.training.loop import draw_previews
 
@@ -20,10 +23,15 @@ def check(call: Call) -> None:
     model, _ = describe(call.task.name, config, source, call.stored, vocabulary)
     examples = list(call.task.examples(config))
     experiment = prepare(config, model, source, call.workdir, call.mesh, call.stored, examples)
+    try_out(call, experiment, source, warnings_of(config, model))
+
+
+def try_out(call: Call, experiment: Experiment, source: Source, warnings: Sequence[str] = ()) -> None:
+    """Prints the findings of a dry run of `experiment` on `source`, and the warnings beside its own."""
     folder = call.workdir / "check"
     found = dry_run(
         experiment,
-        make_settings(config),
+        make_settings(call.config),
         mesh=call.mesh,
         num_examples=source.num_examples,
         folder=folder / "checkpoints",
@@ -36,7 +44,7 @@ def check(call: Call) -> None:
         lines.append(f"samples      {folder / 'samples_ema.png'}")
     if jax.process_index() == 0:
         print("\n".join(lines))
-        warnings = [*found.warnings, *warnings_of(config, model)]
+        warnings = [*found.warnings, *warnings]
         for line in warnings:
             print(f"warning: {line}", file=sys.stderr)
         print(f"{len(warnings)} warning(s)" if warnings else "nothing to warn of")

@@ -33,12 +33,22 @@ def finish(folder: Path, title: str, measurements: Sequence[Measurement], about:
     print((folder / "report.md").read_text(encoding="utf-8"), end="")
 
 
-def finish_run(workdir: Path, experiment: str, step: int, measurements: Sequence[Measurement]) -> None:
-    """Writes the report of a run after `step` steps, and the curves of its training where there was one."""
+def finish_run(
+    workdir: Path, experiment: str, step: int, measurements: Sequence[Measurement], curves: Sequence[str] = ()
+) -> None:
+    """Writes the report of a run after `step` steps, and the curves of its training where there was one.
+
+    Args:
+      workdir: folder of the run.
+      experiment: its name.
+      step: see above.
+      measurements: of the report.
+      curves: metrics that are drawn beside the loss and the gradient's norm.
+    """
     if jax.process_index() != 0:
         return
     course = workdir / "metrics.jsonl"
     if course.exists() and course.stat().st_size:  # an imported model has none
-        evaluation.draw_curves(course, workdir / "curves.png")
+        evaluation.draw_curves(course, workdir / "curves.png", curves)
     about = {"experiment": experiment, "steps trained": step, "device": jax.devices()[0].device_kind}
     finish(workdir, f"{experiment} after {step} steps", measurements, about)
