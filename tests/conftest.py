@@ -10,11 +10,21 @@ Fixtures that any test may use:
 
 import os
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Compiling is most of what the tests cost. Programs so small gain nothing from being cut up to be compiled in parallel,
+# nor from the emitters of fusions through MLIR, which later versions of JAX always use.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "",
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+    ]
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Several tests compile the same small networks, and so does the next run of them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
@@ -39,6 +49,15 @@ SLOW = (
     "test_a_perfect_network_costs_only_the_decoders_term",
 )
 
+# Files that compile whole runs, of which they run a few steps: without LLVM's optimizations. All that use `trained` are
+# among them, as a run has the bits of another only where both were compiled alike.
+# fmt: off
+UNOPTIMIZED = (
+    "benchmarks", "captions_experiment", "clip", "docs", "edit", "evaluation_command", "experiments", "formats",
+    "modes", "prompts", "refusals", "run", "scenes_experiment", "spine", "weights",
+)
+# fmt: on
+
 
 def pytest_collection_modifyitems(items):
     """Marks the tests of the quick files."""
@@ -60,6 +79,18 @@ def cache(shared):
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("XDG_CACHE_HOME", str(shared / "cache"))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimized(request):
+    """Compiles as the file is to be, in this process and in those it starts."""
+    import jax
+
+    unoptimized = request.path.stem.removeprefix("test_") in UNOPTIMIZED
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(unoptimized))
+    if jax.config.read("jax_disable_most_optimizations") != unoptimized:
+        jax.config.update("jax_disable_most_optimizations", unoptimized)
+        jax.clear_caches()  # of what another file compiled otherwise
 
 
 @pytest.fixture(scope="session")
