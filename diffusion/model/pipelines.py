@@ -16,7 +16,7 @@ from diffusion.model.fields import choose
 from diffusion.networks.mmdit import MMDiT
 from diffusion.pretrained import mmdit, sd3
 from diffusion.pretrained.folder import read_json, resolve
-from diffusion.pretrained.vae import load_vae, read_settings
+from diffusion.pretrained.vae import load_vae
 
 Put = Callable[[Any, np.ndarray], Any]  # (tree path, array) -> what is kept of it
 
@@ -25,13 +25,14 @@ class Pipeline(NamedTuple):
     """How a kind of published pipeline becomes a model.
 
     Attributes:
-      describe: (folder, config) -> what a checkpoint would store of the model beside its config, plain JSON, with its
-        "image_shape"; changes `config` in place to that of the pipeline. Reads no weights.
+      describe: (folder, config, variant) -> what a checkpoint would store of the model beside its config, plain JSON,
+        with its "image_shape"; changes `config` in place to that of the pipeline. Checks the files of weights, whose
+        arrays it does not read.
       load: (folder, config, variant, put) -> the model's parameters {"network", "text", "space"}, each array read alone
         and handed to `put`.
     """
 
-    describe: Callable[[Path, Config], dict[str, Any]]
+    describe: Callable[[Path, Config, str | None], dict[str, Any]]
     load: Callable[[Path, Config, str | None, Put], dict[str, Any]]
 
 
@@ -42,7 +43,7 @@ def kind_of(folder: Path) -> str | None:
     return name if name in PIPELINES else None
 
 
-def describe_sd3(folder: Path, config: Config) -> dict[str, Any]:
+def describe_sd3(folder: Path, config: Config, variant: str | None = None) -> dict[str, Any]:
     """Describes a `StableDiffusion3Pipeline`; see `Pipeline`.
 
     Raises:
@@ -50,13 +51,14 @@ def describe_sd3(folder: Path, config: Config) -> dict[str, Any]:
     """
     folder = resolve(folder)
     shift = sd3.read_shift(folder)
-    network = mmdit.read_network(folder / "transformer", dtype_of(config))
-    settings = read_settings(folder)
-    codec = describe(settings.module, settings.patch)
+    network, _ = mmdit.load_mmdit(folder / "transformer", dtype_of(config), variant=variant, read=False)
+    autoencoder = load_vae(folder, variant)
+    codec = describe(autoencoder.module, autoencoder.patch)
     text = config.condition
     encoder, _ = sd3_text.load_text(
         folder,
         dtype=text.dtype,
+        variant=variant,
         leave_out=text.leave_out,
         length=text.length,
         clip_skip=text.clip_skip,

@@ -129,6 +129,7 @@ def load_text_tower(
     weights_dtype: Any = np.float32,
     variant: str | None = None,
     put: Callable[[Any, np.ndarray], Any] | None = None,
+    read: bool = True,
 ) -> tuple[TextTower, dict[str, Any]]:
     """Returns the same of a published `CLIPTextModelWithProjection`, as in Stable Diffusion 3's text_encoder folders.
 
@@ -138,12 +139,15 @@ def load_text_tower(
       weights_dtype: what weights are converted to; None: as they are stored.
       variant: see `folder.read_weights`.
       put: see `from_transformers`; paths begin with "text".
+      read: whether arrays are read; else the names and shapes in the files are checked, and the parameters are zeros that
+        take no memory.
 
     Raises:
       ValueError: as `load_clip`.
     """
     tower = text_network(folder, dtype)
-    weights = read_weights(folder, "model", variant, weights_dtype)
+    stored = read_weights(folder, "model", variant, weights_dtype)
+    weights = stored if read else without_memory(stored)
     return tower, {"params": from_transformers(weights, text_shapes(tower), put)["text"]}
 
 

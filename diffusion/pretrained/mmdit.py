@@ -128,6 +128,7 @@ def load_mmdit(
     weights_dtype: Any = np.float32,
     variant: str | None = None,
     put: Callable[[Any, np.ndarray], Any] | None = None,
+    read: bool = True,
 ) -> tuple[MMDiT, dict[str, Any]]:
     """Returns the network of a published `SD3Transformer2DModel` and its parameters.
 
@@ -137,12 +138,15 @@ def load_mmdit(
       weights_dtype: what weights are converted to; None: as they are stored.
       variant: see `folder.read_weights`.
       put: see `from_diffusers`.
+      read: whether arrays are read; else the names and shapes in the files are checked, and the parameters are zeros that
+        take no memory.
 
     Raises:
       ValueError: a file is missing, it is another kind of model (which is named), or weights do not fit the config.
     """
     network = read_network(folder, dtype)
-    weights = read_weights(folder, variant=variant, dtype=weights_dtype)
+    stored = read_weights(folder, variant=variant, dtype=weights_dtype)
+    weights = stored if read else {**without_memory(stored), _TABLE: stored.get(_TABLE)}
     return network, {"params": from_diffusers(network, weights, put)}
 
 

@@ -70,7 +70,7 @@ def read_towers(
       variant: see `folder.read_weights`.
       leave_out: names of encoders that are not to be read.
       put: see `t5.from_transformers`.
-      weights: whether they are read.
+      weights: whether they are read; else their files are checked, and the parameters are None.
 
     Raises:
       ValueError: another kind of folder (which is named); a part that model_index.json has is missing, damaged or of
@@ -89,11 +89,9 @@ def read_towers(
     towers = {}
     for name, suffix in found.items():
         load = t5.load_t5 if name == "t5" else clip.load_text_tower
-        params = None
-        if weights:
-            path = folder / f"text_encoder{suffix}"
-            _, params = load(path, dtype, weights_dtype=weights_dtype, variant=variant, put=put)
-        towers[name] = Tower(modules[name], params, *words[name])
+        path = folder / f"text_encoder{suffix}"
+        _, params = load(path, dtype, weights_dtype=weights_dtype, variant=variant, put=put, read=weights)
+        towers[name] = Tower(modules[name], params if weights else None, *words[name])
     return towers
 
 

@@ -96,6 +96,7 @@ def load_t5(
     weights_dtype: Any = np.float32,
     variant: str | None = None,
     put: Callable[[Any, np.ndarray], Any] | None = None,
+    read: bool = True,
 ) -> tuple[T5Encoder, dict[str, Any]]:
     """Returns the network of a published `T5EncoderModel` and its parameters.
 
@@ -105,12 +106,15 @@ def load_t5(
       weights_dtype: what weights are converted to; None: as they are stored.
       variant: see `folder.read_weights`.
       put: see `from_transformers`.
+      read: whether arrays are read; else the names and shapes in the files are checked, and the parameters are zeros that
+        take no memory.
 
     Raises:
       ValueError: a file is missing, it is another kind of model (which is named), or weights do not fit the config.
     """
     encoder = network(folder, dtype)
-    weights = read_weights(folder, "model", variant, weights_dtype)
+    stored = read_weights(folder, "model", variant, weights_dtype)
+    weights = stored if read else without_memory(stored)
     return encoder, {"params": from_transformers(weights, shapes(encoder), put)}
 
 

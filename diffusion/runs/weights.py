@@ -128,7 +128,7 @@ def refuse_asked(call: Call, path: Path, config: Config) -> None:
 def import_pipeline(call: Call, path: Path, kind: str) -> None:
     """Makes --workdir the run of a published pipeline, whose files it keeps."""
     config = call.config.copy_and_resolve_references().unlock()
-    about = pipelines.PIPELINES[kind].describe(path, config)
+    about = pipelines.PIPELINES[kind].describe(path, config, call.flags.variant)
     config.evaluation.after_training = False
     config = complete(config)
     model = model_of(config, about)
