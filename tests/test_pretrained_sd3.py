@@ -57,7 +57,7 @@ def test_the_authors_names_become_what_diffusers_makes_of_them(tmp_path):
             assert checksum(array) == ORIGINAL[name][0], name
     params = mmdit.from_diffusers(network, renamed)  # which fits, strictly
     assert params["block_0"]["image_qkv"]["kernel"].shape == (WIDTH, 3, 1, WIDTH)
-    with pytest.raises(ValueError, match="not those of an MM-DiT: joint_blocks.0.x_block.extra"):
+    with pytest.raises(ValueError, match=r"not those of an MM-DiT: joint_blocks\.0\.x_block\.extra"):
         mmdit_original.from_original({**stored, "joint_blocks.0.x_block.extra.weight": stored["pos_embed"]})
     with pytest.raises(ValueError, match="not those of an MM-DiT"):
         mmdit_original.network_of({"encoder.weight": stored["pos_embed"]})

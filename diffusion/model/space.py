@@ -199,7 +199,7 @@ def with_latents(source: Source, space: Space, params: Any, batch_size: int = 64
 
 
 def mean_and_std(z: np.ndarray, rows: int = 1024) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and standard deviation per channel of latents [N, h, w, c], float32; a part is in memory at a time."""
+    """Returns mean and standard deviation per channel of latents [N, h, w, c], float32, read part by part."""
     total, squares = np.zeros(z.shape[-1]), np.zeros(z.shape[-1])
     for first in range(0, len(z), rows):
         part = z[first : first + rows].astype(np.float64)

@@ -139,8 +139,8 @@ def load_text_tower(
       weights_dtype: what weights are converted to; None: as they are stored.
       variant: see `folder.read_weights`.
       put: see `from_transformers`; paths begin with "text".
-      read: whether arrays are read; else the names and shapes in the files are checked, and the parameters are zeros that
-        take no memory.
+      read: whether arrays are read; else names and shapes in the files are checked, and parameters are zeros that take
+        no memory.
 
     Raises:
       ValueError: as `load_clip`.

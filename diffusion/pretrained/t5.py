@@ -106,8 +106,8 @@ def load_t5(
       weights_dtype: what weights are converted to; None: as they are stored.
       variant: see `folder.read_weights`.
       put: see `from_transformers`.
-      read: whether arrays are read; else the names and shapes in the files are checked, and the parameters are zeros that
-        take no memory.
+      read: whether arrays are read; else names and shapes in the files are checked, and parameters are zeros that take
+        no memory.
 
     Raises:
       ValueError: a file is missing, it is another kind of model (which is named), or weights do not fit the config.
