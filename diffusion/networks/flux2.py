@@ -181,7 +181,7 @@ class Flux2(nn.Module):
         conditioning = nn.silu(conditioning)
 
         pictures = (x_t, *references)
-        ids = token_ids(context.shape[1], [picture.shape[1:3] for picture in pictures])
+        ids = token_ids(context.shape[1], [(picture.shape[1], picture.shape[2]) for picture in pictures])
         rotation = rotations(ids, self.axes, self.theta)
         tokens = [picture.reshape(len(x_t), -1, self.out_channels) for picture in pictures]
         image = dense(width, "image_in")(jnp.concatenate(tokens, axis=1))
@@ -273,6 +273,8 @@ def token_ids(length: int, sizes: Sequence[tuple[int, int]]) -> Int[np.ndarray, 
       length: of the text.
       sizes: rows and columns of the picture that is drawn, then of the references.
     """
-    grids = [((0,), (0,), (0,), range(length))]
-    grids += [((i * REFERENCE_STEP,), range(rows), range(columns), (0,)) for i, (rows, columns) in enumerate(sizes)]
-    return np.concatenate([np.stack(np.meshgrid(*grid, indexing="ij"), axis=-1).reshape(-1, 4) for grid in grids])
+    ids = [np.stack([*np.zeros((3, length), int), np.arange(length)], axis=-1)]
+    for i, (rows, columns) in enumerate(sizes):
+        row, column = np.indices((rows, columns)).reshape(2, -1)
+        ids.append(np.stack([np.full_like(row, i * REFERENCE_STEP), row, column, np.zeros_like(row)], axis=-1))
+    return np.concatenate(ids)

@@ -80,7 +80,7 @@ def load_state(peer) -> dict[str, np.ndarray]:
 
 
 def tokens_and_ids(count: int):
-    """Tokens of the latents and of `count` references, their coordinates and those of the text, as the pipeline does."""
+    """Tokens of the latents and of `count` references, their coordinates and the text's, as the pipeline has them."""
     import torch
     from diffusers import Flux2KleinPipeline as Pipeline
 
