@@ -163,15 +163,26 @@ def fill(
         kept = encoding.ids[:room]
         row[len(start) : len(start) + len(kept)] = kept
         row[len(start) + len(kept)] = end
-    if cut := [i for i, encoding in enumerate(encodings) if len(encoding.ids) > room]:
-        text, encoding = texts[cut[0]], encodings[cut[0]]
-        lost = encoding.offsets[room][0]
-        warnings.warn(
-            f"a text of {len(encoding.ids)} tokens is truncated to {room}; not read: "
-            f"{text[lost : lost + 80]!r}" + (f" (and {len(cut) - 1} more of {len(texts)} texts)" if cut[1:] else ""),
-            stacklevel=3,
-        )
+    warn_of_truncation(texts, [encoding.offsets for encoding in encodings], room)
     return ids
+
+
+def warn_of_truncation(texts: Sequence[str], offsets: Sequence[Sequence[tuple[int, int]]], room: int) -> None:
+    """Warns, once, of texts with more than `room` tokens: how many there are, and what is lost of the first.
+
+    Args:
+      texts: N of them.
+      offsets: of each, where in the text each of its tokens begins and ends.
+      room: tokens that are read.
+    """
+    if cut := [i for i, places in enumerate(offsets) if len(places) > room]:
+        text, places = texts[cut[0]], offsets[cut[0]]
+        lost = places[room][0]
+        warnings.warn(
+            f"a text of {len(places)} tokens is truncated to {room}; not read: "
+            f"{text[lost : lost + 80]!r}" + (f" (and {len(cut) - 1} more of {len(texts)} texts)" if cut[1:] else ""),
+            stacklevel=4,
+        )
 
 
 def read_padding(folder: str | os.PathLike, tokenizer: Tokenizer) -> int | None:
