@@ -79,6 +79,7 @@ def load_flux2(
     weights_dtype: Any = np.float32,
     variant: str | None = None,
     put: Put | None = None,
+    read: bool = True,
 ) -> tuple[Flux2, dict[str, Any]]:
     """Returns the network of a published `Flux2Transformer2DModel` and its parameters.
 
@@ -88,6 +89,7 @@ def load_flux2(
       weights_dtype: what weights are converted to; None: as they are stored.
       variant: see `folder.read_weights`.
       put: see `from_diffusers`.
+      read: whether arrays are read; else the names and shapes in the files are checked, and the parameters are None.
 
     Raises:
       ValueError: a file is missing, it is another kind of model (which is named), a setting that our network cannot
@@ -96,6 +98,8 @@ def load_flux2(
     path = transformer_folder(folder)
     found = network(path, dtype)
     weights = read_weights(path, WEIGHTS, variant, weights_dtype)
+    if not read:
+        weights, put = without_memory(weights), lambda path, array: None
     return found, {"params": from_diffusers(weights, shapes(found), put)}
 
 

@@ -110,6 +110,7 @@ def load_qwen3(
     weights_dtype: Any = np.float32,
     variant: str | None = None,
     put: Put | None = None,
+    read: bool = True,
 ) -> tuple[Qwen3, dict[str, Any]]:
     """Returns the network of a published Qwen3 and its parameters.
 
@@ -121,12 +122,15 @@ def load_qwen3(
       weights_dtype: what weights are converted to; None: as they are stored.
       variant: see `folder.read_weights`.
       put: see `from_transformers`.
+      read: whether arrays are read; else the names and shapes in the files are checked, and the parameters are zeros
+        that take no memory.
 
     Raises:
       ValueError: a file is missing, it is another kind of model (which is named), or weights do not fit the config.
     """
     encoder = network(folder, dtype, states=states, whole=whole)
-    weights = read_weights(folder, "model", variant, weights_dtype)
+    stored = read_weights(folder, "model", variant, weights_dtype)
+    weights = stored if read else without_memory(stored)
     return encoder, {"params": from_transformers(weights, shapes(encoder), put)}
 
 

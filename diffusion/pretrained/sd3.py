@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from diffusion.networks.mmdit import MMDiT
 from diffusion.pretrained import mmdit, mmdit_original, sd3_text, vae
-from diffusion.pretrained.config_fields import read_fields
+from diffusion.pretrained.flow_scheduler import SCHEDULER, read_flow_scheduler, write_flow_scheduler
 from diffusion.pretrained.folder import new_folder, read_file, read_json, resolve, write_json
 from diffusion.pretrained.identify import identify
 from diffusion.pretrained.mmdit_original import PREFIX
@@ -19,36 +19,8 @@ from diffusion.pretrained.vae import PublishedAutoencoder
 from diffusion.pretrained.vae_original import load_original
 
 CLASS = "StableDiffusion3Pipeline"
-SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 # Of every published Stable Diffusion 3; files without a config do not hold them.
 SHIFT, SHIFT_FACTOR, SCALING_FACTOR = 3.0, 0.0609, 1.5305
-# The fields of that class, and what holds where a file is silent.
-_FIELDS: dict[str, Any] = dict(
-    num_train_timesteps=1000,
-    shift=1.0,
-    use_dynamic_shifting=False,
-    base_shift=0.5,
-    max_shift=1.15,
-    base_image_seq_len=256,
-    max_image_seq_len=4096,
-    invert_sigmas=False,
-    shift_terminal=None,
-    use_karras_sigmas=False,
-    use_exponential_sigmas=False,
-    use_beta_sigmas=False,
-    time_shift_type="exponential",
-    stochastic_sampling=False,
-)
-_HONOURED = {
-    "num_train_timesteps": (1000,),
-    "use_dynamic_shifting": (False,),
-    "invert_sigmas": (False,),
-    "shift_terminal": (None,),
-    "use_karras_sigmas": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "stochastic_sampling": (False,),
-}
 
 
 class StableDiffusion3(NamedTuple):
@@ -84,14 +56,7 @@ def read_shift(folder: str | os.PathLike) -> float:
     root = resolve(folder)
     if not is_pipeline(root):
         raise ValueError(f"{folder} is {identify(root)}; needed is the folder of a {CLASS}")
-    path = root / "scheduler" / "scheduler_config.json"
-    try:
-        fields = read_fields(read_json(path), SCHEDULER, _FIELDS, _HONOURED)
-        if not isinstance(fields["shift"], int | float) or not fields["shift"] > 0:
-            raise ValueError(f"shift is {fields['shift']}, not a number above 0")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return float(fields["shift"])
+    return float(read_flow_scheduler(root, {"use_dynamic_shifting": (False,)})["shift"])
 
 
 def save_pipeline(folder: str | os.PathLike, pipeline: StableDiffusion3) -> None:
@@ -103,11 +68,9 @@ def save_pipeline(folder: str | os.PathLike, pipeline: StableDiffusion3) -> None
     with new_folder(folder) as temporary:
         index = {"_class_name": CLASS, **sd3_text.write_towers(temporary, pipeline.towers)}
         vae.save_vae(temporary / "vae", pipeline.autoencoder)
-        for part in ("transformer", "scheduler"):
-            (temporary / part).mkdir()
+        (temporary / "transformer").mkdir()
         mmdit.write_mmdit(temporary / "transformer", pipeline.network, pipeline.params)
-        scheduler = {"_class_name": SCHEDULER, "num_train_timesteps": 1000, "shift": pipeline.shift}
-        write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
+        write_flow_scheduler(temporary, shift=pipeline.shift)
         index |= {
             "transformer": ["diffusers", "SD3Transformer2DModel"],
             "vae": ["diffusers", "AutoencoderKL"],
