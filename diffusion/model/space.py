@@ -17,6 +17,8 @@ from diffusion.model.autoencoders import Trained, open_autoencoder, restore
 from diffusion.randomness import fold_in, normal_like
 from diffusion.training import digest
 
+Numbers = jax.Array | np.ndarray
+
 MOMENTS_KEY = 4  # folded into the loss's key; its splits 0 to 3 are taken
 
 
@@ -40,7 +42,7 @@ class Space(NamedTuple):
     shape: tuple[int, ...]
     encode: Callable[[Any, jax.Array, Any], jax.Array]
     decode: Callable[[Any, jax.Array], jax.Array]
-    of_batch: Callable[[Any, dict[str, jax.Array], jax.Array], jax.Array]
+    of_batch: Callable[[Any, Mapping[str, Any], jax.Array], jax.Array]
     mask: Callable[[np.ndarray], np.ndarray] = lambda known: known
     init: Callable[[jax.Array], Any] | None = None
     description: Mapping[str, Any] | None = None
@@ -109,23 +111,23 @@ def latents(
         )
     shape = (height // cell, width // cell, codec.channels)
 
-    def normal(params: Any, z: jax.Array) -> jax.Array:
+    def normal(params: Any, z: Numbers) -> jax.Array:
         return (z.astype(jnp.float32) - params["shift"]) * params["scale"]
 
-    def encode(params: Any, images: jax.Array, keys: Any) -> jax.Array:
+    def encode(params: Any, images: Numbers, keys: Any) -> jax.Array:
         mean, std = codec.encode(params["autoencoder"], to_float(images))
         return normal(params, mean + std * normal_like(fold_in(keys, MOMENTS_KEY), mean) if sample else mean)
 
-    def decode(params: Any, x_0: jax.Array) -> jax.Array:
+    def decode(params: Any, x_0: Numbers) -> jax.Array:
         z = (x_0 / params["scale"] + params["shift"]).reshape(-1, *x_0.shape[-3:])
         image = to_uint8(codec.decode(params["autoencoder"], z).astype(jnp.float32))
         return image.reshape(*x_0.shape[:-3], *image.shape[-3:])
 
-    def moments(params: Any, images: jax.Array) -> dict[str, jax.Array]:
+    def moments(params: Any, images: Numbers) -> dict[str, jax.Array]:
         mean, std = codec.encode(params["autoencoder"], to_float(images))
         return {"latent": mean, "latent_std": std} if sample else {"latent": mean}
 
-    def of_batch(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+    def of_batch(params: Any, batch: Mapping[str, Numbers], key: jax.Array) -> jax.Array:
         z = batch if "latent" in batch else moments(params, batch["image"])
         if not sample:
             return normal(params, z["latent"])
