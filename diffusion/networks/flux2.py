@@ -121,7 +121,7 @@ class Flux2(nn.Module):
     `time_scale` multiplies `time` (and guidance) before its embedding of `time_channels`: 1000 for a flow's time in
     [0, 1]. Products are computed in `dtype`; their sums, parameters, normalisation, rotations, softmax, residuals, the
     last layer and the output stay float32. `remat` recomputes every block's activations in the backward pass. `scan`
-    compiles each kind of block once, as `MMDiT` does.
+    compiles each kind of block once, as `MMDiT` does; in bfloat16 XLA on CPUs then holds the blocks in float32 too.
 
     Raises ValueError for latents or references of other channels, text of another width, guidance that is missing or
     not read, and axes that do not make up a head.
