@@ -1,5 +1,7 @@
 """Published autoencoders as runs of `experiments.autoencoder`, and its runs as folders that diffusers reads."""
 
+from typing import Any
+
 import jax
 
 from diffusion.model import vae
@@ -26,12 +28,17 @@ def import_weights(call: Call) -> None:
     describe(config, found)
     refuse_asked(call, path, config)
     learner = vae.make_learner(config)
-    params = jax.jit(learner.init)(run_key(config.seed, "init"))
-    params = {**params, "autoencoder": {"params": found.params["params"]}}
+    params = jax.jit(lambda key: others(learner.init(key)))(run_key(config.seed, "init"))
+    params["autoencoder"] = {"params": found.params["params"]}
     files = weights_files(vae_folder(path), variant=call.flags.variant)
     write_run(call.workdir, call.task.name, config, learner, vae.abstract_batch(config), params, files, {})
     if jax.process_index() == 0:
         vae.write_latents(call.workdir, 0, vae.Latents(tuple(found.shift.tolist()), tuple(found.scale.tolist())))
+
+
+def others(params: dict[str, Any]) -> dict[str, Any]:
+    """Returns what is trained beside the autoencoder."""
+    return {name: group for name, group in params.items() if name != "autoencoder"}
 
 
 def describe(config: Config, found: PublishedAutoencoder) -> None:
