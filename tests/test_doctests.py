@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 MODULES = [
-    "autoencoding", "averages", "chains", "contrastive", "editing", "flow", "gaussian", "grids", "guidance",
-    "likelihood", "losses", "metrics", "multistep", "predictions", "randomness", "samplers", "schedules", "types",
-    "weightings",
+    "autoencoding", "averages", "chains", "consistency", "contrastive", "distillation", "editing", "flow", "flow_map",
+    "gaussian", "grids", "guidance", "likelihood", "losses", "metrics", "multistep", "predictions", "randomness",
+    "samplers", "schedules", "types", "weightings",
 ]  # fmt: skip
 
 

@@ -1,0 +1,282 @@
+"""Distillation of a flow model into a few evaluations: pi-Flow's imitation, and progressive distillation.
+
+pi-Flow's student returns a policy for a whole interval [r, t] at once: N values of x_0 at N times. The policy's
+velocity at any x and time in it is (x - x_0(time)) / time, with x_0 linear between the values, so that it is rolled out
+without the network; and exactly, as the ODE is linear:
+
+    x_s = s / t x_t + sum_n w_n(t, s) X_n,   w_n = s * integral over [s, t] of hat_n(tau) / tau^2
+
+Every loss takes the networks as functions and returns (loss [B], error [B]), as in `flow_map`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import xlogy
+from jaxtyping import Array, Float
+
+from diffusion.flow import shift_time
+from diffusion.flow_map import Losses
+from diffusion.losses import weighted_mse
+from diffusion.randomness import fold_in
+from diffusion.schedules import Grid
+from diffusion.stepping import Sampled, known, solve
+from diffusion.types import Denoise, Images, Keys, Process, Scalars, denoised, per_example
+from diffusion.weightings import uniform
+
+Student = Callable[[Array, Array, Array], Array]  # (x_t, t, r) -> N values of x_0 [B, N, ...], from r to t
+
+
+class Policy(NamedTuple):
+    """What pi-Flow's student returns for an interval.
+
+    Attributes:
+      times: of the values, rising: [B, N].
+      values: x_0 there, [B, N, ...].
+    """
+
+    times: Array
+    values: Array
+
+
+def draw_interval(
+    key: Keys, batch_size: int, times: Float[Array, " N_plus_1"]
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Draws one interval of a grid per image and returns its lower and its upper time (r, t).
+
+    Each interval is drawn B / N times, but for one.
+
+    Example:
+      >>> r, t = draw_interval(jax.random.key(0), 2, jnp.asarray([1.0, 0.5, 0.0]))
+      >>> print(t - r, (t + r).sum())
+      [0.5 0.5] 2.0
+    """
+    intervals = times.shape[0] - 1
+    start = jax.random.randint(key, (), 0, intervals)
+    number = (start + jnp.arange(batch_size)) % intervals
+    return times[number + 1], times[number]
+
+
+def draw_points(
+    key: Keys, count: int, r: Float[Array, " B"], t: Float[Array, " B"], window: Scalars = 0.0
+) -> Float[Array, "count B"]:
+    """Draws `count` times in each [r + window, t], one in each of as many equal parts.
+
+    Example:
+      >>> print(jnp.floor(4 * draw_points(jax.random.key(0), 4, jnp.zeros(1), jnp.ones(1)))[:, 0])
+      [0. 1. 2. 3.]
+    """
+    u = jax.vmap(lambda i: uniform(fold_in(key, i), r.shape[0]))(jnp.arange(count))
+    low = jnp.minimum(r + window, t)
+    return low + (t - low) * (jnp.arange(count)[:, None] + u) / count
+
+
+def make_policy(
+    values: Float[Array, "B N *shape"], r: Float[Array, " B"], t: Float[Array, " B"], shift: float = 1.0
+) -> Policy:
+    """Returns the policy with these values of x_0, the first at r and the last at t, evenly spaced before the shift.
+
+    A network of the velocity that returns N of them has the values x_t - t * velocity. Between the values x_0 is linear
+    in t; in the released code it is linear in the time before the shift, which is the same without one.
+
+    Source: Chen et al. 2025, "pi-Flow: Policy-Based Few-Step Generation via Imitation Distillation", section 3.2 (DX).
+
+    Example:
+      >>> print(make_policy(jnp.zeros((1, 3, 2)), jnp.zeros(1), jnp.ones(1), shift=3.0).times)
+      [[0.   0.75 1.  ]]
+    """
+    raw = jnp.linspace(shift_time(r, 1 / shift), shift_time(t, 1 / shift), values.shape[1], axis=1)
+    times = shift_time(raw, shift).at[:, 0].set(r)
+    return Policy(times.at[:, -1].set(t), values)
+
+
+def policy_velocity(policy: Policy, x_t: Images, t: Float[Array, " B"]) -> Float[Array, "B *shape"]:
+    """Returns the policy's velocity (x_t - x_0(t)) / t.
+
+    Example:
+      >>> policy = make_policy(jnp.asarray([[[0.0], [1.0]]]), jnp.zeros(1), jnp.ones(1))
+      >>> print(policy_velocity(policy, jnp.ones((1, 1)), jnp.asarray([0.5])))  # (1 - 0.5) / 0.5
+      [[1.]]
+    """
+    hats = jnp.eye(policy.times.shape[1], dtype=policy.times.dtype)
+    weights = jax.vmap(lambda t, times: jax.vmap(lambda hat: jnp.interp(t, times, hat))(hats))(t, policy.times)
+    return (x_t - _combine(weights, policy.values)) / per_example(t, x_t)
+
+
+def roll_out(policy: Policy, x_t: Images, t: Float[Array, " B"], s: Float[Array, " B"]) -> Float[Array, "B *shape"]:
+    """Returns x_s, where the policy takes x_t from t to s < t within its times; exactly, without the network.
+
+    The released code takes 128 steps of Euler's method over [0, 1] instead.
+
+    Example:
+      >>> policy = make_policy(jnp.asarray([[[0.0], [1.0]]]), jnp.zeros(1), jnp.ones(1))
+      >>> print(roll_out(policy, jnp.ones((1, 1)), jnp.ones(1), jnp.zeros(1)))  # ends in the first value
+      [[0.]]
+    """
+    times = policy.times
+    kept = s / t
+    if times.shape[1] == 1:
+        return per_example(kept, x_t) * x_t + _combine((1 - kept)[:, None], policy.values)
+    low, high = times[:, :-1], times[:, 1:]
+    s, t = s[:, None], t[:, None]
+    first, last = jnp.clip(s, low, high), jnp.clip(t, low, high)  # the part of [s, t] between each two values
+    # s times the integrals of 1 / tau^2 and 1 / tau over that part; at s = 0 their limits.
+    divisor = jnp.where(first > 0, first, 1)
+    inverse_square = jnp.where(first > 0, s / divisor, 1) - s / last
+    inverse = xlogy(s, last / divisor)
+    weights = jnp.zeros_like(times)
+    weights = weights.at[:, :-1].add((high * inverse_square - inverse) / (high - low))
+    weights = weights.at[:, 1:].add((inverse - low * inverse_square) / (high - low))
+    return per_example(kept, x_t) * x_t + _combine(weights, policy.values)
+
+
+def imitation_loss(
+    student: Student,
+    teacher: Denoise,
+    x_t: Images,
+    r: Float[Array, " B"],
+    t: Float[Array, " B"],
+    points: Float[Array, "count B"],
+    window: float = 3 / 128,
+    shift: float = 1.0,
+) -> Losses:
+    """Returns the mean square of policy's minus teacher's velocity, where the policy itself leads (without gradient).
+
+    One evaluation of the student, one of the teacher per point. The policy's velocity is its mean over `window`, which
+    sees more than one of its values and is finite near t = 0.
+
+    Args:
+      student: (x_t, t, r) -> x_0's values [B, N, ...]; its last layer may begin as N copies of the teacher's.
+      teacher: (x, t) -> x_0_hat of a flow model, guided as it is to be imitated.
+      x_t: images at t: `interpolate(x_0, eps, t)`.
+      r: where the interval ends.
+      t: where it starts.
+      points: times between r + window and t: `draw_points`.
+      window: length in time; 0 takes the velocity at the point. At most t - r.
+      shift: of `make_policy`.
+
+    Source: Chen et al. 2025, Algorithm 1.
+
+    Example:
+      >>> ends, points = (jnp.zeros(1), jnp.ones(1)), jnp.full((2, 1), 0.5)
+      >>> zeros = lambda x_t, t, r: jnp.zeros((1, 3, *x_t.shape[1:]))
+      >>> print(*imitation_loss(zeros, lambda x, t: 0 * x, jnp.ones((1, 2)), *ends, points))
+      [0.] [0.]
+    """
+    policy = make_policy(student(x_t, t, r), r, t, shift)
+    detached = jax.lax.stop_gradient(policy)
+
+    def at(point: Array) -> Array:
+        x = roll_out(detached, x_t, t, point)
+        target = jax.lax.stop_gradient((x - denoised(teacher(x, point)).x_0_hat) / per_example(point, x))
+        if window == 0:
+            velocity = policy_velocity(policy, x, point)
+        else:
+            length = jnp.minimum(window, t - r)
+            ahead = jnp.maximum(point - length, r)
+            velocity = (x - roll_out(policy, x, point, ahead)) / per_example(point - ahead, x)
+        return weighted_mse(1.0, target, velocity)
+
+    loss = jax.lax.map(at, points).mean(axis=0)
+    return loss, loss
+
+
+def policy(
+    student: Student,
+    x_T: Images,
+    grid: Grid,
+    key: Keys | None = None,
+    *,
+    shift: float = 1.0,
+    trajectory: bool = False,
+) -> Sampled:
+    """Samples by pi-Flow's policy, one evaluation per interval of a flow's grid.
+
+    Args:
+      student: (x_t, time, next time) -> x_0's values [B, N, ...].
+      x_T: float[B, ...] at the grid's first point.
+      grid: the intervals, those of the training.
+      key: not used.
+      shift: of `make_policy`.
+      trajectory: also return x_0_hats: of each interval the value at its end.
+
+    Source: Chen et al. 2025, section 3.1.
+
+    Raises:
+      ValueError: a grid of another process.
+
+    Example:
+      >>> from diffusion.schedules import flow_grid
+      >>> halves = lambda x_t, time, next_time: jnp.full((1, 3, 2), 0.5)
+      >>> print(policy(halves, jnp.ones((1, 2)), flow_grid(2)))
+      [[0.5 0.5]]
+    """
+    values = known(grid)
+    if values and not np.allclose(values["signal"] + values["time"], 1, atol=1e-6):
+        raise ValueError("a policy is rolled out along a flow's straight path: use flow_grid.")
+
+    def step(x, _, interval):
+        _, here, there = interval
+        t, r = (jnp.broadcast_to(point.time, x.shape[:1]).astype(x.dtype) for point in (here, there))
+        values = student(x, t, r).astype(x.dtype)
+        return roll_out(make_policy(values, r, t, shift), x, t, r), None, values[:, 0]
+
+    return solve(step, x_T, None, grid, trajectory)
+
+
+def progressive_target(
+    teacher: Denoise, process: Process, x_t: Images, t: Scalars, s: Scalars, r: Scalars
+) -> Float[Array, "B *shape"]:
+    """Returns the x_0 that one DDIM step from t to r would have to predict to end where two of the teacher's do.
+
+    Args:
+      teacher: (x_t, time) -> x_0_hat.
+      process: time -> (signal, noise).
+      x_t: images at t.
+      t: the time, a scalar or [B].
+      s: between t and r.
+      r: where both end.
+
+    Source: Salimans & Ho 2022, "Progressive Distillation for Fast Sampling of Diffusion Models", eq. 39 of appendix G.
+
+    Example:
+      >>> flow = lambda t: (1 - t, t)
+      >>> half = lambda x_t, time: 0.5 * jnp.ones_like(x_t)
+      >>> print(progressive_target(half, flow, jnp.ones((1, 2)), jnp.ones(1), jnp.full(1, 0.5), jnp.zeros(1)))
+      [[0.5 0.5]]
+    """
+    x, points = x_t, [tuple(per_example(level, x_t) for level in process(jnp.asarray(time))) for time in (t, s, r)]
+    for time, (signal, noise), (next_signal, next_noise) in zip((t, s), points, points[1:], strict=False):
+        scale = next_noise / noise
+        x = scale * x + (next_signal - scale * signal) * denoised(teacher(x, time)).x_0_hat
+    (signal, noise), _, (last_signal, last_noise) = points
+    scale = last_noise / noise
+    return jax.lax.stop_gradient((x - scale * x_t) / (last_signal - scale * signal))
+
+
+def progressive_loss(
+    student: Denoise, teacher: Denoise, process: Process, x_t: Images, t: Scalars, s: Scalars, r: Scalars
+) -> Losses:
+    """Returns the mse of x_0_hat and `progressive_target`, times max(SNR, 1).
+
+    Afterwards the student is the teacher of the next round, with half as many steps.
+
+    Source: Salimans & Ho 2022, Algorithm 2 and section 4.
+
+    Example:
+      >>> flow, ones = lambda t: (1 - t, t), jnp.ones((1, 2))
+      >>> half, one = lambda x_t, time: 0.5 * ones, lambda x_t, time: ones
+      >>> print(*progressive_loss(one, half, flow, ones, jnp.ones(1), jnp.full(1, 0.5), jnp.zeros(1)))
+      [0.25] [0.25]
+    """
+    signal, noise = process(jnp.asarray(t))
+    target = progressive_target(teacher, process, x_t, t, s, r)
+    error = weighted_mse(1.0, target, denoised(student(x_t, t)).x_0_hat)
+    return jnp.maximum((signal / noise) ** 2, 1) * error, error
+
+
+def _combine(weights: Float[Array, "B N"], values: Float[Array, "B N *shape"]) -> Array:
+    return jnp.einsum("bn,bn...->b...", weights, values, precision="highest")
