@@ -32,8 +32,19 @@ def merged_dot_general(
     count = len(dimension_numbers[0][0])
     batch, space = x.shape[:-count], x.shape[-count:]
     numbers = ((tuple(range(1, count + 1)), tuple(range(count))), ((), ()))
-    y = jax.lax.dot_general(x.reshape(-1, *space), kernel, numbers, **options)
+    product = partial(jax.lax.dot_general, dimension_numbers=numbers, **options)
+    x = x.reshape(-1, *space)
+    if x.dtype == kernel.dtype == jnp.bfloat16 and not options.get("preferred_element_type"):
+        # XLA on a CPU multiplies bfloat16 natively only where the result is float32; else it converts both, and keeps
+        # a copy of all weights in float32 where they do not change in a loop, as in sampling.
+        y = jax.lax.platform_dependent(x, kernel, cpu=partial(_native_product, product), default=product)
+    else:
+        y = product(x, kernel)
     return y.reshape(*batch, *y.shape[1:])
+
+
+def _native_product(product: Any, x: Array, kernel: Array) -> Array:
+    return product(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 Dense = partial(nn.Dense, kernel_init=ddpm_init, dot_general=merged_dot_general)
