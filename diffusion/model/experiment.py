@@ -1,5 +1,6 @@
 """From a config to a model, and with a source of images to what the trainer is given."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 
 from diffusion.data.batches import batch_indices, make_batches
 from diffusion.data.sources import Source
-from diffusion.model import prompts, sd3_text
+from diffusion.model import flux2_text, prompts, sd3_text
 from diffusion.model.choices import pick
 from diffusion.model.condition import Condition, Facts, classes, nothing
 from diffusion.model.config import Config, check_ranges, dtype_of, round_up
@@ -19,13 +20,15 @@ from diffusion.model.optimizers import make_optimizer
 from diffusion.model.processes import make_draw, make_process, make_weight
 from diffusion.model.sampling import make_sampling
 from diffusion.model.space import SPACES, Space
-from diffusion.networks import mmdit, unet
+from diffusion.networks import flux2, mmdit, unet
+from diffusion.networks.flux2 import Flux2
 from diffusion.networks.mmdit import MMDiT
 from diffusion.networks.unet import UNet
 from diffusion.training import Experiment, Rules, run_key, state_shardings
 
-NETWORKS = {"unet": UNet, "mmdit": MMDiT}
-RULES = {"unet": unet.RULES, "mmdit": mmdit.RULES}  # how a mesh cuts their parameters
+NETWORKS = {"unet": UNet, "mmdit": MMDiT, "flux2": Flux2}
+RULES = {"unet": unet.RULES, "mmdit": mmdit.RULES, "flux2": flux2.RULES}  # how a mesh cuts their parameters
+READ_REFERENCES = ("flux2",)  # are told of pictures to edit
 LARGEST_TERMINAL_SIGNAL = 1e-3  # alpha_bar_T; DDPM's own is 4e-5
 CONDITIONS = {
     "nothing": nothing,
@@ -33,6 +36,7 @@ CONDITIONS = {
     "words": prompts.words,
     "clip": prompts.clip_text,
     "sd3": sd3_text.sd3_text,
+    "flux2": flux2_text.flux2_text,
 }
 
 
@@ -63,6 +67,7 @@ def make_model(
     facts = Facts(num_classes, of_condition or {}, vocabulary, config.network.get("null_class", True))
     condition = pick(CONDITIONS, config.condition, "condition")(facts)
     space = pick(SPACES, config.space, "space")(image_shape, of_space)
+    process = process._replace(num_tokens=math.prod(space.shape[:-1]))
     network = make_network(config, space.shape[-1], condition, process.time_scale)
     frozen = frozen_groups(condition, space) if stored is None else tuple(stored.get("frozen", ()))
     kind, learned = config.loss.prediction, config.loss.learned_variance
@@ -75,7 +80,7 @@ def frozen_groups(condition: Condition, space: Space) -> tuple[str, ...]:
     return tuple(name for name, frozen in groups.items() if frozen)
 
 
-def make_network(config: Config, channels: int, condition: Condition, time_scale: float) -> UNet | MMDiT:
+def make_network(config: Config, channels: int, condition: Condition, time_scale: float) -> UNet | MMDiT | Flux2:
     """Returns the network of `config.network`, applied to (x_t, time, **told).
 
     Args:
@@ -94,10 +99,26 @@ def make_network(config: Config, channels: int, condition: Condition, time_scale
         classes = {name: size for name, size in condition.widths.items() if name == "num_classes"}
         return make(**classes, out_channels=outputs, time_scale=time_scale)
     if condition.kind != "prompts":
-        raise ValueError(f"network.name=mmdit reads prompts, and condition.name is {config.condition.name}: use unet")
+        name = config.network.name
+        raise ValueError(f"network.name={name} reads prompts, and condition.name is {config.condition.name}: use unet")
     if config.loss.learned_variance:
         raise ValueError("loss.learned_variance needs network.name=unet: an MM-DiT has no variance in its output")
-    return make(**condition.widths, out_channels=channels, time_scale=time_scale)
+    widths = dict(condition.widths)
+    if config.network.name == "flux2":
+        widths.pop("pooled_width")  # it reads no pooled text
+    network = make(**widths, out_channels=channels, time_scale=time_scale)
+    if getattr(network, "guidance_embedding", False):
+        raise ValueError("network.guidance_embedding is FLUX.2 [dev]'s, which is not drawn with here: use [klein]")
+    return network
+
+
+def check_references(config: Config) -> None:
+    """Raises ValueError where pictures to edit are given to a network that is not told of any."""
+    if config.network.name not in READ_REFERENCES:
+        raise ValueError(
+            f"--images: network.name={config.network.name} is not told of pictures to edit, as "
+            f"{READ_REFERENCES[0]} is: use --mode=img2img, or leave them out"
+        )
 
 
 def stored_of(model: Model) -> dict[str, Any]:

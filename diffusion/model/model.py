@@ -5,7 +5,7 @@ own. A frozen text encoder and an autoencoder are among them too, without gradie
 arguments alone, and a checkpoint is the whole experiment.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -204,7 +204,7 @@ def steered(model: Model, sampling: Sampling, params: Any, told: Told, fro: Told
 
 def beside(x: jax.Array, y: jax.Array) -> jax.Array:
     """Returns x_1, y_1, x_2, y_2, ... along the first axis."""
-    return jnp.stack([x, y], axis=1).reshape(-1, *x.shape[1:])
+    return jnp.stack([x, y], axis=1).reshape(2 * len(x), *x.shape[1:])  # not -1: a width may be 0
 
 
 def draw_noise(model: Model, seed: Any, index: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -225,7 +225,7 @@ def from_noise(sampler: Any, denoise: Denoise, grid: Any, keys: jax.Array, eps: 
 def make_generate(
     model: Model, sampling: Sampling, mesh: Mesh, use: Use = from_noise
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Returns generate(params, rows, away, seed, index int32[B], *images) -> (uint8 [B, ...], finite bool[B]).
+    """Returns generate(params, rows, away, seed, index int32[B], *images, references=()) -> (uint8 [B, ...], finite).
 
     It is jitted and spread over the mesh, which has to divide B. Image number i is a pure function of (params, its row,
     seed, i), whatever batch it is made in. `finite` is False where x_0 held NaN or infinity. In a space with parameters
@@ -236,6 +236,9 @@ def make_generate(
       sampling: sampler, grid, guidance, threshold.
       mesh: the devices.
       use: what is made of the noise and of `images`, uint8.
+
+    `references` are pictures to edit, uint8 [B, h, w, C] each, of any size that the space can encode; the network is
+    told of their x_0.
     """
     check_guidance(model, sampling)
     apart = model.space.init is not None
@@ -256,11 +259,16 @@ def make_generate(
     def show(params: Any, x_0: jax.Array) -> tuple[jax.Array, jax.Array]:
         return model.space.decode(params, x_0), jnp.isfinite(x_0).all(axis=range(1, x_0.ndim))
 
-    def generate(params: Any, rows: Any, away: Any, seed: Any, index: Any, *images: Any) -> tuple[jax.Array, jax.Array]:
+    def generate(
+        params: Any, rows: Any, away: Any, seed: Any, index: Any, *images: Any, references: Sequence[Any] = ()
+    ) -> tuple[jax.Array, jax.Array]:
         of_text, of_space = parts(model, params)[1:]
         told, fro = tell(of_text, rows), tell(of_text, away)
         keys, eps = noise(seed, index)
         begun = (encode(of_space, image, keys) for image in images)
+        if references:
+            seen = {"references": tuple(encode(of_space, picture, keys) for picture in references)}
+            told, fro = {**told, **seen}, {**fro, **seen}
         x_0 = run(network_alone(model, params), told, fro, keys, eps, *begun)
         return show(of_space, x_0)
 

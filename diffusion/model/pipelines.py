@@ -8,16 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion.model import sd3_text
+from diffusion.model import flux2_text, sd3_text
 from diffusion.model.autoencoders import describe, of_published
 from diffusion.model.choices import fields_of
 from diffusion.model.config import Config, dtype_of
 from diffusion.model.fields import choose
+from diffusion.networks.flux2 import Flux2
 from diffusion.networks.mmdit import MMDiT
-from diffusion.pretrained import mmdit, sd3
+from diffusion.pretrained import flux2, klein, mmdit, sd3
 from diffusion.pretrained.folder import read_json, resolve
 from diffusion.pretrained.vae import load_vae
 
+KLEIN_SIDE = 1024  # pixels, of FLUX.2 [klein]'s pictures where no size is asked for
 Put = Callable[[Any, np.ndarray], Any]  # (tree path, array) -> what is kept of it
 
 
@@ -95,13 +97,62 @@ def load_sd3(folder: Path, config: Config, variant: str | None, put: Put) -> dic
     )
     path = folder / "transformer"
     _, params["network"] = mmdit.load_mmdit(path, dtype, weights_dtype=dtype, variant=variant, put=put)
+    return params | {"space": load_space(folder, variant)}
+
+
+def load_space(folder: Path, variant: str | None) -> dict[str, Any]:
+    """Returns the parameters of `space.latents` of a pipeline's autoencoder."""
     found = of_published(load_vae(folder, variant))
-    params["space"] = {
-        "autoencoder": found.params,
-        "shift": jnp.asarray(found.shift),
-        "scale": jnp.asarray(found.scale),
+    return {"autoencoder": found.params, "shift": jnp.asarray(found.shift), "scale": jnp.asarray(found.scale)}
+
+
+def describe_klein(folder: Path, config: Config, variant: str | None = None) -> dict[str, Any]:
+    """Describes a `Flux2KleinPipeline`, sampled as it was distilled, or not; see `Pipeline`.
+
+    Raises:
+      ValueError: a part is missing, or is one that ours cannot be.
+    """
+    folder = resolve(folder)
+    distilled = klein.read_index(folder)
+    network, _ = flux2.load_flux2(folder / "transformer", dtype_of(config), variant=variant, read=False)
+    autoencoder = load_vae(folder, variant)
+    codec = describe(autoencoder.module, autoencoder.patch)
+    text = config.condition
+    encoder, _ = flux2_text.load_text(
+        folder, dtype=text.dtype, states=text.states, length=text.length, variant=variant, weights=False
+    )
+    widths, needed = (encoder.context_width, codec.channels), (network.context_width, network.out_channels)
+    if widths != needed:
+        raise ValueError(
+            f"{folder}: text encoder and autoencoder give widths {widths}, and the transformer reads {needed}: the "
+            "parts are not of one pipeline, or condition.states is not its own"
+        )
+    own = {field: getattr(network, field) for field in fields_of(Flux2)}
+    own |= {"dtype": jnp.dtype(network.dtype).name, "remat": config.network.remat, "scan": config.network.scan}
+    config.network = ConfigDict({"name": "flux2", **own})
+    choose(config, "sampling.grid", "flux2")
+    config.sampling.num_steps, config.sampling.guidance = (4, 1.0) if distilled else (50, 4.0)
+    return {
+        "image_shape": [KLEIN_SIDE, KLEIN_SIDE, 3],
+        "num_classes": None,
+        "condition": dict(encoder.description),
+        "space": codec.description,
+        "frozen": ["text", "space"],
     }
-    return params
 
 
-PIPELINES: Mapping[str, Pipeline] = {sd3.CLASS: Pipeline(describe_sd3, load_sd3)}
+def load_klein(folder: Path, config: Config, variant: str | None, put: Put) -> dict[str, Any]:
+    """Returns the weights of a `Flux2KleinPipeline`; see `Pipeline`."""
+    text, dtype = config.condition, dtype_of(config)
+    _, of_text = flux2_text.load_text(
+        folder, dtype=text.dtype, states=text.states, length=text.length, variant=variant, put=put
+    )
+    path = folder / "transformer"
+    _, network = flux2.load_flux2(path, dtype, weights_dtype=dtype, variant=variant, put=put)
+    return {"network": network, "text": of_text, "space": load_space(folder, variant)}
+
+
+PIPELINES: Mapping[str, Pipeline] = {
+    sd3.CLASS: Pipeline(describe_sd3, load_sd3),
+    klein.CLASS: Pipeline(describe_klein, load_klein),
+}

@@ -23,6 +23,7 @@ class Process(NamedTuple):
       respaced: (num_steps, rho) -> steps in Karras' spacing of noise / signal; rho = inf: even in log-SNR.
       time_scale: factor on time in the network's embedding.
       schedule: DDPM's chain; None for a process that is none.
+      num_tokens: positions of one x_0, for grids that depend on them; 0: not known.
     """
 
     at: predictions.Process
@@ -31,6 +32,7 @@ class Process(NamedTuple):
     respaced: Callable[[int, float], schedules.Grid]
     time_scale: float
     schedule: schedules.Schedule | None = None
+    num_tokens: int = 0
 
 
 def make_process(config: Config) -> Process:

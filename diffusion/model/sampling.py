@@ -60,9 +60,20 @@ def chain_of(process: Process, spacing: str) -> schedules.Schedule:
 
 def released_flow(process: Process, num_steps: int, *, shift: float = 1.0) -> schedules.Grid:
     """Returns the times of Stable Diffusion 3's released code and of diffusers (`grids.released_flow_grid`)."""
-    if not np.isclose(sum(map(float, process.at(jnp.float32(0.25)))), 1):  # straight lines from noise to data
-        raise ValueError("sampling.grid.name=released_flow has the times of a flow: it needs process.name=flow")
+    check_flow(process, "released_flow")
     return grids.released_flow_grid(num_steps, shift)
+
+
+def flux2(process: Process, num_steps: int) -> schedules.Grid:
+    """Returns the times of FLUX.2's pipelines, which depend on the size of the picture (`grids.flux2_grid`)."""
+    check_flow(process, "flux2")
+    return grids.flux2_grid(num_steps, process.num_tokens)
+
+
+def check_flow(process: Process, name: str) -> None:
+    """Raises ValueError where a grid for a flow's straight lines from noise to data is asked of another process."""
+    if not np.isclose(sum(map(float, process.at(jnp.float32(0.25)))), 1):
+        raise ValueError(f"sampling.grid.name={name} has the times of a flow: it needs process.name=flow")
 
 
 GRIDS = {
@@ -74,6 +85,7 @@ GRIDS = {
     "trailing": trailing,
     "linspace": linspace,
     "released_flow": released_flow,
+    "flux2": flux2,
 }
 
 

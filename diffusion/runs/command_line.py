@@ -32,7 +32,7 @@ MANY = 10**8  # samples are not meant
 READ_BY = {
     **dict.fromkeys(("prompt", "negative_prompt", "label"), DRAW),
     "prompts": (*DRAW, "score"),
-    "images": ("interpolate", "inpaint", "img2img", "score", "reconstruct"),
+    "images": ("sample", "interpolate", "inpaint", "img2img", "score", "reconstruct"),
     "strength": ("interpolate", "img2img"),
     **dict.fromkeys(("mask", "resample"), ("inpaint",)),
     **dict.fromkeys(("sweep_steps", "sweep_ema"), ("sweep",)),

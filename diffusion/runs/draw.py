@@ -49,6 +49,7 @@ def draw(
     seed: int,
     *,
     images: Sequence[np.ndarray] = (),
+    references: Sequence[np.ndarray] = (),
     negative: str | None = None,
     use: Use = from_noise,
     folder: Path | None = None,
@@ -62,6 +63,7 @@ def draw(
       index: int[N], which noise of the seed each is made from.
       seed: of the noise.
       images: arrays uint8 [N, H, W, C] that `use` begins with.
+      references: pictures to edit, uint8 [h, w, C], which all requests share; see `pictures.fit_reference`.
       negative: prompt that guidance leads away from; None: no condition.
       use: see `diffusion.model.model.Use`.
       folder: batches are written there as they are made, and read from there where an interrupted call has left them.
@@ -90,7 +92,9 @@ def draw(
             found.append(load_samples(path))
             continue
         begun = (array[batch] for array in images)
-        drawn = generate(params, rows[batch], np.stack([away] * batch_size), np.uint32(seed), index[batch], *begun)
+        seen = [np.broadcast_to(picture, (batch_size, *picture.shape)) for picture in references]
+        fro = np.stack([away] * batch_size)
+        drawn = generate(params, rows[batch], fro, np.uint32(seed), index[batch], *begun, references=seen)
         image, finite = (multihost_utils.process_allgather(array, tiled=True) for array in drawn)
         refuse_not_finite(finite[: len(rows) - number * batch_size])
         found.append(image)

@@ -29,7 +29,12 @@ SHARES = np.linspace(0, 1, 9)  # of the second image, or prompt, in a mixture
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of these modes."""
-    flags.DEFINE_list("images", [], "pictures to begin with, in place of real images", flag_values=values)
+    flags.DEFINE_list(
+        "images",
+        [],
+        "pictures to begin with, in place of real images; sample: to edit, with FLUX.2",
+        flag_values=values,
+    )
     flags.DEFINE_list(
         "strength",
         [],

@@ -1,5 +1,6 @@
-"""Pictures that people give and are given: files to begin with, masks, rows of images, films."""
+"""Pictures that people give and are given: files to begin with or to edit, masks, rows of images, films."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion.data.images import image_grid, save_labelled_png, save_png
+from diffusion.data.images import check_uint8_images, image_grid, save_labelled_png, save_png
 from diffusion.data.pictures import decode
 from diffusion.files import replacing
 
+SMALLEST, LARGEST, LONGEST = 64, 1024**2, 8  # of a reference: side, pixels (larger ones are reduced), aspect ratio
 MASKS = ("left", "right", "top", "bottom", "center")
 
 
@@ -24,6 +26,51 @@ def read_pictures(paths: Sequence[str], shape: tuple[int, int, int]) -> np.ndarr
     if not all(paths):
         raise ValueError(f"--images={','.join(paths)}: a name is empty")
     return np.stack([decode(Path(path).expanduser(), channels=channels, size=(height, width)) for path in paths])
+
+
+def read_references(paths: Sequence[str], cell: int) -> list[np.ndarray]:
+    """Returns picture files to edit as uint8[h, w, 3], see `fit_reference`.
+
+    Raises:
+      ValueError: one is missing, not a picture, or one that FLUX.2 does not take, which is named.
+    """
+    found = []
+    for path in paths:
+        try:
+            found.append(fit_reference(decode(Path(path).expanduser(), channels=3), cell))
+        except ValueError as error:
+            raise ValueError(f"--images={path}: {error}") from error
+    return found
+
+
+def fit_reference(picture: np.ndarray, cell: int) -> np.ndarray:
+    """Returns a picture to edit as FLUX.2's pipelines fit it: at most 1024^2 pixels, then the centre, in whole cells.
+
+    Args:
+      picture: uint8[H, W, 3].
+      cell: side in pixels of a position of the latents.
+
+    Raises:
+      ValueError: it is no such array, smaller than 64 pixels, or more than 8 times as long as wide.
+
+    Source: diffusers 0.42, Flux2ImageProcessor.
+    """
+    from PIL import Image
+
+    check_uint8_images(picture[None] if picture.ndim == 3 else picture, "a picture to edit")
+    height, width, channels = picture.shape
+    if channels != 3 or min(height, width) < SMALLEST or max(height, width) > LONGEST * min(height, width):
+        raise ValueError(
+            f"a picture to edit has {height}x{width} pixels of {channels} channels: it has to be RGB, at least "
+            f"{SMALLEST} pixels wide and high, and at most {LONGEST} times as long as wide"
+        )
+    if height * width > LARGEST:
+        scale = math.sqrt(LARGEST / (height * width))
+        size = int(width * scale), int(height * scale)
+        picture = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
+    rows, columns = (side // cell * cell for side in picture.shape[:2])
+    top, left = (picture.shape[0] - rows) // 2, (picture.shape[1] - columns) // 2
+    return picture[top : top + rows, left : left + columns]
 
 
 def read_mask(name: str, shape: tuple[int, int, int]) -> np.ndarray:

@@ -21,13 +21,14 @@ from diffusion.data.images import check_uint8_images
 from diffusion.model import formats
 from diffusion.model.condition import rows_of
 from diffusion.model.config import Config, from_plain, make_settings, plain
-from diffusion.model.experiment import abstract_batch, make_learner, make_model, warnings_of
+from diffusion.model.experiment import abstract_batch, check_references, make_learner, make_model, warnings_of
 from diffusion.model.fields import change
 from diffusion.model.likelihood import Likelihood, bits_per_dim
 from diffusion.model.model import Model, from_noise, guided
 from diffusion.model.sampling import make_sampling
 from diffusion.runs import published
 from diffusion.runs.draw import Painter, Programs, draw
+from diffusion.runs.pictures import fit_reference
 from diffusion.training import RunError, averaged, check_finite, check_seed, digest, make_mesh, snapshots
 from diffusion.training.checkpoints import open_existing
 from diffusion.training.workdir import FREE_AFTERWARDS, differences
@@ -89,6 +90,7 @@ class Run(NamedTuple):
         prompts: Sequence[str] | None = None,
         labels: Sequence[int] | np.ndarray | None = None,
         negative_prompt: str | None = None,
+        references: Sequence[np.ndarray] = (),
         seed: int = 0,
         trajectory: bool = False,
         **sampling: Any,
@@ -102,6 +104,7 @@ class Run(NamedTuple):
           prompts: what to draw, of a run that reads prompts.
           labels: classes, of a run that reads them; by default all in turn.
           negative_prompt: what guidance leads away from.
+          references: pictures to edit, uint8[h, w, 3], of a run whose network is told of them (FLUX.2).
           seed: of the noise.
           trajectory: returns uint8[N, num_steps + 1, H, W, C] instead: x_0_hat at every step, then the sample.
           **sampling: fields of config.sampling for this call, as num_steps=10 or guidance=2.0.
@@ -117,9 +120,18 @@ class Run(NamedTuple):
         requests = run.requests(num_samples, prompts, labels)
         if negative_prompt is not None and self.model.condition.kind != "prompts":
             raise ValueError(f"{self.workdir} reads no prompts: leave negative_prompt out")
-        use = show_trajectory if trajectory else from_noise
-        index = np.arange(len(requests))
-        return draw(run.painter, requests, index, check_seed(seed), negative=negative_prompt, use=use)
+        if references:
+            check_references(self.config)
+        cell = self.model.space.image_shape[0] // self.model.space.shape[0]
+        return draw(
+            run.painter,
+            requests,
+            np.arange(len(requests)),
+            check_seed(seed),
+            references=[fit_reference(picture, cell) for picture in references],
+            negative=negative_prompt,
+            use=show_trajectory if trajectory else from_noise,
+        )
 
     def requests(
         self,

@@ -16,9 +16,12 @@ from diffusion.data.lines import read_lines
 from diffusion.data.samples import load_samples, save_samples
 from diffusion.files import replacing
 from diffusion.model.config import plain
+from diffusion.model.experiment import check_references
+from diffusion.model.fields import change
 from diffusion.runs.call import Call
 from diffusion.runs.draw import draw, everywhere, remove_parts
-from diffusion.runs.run import Run
+from diffusion.runs.pictures import read_references
+from diffusion.runs.run import Run, model_of
 
 SHOWN = 100  # in the picture of many samples
 
@@ -27,6 +30,7 @@ def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags that say what to draw."""
     flags.DEFINE_multi_string("prompt", [], "what to draw; may be given several times", flag_values=values)
     flags.DEFINE_string("prompts", None, "a text file of prompts, one per line", flag_values=values)
+    flags.DEFINE_string("lora", None, "adapters in diffusers' form, a file or its folder", flag_values=values)
     flags.DEFINE_string("negative_prompt", None, "what guidance leads away from", flag_values=values)
     flags.DEFINE_list("label", [], "classes to draw, as --label=3,3,7", flag_values=values)
 
@@ -34,8 +38,10 @@ def define_flags(values: flags.FlagValues) -> None:
 def sample(call: Call) -> None:
     """Writes --num_samples images as .npz (`arr_0`, uint8 [N, H, W, C]) and as a picture beside it.
 
-    With prompts it is so many of each, prompt by prompt.
+    With prompts it is so many of each, prompt by prompt. --images are pictures that FLUX.2 edits: the first gives the
+    samples' size, unless config.sampling.size does.
     """
+    call, references = with_references(call)
     run, asked, count = call.open(), call.flags, call.flags.num_samples
     if run.model.condition.kind == "prompts":
         prompts = read_prompts(call)
@@ -45,7 +51,25 @@ def sample(call: Call) -> None:
         labels = read_labels(call)
         count = count or (len(labels) if labels else 64)
         requests, index = run.requests(count, labels=labels), np.arange(count)
-    draw_samples(run, requests, index, asked.seed, negative=asked.negative_prompt, out=asked.out)
+    draw_samples(run, requests, index, asked.seed, references=references, negative=asked.negative_prompt, out=asked.out)
+
+
+def with_references(call: Call) -> tuple[Call, list[np.ndarray]]:
+    """Returns the pictures that --images has to be edited, and the call, its samples as large as the first of them.
+
+    Raises:
+      ValueError: a picture that cannot be read, or a network that is not told of pictures.
+    """
+    if not call.flags.images:
+        return call, []
+    check_references(call.config)
+    assert call.stored is not None
+    space = model_of(call.config, call.stored).space
+    references = read_references(call.flags.images, space.image_shape[0] // space.shape[0])
+    if not call.config.sampling.size:
+        height, width, _ = references[0].shape
+        call = call._replace(config=change(call.config, {"sampling.size": (height, width)}))
+    return call, references
 
 
 def draw_samples(
@@ -54,6 +78,7 @@ def draw_samples(
     index: np.ndarray,
     seed: int,
     *,
+    references: Sequence[np.ndarray] = (),
     negative: str | None = None,
     out: str | Path | None = None,
 ) -> np.ndarray:
@@ -67,6 +92,7 @@ def draw_samples(
       requests: N prompts, class numbers or None.
       index: int[N], which noise of the seed each is made from.
       seed: of the noise.
+      references: pictures to edit, of `fit_reference`.
       negative: prompt that guidance leads away from.
       out: an .npz; None: a name in the run's folder that says how they were made.
     """
@@ -83,6 +109,7 @@ def draw_samples(
         "num_samples": len(requests),
         **({"requests": list(requests)} if any(one is not None for one in requests) else {}),
         **({"negative": negative} if negative is not None else {}),
+        **({"references": [pixels_digest(picture) for picture in references]} if references else {}),
     }
     text = json.dumps(made, indent=2) + "\n"
     key = hashlib.sha256(text.encode()).hexdigest()
@@ -96,7 +123,7 @@ def draw_samples(
         say(f"{len(images)} samples made before: {out}")
         return images
     parts = out.with_name(f".{out.stem}-{key[:16]}")
-    images = draw(run.painter, requests, index, seed, negative=negative, folder=parts)
+    images = draw(run.painter, requests, index, seed, references=references, negative=negative, folder=parts)
     if jax.process_index() == 0:
         save_samples(out, images)
         if prompts:
@@ -109,6 +136,11 @@ def draw_samples(
         remove_parts(parts)
     say(f"{len(images)} samples: {out}\na picture of them: {out.with_suffix('.png')}")
     return images
+
+
+def pixels_digest(picture: np.ndarray) -> str:
+    """Returns the sha256 of a picture's shape and pixels."""
+    return f"sha256:{hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).hexdigest()}"
 
 
 def say(line: str) -> None:

@@ -22,9 +22,9 @@ from ml_collections import ConfigDict
 from diffusion.files import check_folder
 from diffusion.model import pipelines
 from diffusion.model.choices import fields_of
-from diffusion.model.config import Config, make_settings, plain
+from diffusion.model.config import Config, from_plain, make_settings, plain
 from diffusion.model.experiment import abstract_batch, make_learner, make_model, stored_of
-from diffusion.model.fields import choose, complete
+from diffusion.model.fields import change, choose, complete
 from diffusion.model.processes import PROCESSES
 from diffusion.model.sampling import SAMPLERS, make_sampling
 from diffusion.pretrained import adm, folder, pipeline, unet
@@ -130,12 +130,22 @@ def import_pipeline(call: Call, path: Path, kind: str) -> None:
     config = call.config.copy_and_resolve_references().unlock()
     about = pipelines.PIPELINES[kind].describe(path, config, call.flags.variant)
     config.evaluation.after_training = False
-    config = complete(config)
+    config = asked_again(call, complete(config))
     model = model_of(config, about)
     make_sampling(config, model.process)  # what cannot be sampled is refused now
     about |= {"pipeline": kind, "variant": call.flags.variant}
     write_published(call.workdir, folder.resolve(path), call.task.name, config, about)
     print(f"{call.workdir} is now a run of experiments.{call.task.name} with the files of {path}, a {kind}")
+
+
+def asked_again(call: Call, config: Config) -> Config:
+    """Returns the config of a pipeline, with what the command line asks of its sampling in place of its own."""
+    theirs = workdir.flatten(plain(call.config))
+    fields = [field for field in call.asked if field.startswith("sampling.")]
+    fields += ["sampling.num_steps"] if call.flags.steps is not None else []
+    fields += ["sampling.sampler"] if call.flags.sampler is not None else []
+    names = [field if field in theirs else f"{field}.name" for field in fields]
+    return change(config, {name: from_plain({"it": theirs[name]}).it for name in names})
 
 
 def describe_network(config: Config, network: Any) -> None:

@@ -116,9 +116,9 @@ def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns `function`, to be jitted, in which networks can see the mesh; see `networks.layers.cut_along_batch`."""
 
     @functools.wraps(function)
-    def wrapped(*args: Any) -> Any:
+    def wrapped(*args: Any, **options: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args)
+            return function(*args, **options)
 
     return wrapped
 

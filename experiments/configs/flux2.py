@@ -1,0 +1,92 @@
+"""FLUX.2 [klein] (Black Forest Labs 2025): what an imported pipeline leaves open, and its fine-tuning.
+
+    python -m experiments.flux2 --mode=import --weights=FLUX.2-klein-4B --workdir=runs/klein
+
+Network, autoencoder, text encoder, steps and guidance are the pipeline's own.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import _base
+
+
+def get_config(methods: str = "") -> ConfigDict:
+    """Returns the config; there are no methods to apply yet."""
+    config = _base.text_config()
+    config.data = ConfigDict(
+        dict(
+            name="folder",  # or tfds:NAME
+            dir="",  # folder: of captions.jsonl and the pictures; tfds: its data_dir, empty for TFDS' own
+            split="train",  # tfds
+            image_size=1024,
+            batch_size=4,
+            flip=False,
+            skip_broken=False,  # folder: leave out pictures that cannot be read, and report how many
+        )
+    )
+    config.network = ConfigDict(
+        dict(
+            name="flux2",
+            num_double=5,  # blocks of two streams
+            num_single=20,  # blocks of one
+            num_heads=24,
+            head_width=128,
+            mlp_ratio=3,
+            axes=(32, 32, 32, 32),  # channels of a head that picture, row, column and place in the text rotate
+            theta=2000.0,
+            dtype="bfloat16",
+            remat=False,
+            scan=False,  # compile the blocks of a kind once, as a loop
+        )
+    )
+    config.condition = ConfigDict(
+        dict(
+            name="flux2",
+            folder="",  # training: of the pipeline whose text encoder is read
+            states=(9, 18, 27),  # after how many layers of Qwen3
+            length=512,  # tokens that are read, at most 512
+            dtype="bfloat16",
+            scan=False,  # compile the encoder's layers as loops
+            precomputed=False,  # features of all captions are made once, before training: 15 MB of each
+            dropout=0.1,  # share of the captions that training replaces by the empty one
+        )
+    )
+    config.space = ConfigDict(
+        dict(
+            name="latents",
+            folder="",  # training: of the autoencoder or pipeline
+            sample=False,
+            precomputed=True,
+            fitted=False,
+            patch=0,
+        )
+    )
+    config.optimizer.update(learning_rate=1e-5, warmup_steps=500)
+    config.training.update(num_steps=10_000, ema_decay=0.999, checkpoint_every=1000, preview_every=500, num_previews=8)
+    config.sampling = ConfigDict(
+        dict(
+            sampler=ConfigDict(dict(name="euler")),
+            num_steps=4,  # base model: 50
+            grid=ConfigDict(dict(name="flux2")),
+            threshold=ConfigDict(dict(name="none")),
+            guidance=1.0,  # base model: 4, away from the empty prompt
+            guidance_interval=(),
+            size=(),  # (height, width), divisible by 16; (): 1024 x 1024, or the first reference's
+            batch_size=4,
+        )
+    )
+    config.evaluation = ConfigDict(
+        dict(
+            dir="",  # folder: of held-out captions.jsonl and pictures
+            split="val",  # tfds: the held-out one
+            num_samples=1000,  # at most: one of each held-out caption
+            features="inception",  # or clip, pixels
+            weights="",  # Inception's file where it is not to be fetched; clip: a published CLIP's folder
+            metrics=("fid", "kid"),
+            judge="",  # folder of a CLIP, published or trained by experiments.clip, for the CLIP score
+            likelihood_images=100,
+            ode_steps=200,
+            after_training=False,
+        )
+    )
+    return _base.apply(config, methods, {})
