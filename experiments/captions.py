@@ -46,6 +46,7 @@ def read(config: Config, split: str) -> Source:
         held_out_split=held_out.split,
         image_size=data.image_size,
         skip_broken=data.skip_broken,
+        buckets=data.get("buckets", 0),
     )
 
 

@@ -11,24 +11,21 @@ from collections.abc import Callable, Generator
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from diffusion.data.buckets import bucket_rows
 from diffusion.data.sources import Source
+from diffusion.data.streams import stream
 
 _ORDER, _FLIP = 1, 2  # purposes: each has its own stream of random numbers
 
 
-def _stream(seed: int, purpose: int, count: int) -> np.random.RandomState:
-    words = (purpose, seed & 0xFFFFFFFF, seed >> 32, count & 0xFFFFFFFF, count >> 32)
-    return np.random.RandomState(np.array(words, np.uint32))
-
-
 @functools.lru_cache(maxsize=8)  # a batch touches at most two epochs, the batches read ahead hardly more
 def _permutation(seed: int, epoch: int, num_examples: int) -> Int64[np.ndarray, "num_examples"]:
-    return _stream(seed, _ORDER, epoch).permutation(num_examples)
+    return stream(seed, _ORDER, epoch).permutation(num_examples)
 
 
 @functools.lru_cache(maxsize=8)
 def _coins(seed: int, epoch: int, num_examples: int) -> Bool[np.ndarray, "num_examples"]:
-    return _stream(seed, _FLIP, epoch).random_sample(num_examples) < 0.5
+    return stream(seed, _FLIP, epoch).random_sample(num_examples) < 0.5
 
 
 def _rows(of_epoch: Callable[[int, int, int], np.ndarray], seed: int, step: int, batch_size: int, num_examples: int):
@@ -104,6 +101,8 @@ def make_batches(
     """
     import grain  # half a second that only training needs to spend
 
+    if source.parts and flip:
+        raise ValueError("data.flip=True does not go with data.buckets: leave one of them out")
     batch_indices(seed, start_step, batch_size, source.num_examples)  # to refuse bad arguments now, not in a thread
     if not 0 <= process_index < process_count or batch_size % process_count:
         raise ValueError(
@@ -114,6 +113,9 @@ def make_batches(
     columns_reversed = np.arange(source.image_shape[1])[::-1]  # taking these is twice as fast as [:, :, ::-1]
 
     def batch(step: int) -> dict[str, np.ndarray]:
+        if source.parts:
+            part, indices = bucket_rows(seed, step, batch_size, [part.num_examples for part in source.parts])
+            return source.parts[part].read(indices[mine])
         read = source.read(batch_indices(seed, step, batch_size, source.num_examples)[mine])
         if flip:
             mirrored = batch_flips(seed, step, batch_size, source.num_examples)[mine]

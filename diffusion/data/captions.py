@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from diffusion.data.buckets import bucket_shapes, nearest_bucket
 from diffusion.data.decoded import decoded_files
 from diffusion.data.lines import read_lines
-from diffusion.data.pictures import Size
+from diffusion.data.pictures import Size, shape_of
 from diffusion.data.sources import Source
 
 
@@ -70,7 +72,11 @@ def with_captions(images: Source, captions: Sequence[Sequence[str]]) -> Source:
 
 
 def caption_folder(
-    folder: str | os.PathLike, image_size: Size | None, split: str = "train", skip_broken: bool = False
+    folder: str | os.PathLike,
+    image_size: Size | None,
+    split: str = "train",
+    skip_broken: bool = False,
+    buckets: int = 0,
 ) -> Source:
     """Returns the pairs of FOLDER/captions.jsonl, the pictures decoded once, as RGB.
 
@@ -81,6 +87,8 @@ def caption_folder(
       image_size: side, or (H, W), to which every picture is cropped and resized. None needs squares of one size.
       split: what the source is called.
       skip_broken: skip pictures that cannot be read, with one warning, instead of raising.
+      buckets: what divides the sides of buckets of aspect ratios of about image_size^2 pixels: each picture is cropped
+        to the nearest, and the source has a part for each. 0: all are cropped alike.
 
     Raises:
       ValueError: with the number of the line, if the file, a caption or a picture is missing, broken or of another
@@ -105,6 +113,9 @@ def caption_folder(
     if not captions:
         raise ValueError(f"{path} holds no pair")
     files = [folder / name for name in captions]
+    every = list(captions.values())
+    if buckets:
+        return _in_buckets(files, every, places, split, image_size, buckets, skip_broken)
     decoded = decoded_files(
         files,
         None,
@@ -122,8 +133,65 @@ def caption_folder(
             f"{places[0]}{files[0]} is {width}x{height}, not square: crop it with image_size "
             "(--config.data.image_size=N)"
         )
-    every = list(captions.values())
     return with_captions(decoded.source, [every[number] for number in decoded.kept])
+
+
+def _in_buckets(
+    files: Sequence[Path],
+    captions: Sequence[Sequence[str]],
+    places: Sequence[str],
+    split: str,
+    side: Size | None,
+    multiple: int,
+    skip_broken: bool,
+) -> Source:
+    """Returns a source with a part for each bucket that has pictures."""
+    if not isinstance(side, int):
+        raise ValueError("data.buckets have about data.image_size^2 pixels each: set data.image_size")
+    shapes = bucket_shapes(side, multiple)
+    numbers: dict[int, list[int]] = {}
+    for number, file in enumerate(files):
+        try:
+            height, width, _ = shape_of(file)
+        except ValueError as error:
+            if skip_broken:
+                continue
+            raise ValueError(f"{places[number]}{error}") from error
+        numbers.setdefault(nearest_bucket(height, width, shapes), []).append(number)
+    parts = []
+    for bucket in sorted(numbers):
+        own = numbers[bucket]
+        decoded = decoded_files(
+            [files[i] for i in own],
+            None,
+            files[0].parent.resolve().name,
+            split,
+            None,
+            size=shapes[bucket],
+            channels=3,
+            skip_broken=skip_broken,
+            places=[places[i] for i in own],
+        )
+        parts.append(with_captions(decoded.source, [captions[own[i]] for i in decoded.kept]))
+    counts = ", ".join(f"{part.image_shape[1]}x{part.image_shape[0]}: {part.num_examples}" for part in parts)
+    logging.info("pairs in buckets of aspect ratios: %s", counts)
+
+    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
+        raise ValueError("pictures of several shapes are read part by part")
+
+    known = tuple(dict.fromkeys(caption for part in parts for caption in part.captions))
+    digest = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
+    return Source(
+        parts[0].name,
+        split,
+        sum(part.num_examples for part in parts),
+        (side, side, 3),
+        len(known),
+        read,
+        f"sha256:{digest}",
+        captions=known,
+        parts=tuple(parts),
+    )
 
 
 def _pair(line: str, place: str) -> tuple[str, list[str]]:

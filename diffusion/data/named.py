@@ -81,6 +81,7 @@ def named_captions(
     held_out_split: str = "val",
     image_size: Size | None = None,
     skip_broken: bool = False,
+    buckets: int = 0,
 ) -> Source:
     """Returns a split of the captioned images of that name.
 
@@ -93,6 +94,7 @@ def named_captions(
       held_out_split: TFDS: what "test" is called there.
       image_size: side, or (H, W), to which pictures are cropped and resized; None or 0: as stored.
       skip_broken: folder: skip pictures that cannot be read.
+      buckets: folder: of the training pairs; see `captions.caption_folder`.
 
     Raises:
       ValueError: in one line, an unknown name or split, a missing folder, or data that cannot be read.
@@ -104,7 +106,7 @@ def named_captions(
         folder, field = (data_dir, "data") if split == "train" else (held_out_dir, "evaluation")
         if not folder:
             raise ValueError(f"no folder of pictures and captions: name one by --config.{field}.dir=DIR")
-        return caption_folder(folder, image_size or None, split, skip_broken)
+        return caption_folder(folder, image_size or None, split, skip_broken, buckets if split == "train" else 0)
     if kind == "tfds":
         return tfds_captions(
             rest, train_split if split == "train" else held_out_split, data_dir or None, image_size or None

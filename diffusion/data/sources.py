@@ -38,6 +38,8 @@ class Source(NamedTuple):
         names, sizes and descriptions of files that are decoded as they are read; captions are covered by both.
       captions: of a captioned set, whose label is the row of the image's caption here.
       class_names: of the labels, where they have names.
+      parts: of pictures of several shapes, a source of each shape; batches then are of one of them (`data.buckets`),
+        and `read` is not to be called.
     """
 
     name: str
@@ -49,6 +51,14 @@ class Source(NamedTuple):
     fingerprint: str
     captions: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
+    parts: "tuple[Source, ...]" = ()
+
+
+def each_part(source: Source, change: Callable[[Source], Source]) -> Source:
+    """Returns `change(source)`, or, of pictures of several shapes, the source of changed parts."""
+    if not source.parts:
+        return change(source)
+    return source._replace(parts=tuple(map(change, source.parts)))
 
 
 def array_source(

@@ -22,6 +22,7 @@ def get_config(methods: str = "") -> ConfigDict:
             batch_size=256,
             flip=False,  # a mirrored picture may not be what its caption says
             skip_broken=False,  # folder: leave out pictures that cannot be read, and report how many
+            buckets=0,  # folder: train on several aspect ratios, sides divided by this, as 64; 0: on squares
         )
     )
     config.condition.update(width=384, length=32, size=8192)

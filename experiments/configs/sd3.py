@@ -22,6 +22,7 @@ def get_config(methods: str = "") -> ConfigDict:
             batch_size=8,
             flip=False,
             skip_broken=False,  # folder: leave out pictures that cannot be read, and report how many
+            buckets=0,  # folder: train on several aspect ratios, sides divided by this, as 64; 0: on squares
         )
     )
     config.network.update(dtype="bfloat16")

@@ -1,0 +1,89 @@
+"""Aspect buckets: shapes, the nearest, and an order that is a pure function of (seed, step)."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion.data.batches import make_batches
+from diffusion.data.buckets import bucket_rows, bucket_shapes, nearest_bucket
+from diffusion.data.captions import caption_folder
+
+
+@pytest.mark.parametrize(("side", "multiple"), [(64, 16), (1024, 64), (256, 8)])
+def test_shapes_have_about_the_pixels_of_the_square(side, multiple):
+    shapes = bucket_shapes(side, multiple)
+    assert (side, side) in shapes and len(set(shapes)) == len(shapes)
+    for height, width in shapes:
+        assert height % multiple == width % multiple == 0 and (width, height) in shapes
+        assert height * width <= side**2 < height * (width + multiple) or side**2 < width * (height + multiple)
+        assert max(height, width) <= 2 * min(height, width)
+
+
+def test_a_picture_goes_where_least_of_it_is_cropped():
+    shapes = bucket_shapes(1024, 64)
+    random = np.random.RandomState(0)
+    for _ in range(50):
+        height, width = map(int, random.randint(200, 2000, 2))
+        kept = [min(height / h, width / w) ** 2 * h * w for h, w in shapes]  # pixels that are not cropped
+        assert nearest_bucket(height, width, shapes) == int(np.argmax(np.divide(kept, height * width)))
+
+
+@pytest.mark.parametrize(("counts", "size"), [((10, 7, 3), 4), ((100, 1, 0, 33), 8), ((5,), 8)])
+def test_every_picture_is_seen_equally_often(counts, size):
+    seen = [Counter() for _ in counts]
+    for step in range(50 * sum(counts) // size):
+        bucket, rows = bucket_rows(3, step, size, counts)
+        assert len(rows) == size and rows.max() < counts[bucket]
+        seen[bucket].update(rows.tolist())
+    for count, own in zip(counts, seen, strict=True):
+        assert len(own) == count
+        if count:  # of 50 epochs, up to one batch
+            assert 50 - size / count - 1 <= min(own.values()) <= max(own.values()) <= 51
+
+
+def test_buckets_come_mixed_and_in_another_order_for_another_seed():
+    orders = [[bucket_rows(seed, step, 2, (40, 40))[0] for step in range(40)] for seed in (0, 1)]
+    assert orders[0] != orders[1] and sum(orders[0]) == 20
+    assert sum(a != b for a, b in zip(orders[0], orders[0][1:], strict=False)) > 10
+
+
+def test_what_cannot_be_is_refused():
+    for arguments, message in (((60, 16), "16 has to divide"), ((64, 16, 0.5), "ratio to be at least 1")):
+        with pytest.raises(ValueError, match=message):
+            bucket_shapes(*arguments)
+    with pytest.raises(ValueError, match="there is none"):
+        bucket_rows(0, -1, 2, (4,))
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Twelve pictures of three ratios with captions."""
+    lines = []
+    for i, (height, width) in enumerate([(40, 80), (50, 50), (90, 60)] * 4):
+        Image.fromarray(np.full((height, width, 3), 20 * i, np.uint8)).save(tmp_path / f"{i}.png")
+        lines.append(f'{{"image": "{i}.png", "caption": "number {i}"}}')
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_batches_hold_one_shape_and_their_own_captions(pairs):
+    source = caption_folder(pairs, 64, buckets=16)
+    assert [part.image_shape for part in source.parts] == [(48, 80, 3), (64, 64, 3), (80, 48, 3)]
+    assert source.num_examples == 12 and len(source.captions) == 12
+    shapes = set()
+    batches = make_batches(source, 0, 2, num_steps=12)
+    for step, batch in enumerate(batches):
+        bucket, rows = bucket_rows(0, step, 2, [4, 4, 4])
+        part = source.parts[bucket]
+        assert batch["image"].shape == (2, *part.image_shape)
+        shapes.add(batch["image"].shape)
+        for image, label, row in zip(batch["image"], batch["label"], rows, strict=True):
+            number = int(part.captions[label].split()[1])
+            assert image.mean() == 20 * number and part.read(np.array([row]))["label"] == label
+    assert len(shapes) == 3
+    with pytest.raises(ValueError, match=r"data\.flip=True does not go with"):
+        make_batches(source, 0, 2, flip=True)
+    with pytest.raises(ValueError, match=r"set data\.image_size"):
+        caption_folder(pairs, None, buckets=16)
