@@ -1,4 +1,4 @@
-"""Random numbers of the data's order: of (seed, purpose, count), each a stream of its own, the same on every machine."""
+"""Random numbers of the data's order: a stream of its own for each (seed, purpose, count), on every machine the same."""
 
 import numpy as np
 
