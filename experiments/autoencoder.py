@@ -202,12 +202,11 @@ def measure(call: Call, trained: vae.Trained) -> None:
 
 
 def above(images: np.ndarray, reconstructions: np.ndarray, columns: int = 8) -> np.ndarray:
-    """Returns a picture of rows of images, each row above that of its reconstructions."""
-    rows = [
-        np.concatenate([images[first : first + columns], reconstructions[first : first + columns]])
-        for first in range(0, len(images), columns)
-    ]
-    return np.concatenate([image_grid(row, columns=len(rows[0]) // 2) for row in rows])
+    """Returns a picture of full rows of images, each row above that of its reconstructions."""
+    columns = min(columns, len(images))
+    count = len(images) // columns * columns
+    rows = (block[:count].reshape(-1, columns, *images.shape[1:]) for block in (images, reconstructions))
+    return image_grid(np.stack([*rows], axis=1).reshape(-1, *images.shape[1:]), columns)
 
 
 def reconstruct(call: Call) -> None:

@@ -16,7 +16,7 @@ from diffusion import autoencoding
 from diffusion.data import scenes
 from diffusion.data.images import to_float
 from diffusion.data.samples import load_samples
-from diffusion.data.sources import digits
+from diffusion.data.sources import array_source, digits
 from diffusion.model import vae
 from diffusion.model.autoencoders import open_autoencoder
 from diffusion.model.fields import change, load
@@ -304,7 +304,7 @@ def test_images_that_do_not_fit():
     with pytest.raises(ValueError, match=r"images of 1 channels: the autoencoder takes RGB; set data.channels=3"):
         vae.make_experiment(config, digits("train"))
     with pytest.raises(ValueError, match=r"of 17x17: 2 levels .* sides divisible by 2; set data.image_size"):
-        vae.make_experiment(config, scenes.scenes("train", 17, 20))
+        vae.make_experiment(config, array_source(np.zeros((20, 17, 17, 3), np.uint8), None, "odd", "train", None))
 
 
 @pytest.mark.parametrize(
