@@ -31,7 +31,7 @@ def bucket_shapes(side: int, multiple: int, largest_ratio: float = 2.0) -> list[
     """
     if side % multiple or side < multiple or not largest_ratio >= 1:
         raise ValueError(
-            f"buckets of {side}^2 pixels: {multiple} has to divide the side, and the ratio to be at least 1"
+            f"buckets of {side}^2 pixels: {multiple} has to divide {side}, and the ratio be at least 1"
         )
     shapes = set()
     for height in range(multiple, side + 1, multiple):
@@ -100,4 +100,4 @@ def _rows(seed: int, bucket: int, first: int, size: int, count: int) -> np.ndarr
         epoch: stream(seed, _ROWS + bucket, epoch).permutation(count)
         for epoch in range(first // count, (first + size - 1) // count + 1)
     }
-    return np.array([epochs[place // count][place % count] for place in places], np.int64)
+    return np.array([epochs[place // count][place % count] for place in places.tolist()], np.int64)

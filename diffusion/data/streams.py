@@ -1,4 +1,4 @@
-"""Random numbers of the data's order: a stream of its own for each (seed, purpose, count), on every machine the same."""
+"""Random numbers of the data's order: a stream for each (seed, purpose, count), the same on every machine."""
 
 import numpy as np
 

@@ -7,6 +7,7 @@ read_weights(folder)   arrays by name: one file or shards, safetensors or PyTorc
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -192,19 +193,36 @@ def read_file(path: Path, dtype: Any = np.float32) -> dict[str, Stored]:
             for name, array in arrays.items()
         }
     try:
-        opened = safe_open(path, "np")
-        parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+        with safe_open(path, "np"):  # which checks that the header is well-formed and the file as long as it says
+            places, first = _header(path)
     except (SafetensorError, OSError, TypeError) as error:
         raise ValueError(f"{path} is not an intact safetensors file ({error}): download it again") from error
     return {
         name: stored(
             name,
-            _DTYPES.get(str(part.get_dtype()), str(part.get_dtype())),
-            part.get_shape(),
-            partial(opened.get_tensor, name),
+            _DTYPES.get(place["dtype"], place["dtype"]),
+            place["shape"],
+            partial(_mapped, path, first + place["data_offsets"][0], _DTYPES.get(place["dtype"]), tuple(place["shape"])),
         )
-        for name, part in parts.items()
+        for name, place in places.items()
     }
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """Returns the header of a safetensors file, without its metadata, and where the arrays begin."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        places = json.loads(file.read(length))
+    places.pop("__metadata__", None)
+    return places, 8 + length
+
+
+def _mapped(path: Path, offset: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns a copy of an array in a file. It alone is mapped meanwhile: a file that is mapped whole would count as
+    memory in use wherever it has been read."""
+    if not math.prod(shape):
+        return np.zeros(shape, dtype)
+    return np.array(np.memmap(path, dtype, "r", offset, shape or (1,))).reshape(shape)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
