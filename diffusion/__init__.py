@@ -23,9 +23,12 @@ _NAMES = {
 _MODULES = (
     "averages",
     "chains",
+    "consistency",
     "contrastive",
+    "distillation",
     "editing",
     "flow",
+    "flow_map",
     "gaussian",
     "grids",
     "guidance",

@@ -248,7 +248,8 @@ def progressive_target(
       >>> print(progressive_target(half, flow, jnp.ones((1, 2)), jnp.ones(1), jnp.full(1, 0.5), jnp.zeros(1)))
       [[0.5 0.5]]
     """
-    x, points = x_t, [tuple(per_example(level, x_t) for level in process(jnp.asarray(time))) for time in (t, s, r)]
+    t, s, r = (jnp.asarray(time) for time in (t, s, r))
+    x, points = x_t, [tuple(per_example(level, x_t) for level in process(time)) for time in (t, s, r)]
     for time, (signal, noise), (next_signal, next_noise) in zip((t, s), points, points[1:], strict=False):
         scale = next_noise / noise
         x = scale * x + (next_signal - scale * signal) * denoised(teacher(x, time)).x_0_hat

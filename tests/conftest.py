@@ -38,8 +38,9 @@ install_import_hook("diffusion", "beartype.beartype(conf=beartype.BeartypeConf(i
 # Files whose every test is among those of ./launch.sh test --quick; single tests elsewhere are marked themselves.
 # fmt: off
 QUICK = (
-    "architecture", "averages", "chains", "contrastive", "editing", "fields", "flow", "gaussian", "grids", "guidance",
-    "likelihood", "losses", "metrics", "predictions", "randomness", "samplers", "schedules", "weightings",
+    "architecture", "averages", "chains", "consistency", "contrastive", "distillation", "editing", "fields", "flow",
+    "flow_map", "gaussian", "grids", "guidance", "likelihood", "losses", "metrics", "predictions", "randomness",
+    "samplers", "schedules", "weightings",
 )
 # fmt: on
 # But these, of 10 seconds and more, which would be a third of it.
