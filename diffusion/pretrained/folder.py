@@ -197,15 +197,12 @@ def read_file(path: Path, dtype: Any = np.float32) -> dict[str, Stored]:
             places, first = _header(path)
     except (SafetensorError, OSError, TypeError) as error:
         raise ValueError(f"{path} is not an intact safetensors file ({error}): download it again") from error
-    return {
-        name: stored(
-            name,
-            _DTYPES.get(place["dtype"], place["dtype"]),
-            place["shape"],
-            partial(_mapped, path, first + place["data_offsets"][0], _DTYPES.get(place["dtype"]), tuple(place["shape"])),
-        )
-        for name, place in places.items()
-    }
+    weights = {}
+    for name, place in places.items():
+        kind, shape = _DTYPES.get(place["dtype"], place["dtype"]), tuple(place["shape"])
+        read = partial(_mapped, path, first + place["data_offsets"][0], kind, shape)
+        weights[name] = stored(name, kind, shape, read)
+    return weights
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
