@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 
 from diffusion.data.batches import batch_indices, make_batches
 from diffusion.data.sources import Source
-from diffusion.model import flux2_text, prompts, sd3_text
+from diffusion.model import flux2_text, lora, prompts, sd3_text
 from diffusion.model.choices import pick
 from diffusion.model.condition import Condition, Facts, classes, nothing
 from diffusion.model.config import Config, check_ranges, dtype_of, round_up
+from diffusion.model.lora import LoRA, make_lora
 from diffusion.model.model import Model, init, make_generate, make_loss
 from diffusion.model.optimizers import make_optimizer
 from diffusion.model.processes import make_draw, make_process, make_weight
@@ -69,14 +70,21 @@ def make_model(
     space = pick(SPACES, config.space, "space")(image_shape, of_space)
     process = process._replace(num_tokens=math.prod(space.shape[:-1]))
     network = make_network(config, space.shape[-1], condition, process.time_scale)
-    frozen = frozen_groups(condition, space) if stored is None else tuple(stored.get("frozen", ()))
+    adapters = make_lora(config.network.name, **config.lora)
+    known = (stored or {}).get("frozen")
+    frozen = frozen_groups(condition, space, adapters) if known is None else tuple(known)
     kind, learned = config.loss.prediction, config.loss.learned_variance
-    return Model(process, kind, network, condition, space, learned, frozen)
+    return Model(process, kind, network, condition, space, learned, frozen, adapters)
 
 
-def frozen_groups(condition: Condition, space: Space) -> tuple[str, ...]:
+def frozen_groups(condition: Condition, space: Space, adapters: LoRA | None = None) -> tuple[str, ...]:
     """Returns the names of the groups of parameters that training leaves as they are, of a run that starts."""
-    groups = {"text": condition.init is not None and condition.frozen, "space": space.init is not None}
+    adapted = adapters is not None
+    groups = {
+        "network": adapted,
+        "text": condition.init is not None and (condition.frozen or adapted),
+        "space": space.init is not None,
+    }
     return tuple(name for name, frozen in groups.items() if frozen)
 
 
@@ -184,7 +192,7 @@ def abstract_batch(config: Config, model: Model) -> dict[str, jax.ShapeDtypeStru
 
 def rules_of(config: Config, model: Model) -> Rules:
     """Returns how a mesh cuts the parameters of a model."""
-    return (*RULES[config.network.name], *model.condition.rules)
+    return (*RULES[config.network.name], *lora.RULES, *model.condition.rules)
 
 
 def make_learner(config: Config, model: Model) -> Experiment:
@@ -250,4 +258,5 @@ def make_experiment(
     shapes = jax.eval_shape(learner.init, run_key(config.seed, "init"))
     state_shardings(mesh, shapes, learner.rules)
     jax.eval_shape(generate, shapes, rows, away, np.uint32(0), np.arange(len(rows)))
-    return learner._replace(batches=batches, preview=preview if num_previews else None)
+    num_shapes = max(1, len(source.parts))
+    return learner._replace(batches=batches, preview=preview if num_previews else None, num_shapes=num_shapes)

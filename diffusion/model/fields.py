@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from diffusion.model.choices import fields_of
 from diffusion.model.config import Config, from_plain, plain
 from diffusion.model.experiment import CONDITIONS, NETWORKS
+from diffusion.model.lora import make_lora
 from diffusion.model.optimizers import OPTIMIZERS, SHARED
 from diffusion.model.processes import PROCESSES
 from diffusion.model.sampling import GRIDS, SAMPLERS, THRESHOLDS
@@ -36,7 +37,7 @@ CHOICES: dict[str, Mapping[str, Any]] = {
     "sampling.threshold": THRESHOLDS,
 }
 ALWAYS = {"optimizer": SHARED}
-NAMES = ("evaluation.metrics", "condition.leave_out")  # tuples of names; all others hold numbers
+NAMES = ("evaluation.metrics", "condition.leave_out", "lora.targets")  # tuples of names; all others hold numbers
 NEAR = 0.6  # of difflib's ratio: a name less alike is not offered
 
 
@@ -105,6 +106,8 @@ def complete(config: Config) -> Config:
             config.space = ConfigDict(dict(name="pixels"))
         if "process" in config and "size" not in config.sampling:
             config.sampling.size = ()
+        if "process" in config and "lora" not in config:
+            config.lora = ConfigDict(defaults_of(make_lora))
         for place, table in CHOICES.items():
             block = block_at(config, place)
             if block is not None and block.get("name") in table:
@@ -170,7 +173,7 @@ def check_field(config: Config, field: str) -> None:
     if field in fields:
         return
     place, _, last = field.rpartition(".")
-    if place in CHOICES and (block := block_at(config, place)) is not None:
+    if place in CHOICES and "name" in (block := block_at(config, place) or {}):
         own = [name for name in block if name != "name"]
         has = f"it has {', '.join(own)}" if own else "it has no fields"
         raise RunError(f"{last} is not a field of {place}.name={block.name}{nearest(last, own) or ':'} {has}")

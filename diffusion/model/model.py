@@ -1,8 +1,8 @@
 """A diffusion model: a process, a prediction, a network, a condition and a space; its loss, its denoiser, its images.
 
-The parameters are the network's, or {"network", "text", "space"} where the condition or the space has parameters of its
-own. A frozen text encoder and an autoencoder are among them too, without gradients: the loss is a function of its
-arguments alone, and a checkpoint is the whole experiment.
+The parameters are the network's, or {"network", "text", "space", "lora"} where the condition or the space has some of
+its own, or the network has adapters. What is frozen, as a text encoder, an autoencoder or the network beside adapters,
+is among them without gradients: the loss is a function of its arguments alone, a checkpoint the whole experiment.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from diffusion import losses, predictions
+from diffusion.model import lora
 from diffusion.model.condition import Condition, Told
+from diffusion.model.lora import LoRA
 from diffusion.model.processes import Process
 from diffusion.model.sampling import Sampling
 from diffusion.model.space import Space
@@ -22,7 +24,7 @@ from diffusion.samplers import Denoise
 from diffusion.training import Loss, Mean, batch_sharding, on_mesh, run_key
 from diffusion.types import denoised
 
-SPACE_KEY = 2  # folded into init's key; its splits 0 and 1 are taken
+SPACE_KEY, LORA_KEY = 2, 3  # folded into init's key; its splits 0 and 1 are taken
 
 
 class Model(NamedTuple):
@@ -36,6 +38,7 @@ class Model(NamedTuple):
       space: of x_0.
       learned_variance: whether its output holds v beside the prediction (Nichol & Dhariwal 2021).
       frozen: names of the groups of parameters that training leaves as they are and does not average.
+      lora: adapters of the network's kernels; None where it has none.
     """
 
     process: Process
@@ -45,6 +48,12 @@ class Model(NamedTuple):
     space: Space
     learned_variance: bool = False
     frozen: tuple[str, ...] = ()
+    lora: LoRA | None = None
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the parameters are groups, of which the network's is one."""
+        return any(part is not None for part in (self.condition.init, self.space.init, self.lora))
 
 
 def init(model: Model, key: jax.Array) -> Any:
@@ -60,7 +69,9 @@ def init(model: Model, key: jax.Array) -> Any:
         others["space"] = model.space.init(jax.random.fold_in(key, SPACE_KEY))
     told = model.condition.of_request(others.get("text"), empty)
     network = model.network.init(network_key, x_0, time, **told)
-    return {"network": network, **others} if others else network
+    if model.lora is not None:
+        others["lora"] = lora.init(model.lora, network, jax.random.fold_in(key, LORA_KEY))
+    return {"network": network, **others} if model.grouped else network
 
 
 class Parts(NamedTuple):
@@ -72,12 +83,14 @@ class Parts(NamedTuple):
 
 
 def parts(model: Model, params: Any) -> Parts:
-    """Returns the parameters of each part; no gradient reaches frozen ones."""
-    if model.condition.init is None and model.space.init is None:
+    """Returns the parameters of each part, the network's with its adapters at work; no gradient reaches frozen ones."""
+    if not model.grouped:
         return Parts(params, None, None)
-    text, space = params.get("text"), params.get("space")
+    network, text, space = params["network"], params.get("text"), params.get("space")
+    if model.lora is not None:
+        network = lora.merge(jax.lax.stop_gradient(network), params["lora"], model.lora.scale)
     text = jax.lax.stop_gradient(text) if model.condition.frozen else text
-    return Parts(params["network"], text, jax.lax.stop_gradient(space))
+    return Parts(network, text, jax.lax.stop_gradient(space))
 
 
 def network_of(model: Model, params: Any, told: Told, **options: Any) -> predictions.Network:
@@ -262,7 +275,7 @@ def make_generate(
     def generate(
         params: Any, rows: Any, away: Any, seed: Any, index: Any, *images: Any, references: Sequence[Any] = ()
     ) -> tuple[jax.Array, jax.Array]:
-        of_text, of_space = parts(model, params)[1:]
+        of_text, of_space = params.get("text"), params.get("space")
         told, fro = tell(of_text, rows), tell(of_text, away)
         keys, eps = noise(seed, index)
         begun = (encode(of_space, image, keys) for image in images)
@@ -277,4 +290,4 @@ def make_generate(
 
 def network_alone(model: Model, params: Any) -> Any:
     """Returns the parameters without those of condition and space: all that `steered` reads."""
-    return params if parts(model, params).network is params else {"network": params["network"]}
+    return {name: params[name] for name in ("network", "lora") if name in params} if model.grouped else params

@@ -204,6 +204,14 @@ def restore(description: Mapping[str, Any]) -> TextEncoder:
     )
 
 
+def towers_of(description: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Tower]:
+    """Returns the encoders of a `TextEncoder.description`, with the parameters of its `init`, to be written."""
+    return {
+        name: _restore_tower(name, stored)._replace(params=params[name])
+        for name, stored in description["towers"].items()
+    }
+
+
 def joined_prompts(encoder: TextEncoder, dropout: float = DROPOUT, null: str = "zeros") -> Condition:
     """Returns the condition of prompts read by a joined encoder, each part of which is dropped by itself in training.
 

@@ -214,10 +214,15 @@ def write_mmdit(folder: Path, network: MMDiT, params: Mapping[str, Any]) -> None
 def _names(path: Any) -> list[str]:
     """Returns diffusers' names of the parameter at `path`: three for a fused q, k, v."""
     *block, module, leaf = (key.key for key in path)
-    prefix = re.sub(r"block_(\d+)", r"transformer_blocks.\1.", block[0]) if block else ""
-    names = _MODULES[module]
     suffix = "bias" if leaf == "bias" else "weight"
-    return [f"{prefix}{name}.{suffix}" for name in ((names,) if isinstance(names, str) else names)]
+    return [f"{name}.{suffix}" for name in module_names(block[0] if block else "", module)]
+
+
+def module_names(block: str, module: str) -> list[str]:
+    """Returns diffusers' names of one of our modules: three for a fused q, k, v. `block` is "" outside of blocks."""
+    prefix = re.sub(r"block_(\d+)", r"transformer_blocks.\1.", block)
+    names = _MODULES[module]
+    return [f"{prefix}{name}" for name in ((names,) if isinstance(names, str) else names)]
 
 
 def _to_torch(network: MMDiT, path: Any, weight: np.ndarray) -> np.ndarray:

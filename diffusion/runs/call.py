@@ -11,6 +11,7 @@ from diffusion.data.sources import Source
 from diffusion.evaluation import Measurement
 from diffusion.model import prompts
 from diffusion.model.config import Config
+from diffusion.runs.adapters import with_lora
 from diffusion.runs.run import Run, load
 
 TRAIN, TEST = "train", "test"
@@ -42,6 +43,8 @@ class Call(NamedTuple):
         assert self.stored is not None
         length = self.flags.ema_length if ema_length is None else ema_length
         run = load(self.workdir, self.stored, self.config, self.mesh, self.flags.checkpoint, length)
+        if "lora" in self.flags and self.flags.lora:
+            run = with_lora(run, self.flags.lora)
         if self.flags.prompt or self.flags.prompts or self.flags.negative_prompt:
             run.requests(prompts=[""])  # refuses them where the run reads none
         return run

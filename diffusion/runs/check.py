@@ -8,6 +8,7 @@ import jax
 from diffusion.data.sources import Source
 from diffusion.model.config import make_settings
 from diffusion.model.experiment import warnings_of
+from diffusion.runs.begin import asked_origin, first_weights
 from diffusion.runs.call import TRAIN, Call
 from diffusion.runs.train import describe, prepare
 from diffusion.training import Experiment
@@ -20,9 +21,11 @@ def check(call: Call) -> None:
     config = call.config
     source = call.task.read(config, TRAIN)
     vocabulary = [] if call.stored else list(call.task.vocabulary(config, source))
-    model, _ = describe(call.task.name, config, source, call.stored, vocabulary)
+    origin = None if call.stored else asked_origin(call.flags)
+    model, _ = describe(call.task.name, config, source, call.stored, vocabulary, origin)
     examples = list(call.task.examples(config))
-    experiment = prepare(config, model, source, call.workdir, call.mesh, call.stored, examples)
+    begun = first_weights(config, model, origin, call.mesh)[0] if call.stored is None else {}
+    experiment = prepare(config, model, source, call.workdir, call.mesh, call.stored, examples, begun)
     try_out(call, experiment, source, warnings_of(config, model))
 
 

@@ -16,6 +16,7 @@ from diffusion.files import cache_folder, check_file, check_folder
 from diffusion.model import formats
 from diffusion.model.config import Config, check_ranges, from_plain, plain
 from diffusion.model.fields import CHOICES, check_field, check_items, choose, load, nearest
+from diffusion.runs.begin import asked_origin, settle
 from diffusion.runs.call import Call, Task
 from diffusion.runs.run import check_changes, read_description
 from diffusion.runs.train import stored_in
@@ -30,7 +31,7 @@ SCORE = ("train", "evaluate", "sweep")
 MANY = 10**8  # samples are not meant
 # Which modes read a flag, of those that not all do.
 READ_BY = {
-    **dict.fromkeys(("prompt", "negative_prompt", "label"), DRAW),
+    **dict.fromkeys(("prompt", "negative_prompt", "label", "lora"), DRAW),
     "prompts": (*DRAW, "score"),
     "images": ("sample", "interpolate", "inpaint", "img2img", "score", "reconstruct"),
     "strength": ("interpolate", "img2img"),
@@ -40,6 +41,7 @@ READ_BY = {
     "num_samples": (*DRAW, *SCORE, "likelihood", "reconstruct"),
     "out": (*DRAW, "train", "evaluate", "reconstruct"),
     "weights": ("import", "export"),
+    **dict.fromkeys(("init_from", "init_only", "init_raw"), ("train", "check")),
     **dict.fromkeys(("variant", "null_class", "new_attention_order"), ("import",)),
 }
 
@@ -146,6 +148,9 @@ def parse(
         config = override(config, rest, values)
         check_seed(config.seed)
         if values.mode != "import":  # which refuses any folder that exists
+            if "init_from" in values:
+                origin = asked_origin(values) if stored is None else None
+                config = settle(config, folder, stored, values.init_from, origin, fields_asked(rest))
             workdir.check(folder, task.name, plain(config), formats.current)
     else:
         stored = read_description(folder, values.checkpoint)
@@ -159,8 +164,13 @@ def parse(
     check_ranges(config)
     use_compilation_cache()
     processes.join()
-    asked = tuple(name.removeprefix("config.") for name in map(name_of, rest) if name.startswith("config."))
-    return Call(task, config, folder, make_mesh(spec=config.training.mesh), values, stored, asked), values.mode
+    mesh = make_mesh(spec=config.training.mesh)
+    return Call(task, config, folder, mesh, values, stored, fields_asked(rest)), values.mode
+
+
+def fields_asked(arguments: list[str]) -> tuple[str, ...]:
+    """Returns the fields of the config that arguments name."""
+    return tuple(name.removeprefix("config.") for name in map(name_of, arguments) if name.startswith("config."))
 
 
 def refuse_unread(values: flags.FlagValues, modes: Mapping[str, Mode]) -> None:

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from absl import flags
 
-from diffusion.runs import command_line, edit, evaluate, sample, sweep, weights
+from diffusion.runs import begin, command_line, edit, evaluate, export, sample, sweep, weights
 from diffusion.runs.call import Task
 from diffusion.runs.check import check
 from diffusion.runs.command_line import Mode
@@ -26,9 +26,9 @@ MODES: dict[str, Mode] = {
     "img2img": edit.img2img,
     "progressive": edit.progressive,
     "import": weights.import_weights,
-    "export": weights.export_weights,
+    "export": export.export_weights,
 }
-FLAGS = (sample, evaluate, sweep, edit, weights)  # modules that define flags of their modes
+FLAGS = (begin, sample, evaluate, sweep, edit, weights)  # modules that define flags of their modes
 
 
 def define_flags(values: flags.FlagValues) -> None:

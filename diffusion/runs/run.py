@@ -282,6 +282,8 @@ def load(
     mesh: Mesh,
     step: int | None = None,
     ema_length: float | None = None,
+    *,
+    raw: bool = False,
 ) -> Run:
     """Returns the run in `workdir`, whatever devices it was saved from.
 
@@ -292,6 +294,7 @@ def load(
       mesh: the devices.
       step: of the checkpoint; None: the newest.
       ema_length: of the average that is made of the stored ones, at the last stored step; None: the run's own.
+      raw: the weights as the optimizer left them, not their average.
 
     Raises:
       RunError: there are no weights, they are not finite, or no such average can be made of what is stored.
@@ -314,9 +317,9 @@ def load(
     if ema_length is None:
         with open_existing(workdir, step) as checkpoints:
             state = checkpoints.restore(abstract)
-        params = averaged(state.params, state.ema, model.frozen)
-        check_finite(params, f"the averaged weights in {workdir}")
-        return make(params=params, step=int(state.step), average=settings.ema_decay)
+        params = state.params if raw else averaged(state.params, state.ema, model.frozen)
+        check_finite(params, f"the {'raw' if raw else 'averaged'} weights in {workdir}")
+        return make(params=params, step=int(state.step), average=None if raw else settings.ema_decay)
     if step is not None:
         raise RunError("averages of other lengths are made at the last stored step: leave --checkpoint out")
     average = snapshots.reconstruct(workdir, ema_length, abstract.ema)

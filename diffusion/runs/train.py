@@ -2,21 +2,22 @@
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from diffusion import training
 from diffusion.data.captions import with_text
-from diffusion.data.sources import Source
+from diffusion.data.sources import Source, each_part
 from diffusion.model import formats, prompts
 from diffusion.model.config import Config, make_settings, plain
 from diffusion.model.experiment import make_experiment, make_model, stored_of, warnings_of
-from diffusion.model.model import Model, Parts, parts
+from diffusion.model.model import Model
 from diffusion.model.space import with_latents
+from diffusion.runs.begin import Origin, asked_origin, check_fit, find_origin, first_weights, settle
 from diffusion.runs.call import TRAIN, Call, words_of_captions
 from diffusion.runs.evaluate import evaluate, ready
 from diffusion.runs.published import is_published
@@ -32,15 +33,26 @@ def run_training(call: Call) -> None:
     if call.config.evaluation.after_training:
         (call.task.ready or ready)(call)
     source = call.task.read(call.config, TRAIN)
+    origin = None if call.stored else asked_origin(call.flags)
     vocabulary = [] if call.stored else list(call.task.vocabulary(call.config, source))
     examples = list(call.task.examples(call.config))
-    run = train_on(call.task.name, call.config, source, call.workdir, call.mesh, call.stored, vocabulary, examples)
+    run = train_on(
+        call.task.name, call.config, source, call.workdir, call.mesh, call.stored, vocabulary, examples, origin
+    )
     if call.config.evaluation.after_training:
         evaluate(call, run)
 
 
 def train_run(
-    config: Config, source: Source, workdir: str | Path, *, name: str = "run", num_devices: int | None = None
+    config: Config,
+    source: Source,
+    workdir: str | Path,
+    *,
+    name: str = "run",
+    num_devices: int | None = None,
+    init_from: str | Path | None = None,
+    init_only: Sequence[str] = (),
+    init_raw: bool = False,
 ) -> Run:
     """Trains a model of `config` on `source` in a new or existing work folder, and returns the run.
 
@@ -50,9 +62,12 @@ def train_run(
       workdir: the folder of the run; a run that is there is resumed.
       name: of the experiment, stored with the run.
       num_devices: how many devices it works on; None: all.
+      init_from: work folder, or FOLDER:STEP, of a run whose weights a new one begins with; see `diffusion.runs.begin`.
+      init_only: of "network", "text" and "space", the parts that are taken of it; (): all that it has.
+      init_raw: its raw weights, not the averaged ones.
 
     Raises:
-      RunError: settings that cannot run, or a folder of another run.
+      RunError: settings that cannot run, a folder of another run, or weights that do not fit.
       ValueError: a config that cannot be built.
 
     Example:
@@ -61,9 +76,11 @@ def train_run(
     """
     workdir = Path(workdir).expanduser()
     stored = stored_in(workdir)
+    origin = find_origin(init_from, init_only, init_raw) if init_from is not None and stored is None else None
+    config = settle(config, workdir, stored, init_from, origin)
     vocabulary = words_of_captions(config, source) if source.captions and not stored else []
     mesh = make_mesh(num_devices, config.training.get("mesh", ""))
-    return train_on(name, config, source, workdir, mesh, stored, vocabulary, ())
+    return train_on(name, config, source, workdir, mesh, stored, vocabulary, (), origin)
 
 
 def stored_in(workdir: Path) -> dict[str, Any] | None:
@@ -85,12 +102,20 @@ def train_on(
     stored: Any,
     vocabulary: Sequence[str],
     examples: Sequence[str],
+    origin: Origin | None = None,
 ) -> Run:
-    """Trains `config` on `source` in `workdir`; `stored` is the description of the run there, None for a new one."""
-    model, description = describe(name, config, source, stored, vocabulary)
+    """Trains `config` on `source` in `workdir`.
+
+    `stored` is the description of the run there, None for a new one, which begins with the weights of `origin`.
+    """
+    model, description = describe(name, config, source, stored, vocabulary, origin)
     for line in warnings_of(config, model):
         logging.warning(line)
-    experiment = prepare(config, model, source, workdir, mesh, stored, examples)
+    begun: dict[str, Any] = {}
+    if stored is None:
+        begun, about = first_weights(config, model, origin, mesh)
+        description |= about
+    experiment = prepare(config, model, source, workdir, mesh, stored, examples, begun)
     settings = make_settings(config)
     state = training.train(
         experiment, settings, workdir=workdir, mesh=mesh, description=description, migrate=formats.current
@@ -100,12 +125,12 @@ def train_on(
 
 
 def describe(
-    name: str, config: Config, source: Source, stored: Any, vocabulary: Sequence[str]
+    name: str, config: Config, source: Source, stored: Any, vocabulary: Sequence[str], origin: Origin | None = None
 ) -> tuple[Model, dict[str, Any]]:
     """Returns the model of a config on these images, and what is stored of it beside the weights.
 
     Raises:
-      RunError: the run in the folder is of images of another shape or with other classes.
+      RunError: the run in the folder is of images of another shape or with other classes, or `origin` does not fit.
     """
     facts = {"image_shape": list(source.image_shape), "num_classes": None if source.captions else source.num_classes}
     if stored is not None:
@@ -115,19 +140,41 @@ def describe(
             if stored[fact] != value:
                 raise RunError(f"the run was trained on images of {fact} {stored[fact]}, and these have {value}")
         return model_of(config, stored), dict(stored) | {"config": plain(config)}
-    model = make_model(config, source.image_shape, facts["num_classes"], None, vocabulary)
+    if config.lora.rank and (origin is None or "network" not in origin.parts):
+        raise RunError(f"lora.rank={config.lora.rank} adapts a trained network: name its run, --init_from=RUN")
+    taken = origin and origin.description
+    model = make_model(config, source.image_shape, facts["num_classes"], taken, vocabulary)
+    if origin:
+        check_fit(origin, model)
     return model, {"experiment": name, "config": plain(config), **facts, **stored_of(model)}
 
 
 def prepare(
-    config: Config, model: Model, source: Source, workdir: Path, mesh: Mesh, stored: Any, examples: Sequence[str]
+    config: Config,
+    model: Model,
+    source: Source,
+    workdir: Path,
+    mesh: Mesh,
+    stored: Any,
+    examples: Sequence[str],
+    begun: dict[str, Any],
 ) -> Experiment:
-    """Returns the experiment on `source`, read with what the space and the condition need."""
+    """Returns the experiment on `source`, read with what the space and the condition need.
+
+    `begun` are the groups of parameters that a run which starts, whose `stored` is None, begins with.
+    """
+
+    @cache
+    def params() -> dict[str, Any]:
+        return begun if stored is None else load(workdir, stored, config, mesh).params
+
     if model.space.precomputed is not None:
         if config.data.flip:
             raise ValueError("data.flip=True mirrors images, and latents are not mirrored: set space.precomputed=False")
-        source, space = with_latents(source, model.space, frozen(config, model, workdir, mesh, stored).space)
-        model = model._replace(space=space)
+        own = params()["space"]
+        source, fitted = with_latents(source, model.space._replace(init=lambda key: own), own)
+        assert fitted.init is not None
+        begun = {**begun, "space": fitted.init(training.run_key(config.seed, "init"))} if stored is None else begun
     if model.condition.kind == "prompts":
         if not source.captions:
             raise ValueError(f"condition.name={config.condition.name} needs captions, and {source.name} has none")
@@ -135,17 +182,8 @@ def prepare(
             shown = np.linspace(0, len(source.captions) - 1, NUM_EXAMPLES).astype(int)
             examples = [source.captions[i] for i in shown]
         if config.condition.get("precomputed"):
-            text = frozen(config, model, workdir, mesh, stored).text
-            source = prompts.with_features(source, model.condition, text)
+            text = params()["text"]
+            source = each_part(source, lambda part: prompts.with_features(part, model.condition, text))
         else:
-            source = with_text(source, model.condition.read)
-    return make_experiment(config, model, source, mesh, examples)
-
-
-def frozen(config: Config, model: Model, workdir: Path, mesh: Mesh, stored: Any) -> Parts:
-    """Returns the weights of what is not trained: the checkpoint's, or those that a run starts with."""
-    if stored is not None:
-        return parts(model, load(workdir, stored, config, mesh).params)
-    key = training.run_key(config.seed, "init")
-    text, space = (jax.device_get(part.init(key)) if part.init else None for part in (model.condition, model.space))
-    return Parts(None, text, space)
+            source = each_part(source, lambda part: with_text(part, model.condition.read))
+    return make_experiment(config, model, source, mesh, examples)._replace(begun=begun)

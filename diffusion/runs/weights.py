@@ -1,8 +1,7 @@
-"""--mode=import and --mode=export: published U-Nets as runs of ours, and our runs as pipelines of diffusers.
+"""--mode=import: published U-Nets and pipelines as runs of ours; `export.py` is the way back.
 
     python -m experiments.cifar10 --mode=import --weights=ddpm-cifar10-32 --workdir=runs/published
     python -m experiments.cifar10 --mode=sample --workdir=runs/published
-    python -m experiments.cifar10 --mode=export --workdir=runs/ddpm --weights=my-ddpm
 
 `--weights` is a folder as diffusers publishes it, the whole pipeline's or its network's, or a file of guided-diffusion
 (ADM), whose settings the config says: --config.data.image_size=64 --config.network.head_channels=64
@@ -25,8 +24,7 @@ from diffusion.model.choices import fields_of
 from diffusion.model.config import Config, from_plain, make_settings, plain
 from diffusion.model.experiment import abstract_batch, make_learner, make_model, stored_of
 from diffusion.model.fields import change, choose, complete
-from diffusion.model.processes import PROCESSES
-from diffusion.model.sampling import SAMPLERS, make_sampling
+from diffusion.model.sampling import make_sampling
 from diffusion.pretrained import adm, folder, pipeline, unet
 from diffusion.pretrained.pipeline import Published
 from diffusion.pretrained.scheduler import Chain
@@ -240,34 +238,3 @@ def file_digest(path: Path) -> str:
     """Returns the sha256 of a file."""
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def export_weights(call: Call) -> None:
-    """Writes the averaged weights of a run, and its chain, as a pipeline's folder."""
-    published, run = published_folder(call), call.open()
-    config, network = run.config, run.model.network
-    if config.process.name != "ddpm" or config.network.name != "unet" or run.model.condition.kind == "prompts":
-        raise RunError(
-            f"{run.workdir} has process {config.process.name}, network {config.network.name} and condition "
-            f"{config.condition.name}: a DDPMPipeline holds a U-Net without prompts on process ddpm"
-        )
-    threshold = config.sampling.threshold
-    if threshold.name not in ("clip", "none") or threshold.get("low", 0) != -threshold.get("high", 0):
-        raise RunError("a DDPMPipeline clips evenly or not: add --config.sampling.threshold=clip (or none)")
-    variance = config.sampling.sampler.get("variance", fields_of(SAMPLERS["ancestral"])["variance"])
-    grid = config.sampling.grid
-    published_grid: dict[str, Any] = {"spacing": grid.name} if grid.name in ("leading", "trailing", "linspace") else {}
-    of_process: dict[str, Any] = {field: config.process[field] for field in fields_of(PROCESSES["ddpm"])}
-    chain = Chain(
-        **of_process,
-        prediction=config.loss.prediction,
-        variance="learned" if config.loss.learned_variance else variance,
-        clip=threshold.name == "clip",
-        clip_range=threshold.get("high", 1.0),
-        steps_offset=grid.get("steps_offset", 0),
-        final=grid.get("final", "zero"),
-        **published_grid,
-    )
-    params = jax.device_get(run.params["params"])
-    pipeline.save_pipeline(published, network, params, run.model.space.image_shape[:2], chain)
-    print(f"{published}: the averaged weights of {run.workdir} after {run.step} steps")

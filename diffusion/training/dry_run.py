@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.errors import RunError
-from diffusion.training.experiment import Experiment, TrainState, init_state, run_key
+from diffusion.training.experiment import Experiment, TrainState, run_key
 from diffusion.training.health import describe
-from diffusion.training.loop import abstract_train_state, make_step
+from diffusion.training.loop import abstract_train_state, first_state, make_step
 from diffusion.training.settings import Settings, check_settings
 from diffusion.training.sharding import batch_sharding, describe_mesh, on_mesh, place_batch
 from diffusion.training.step import parameter_groups
@@ -62,9 +62,7 @@ def dry_run(experiment: Experiment, settings: Settings, *, mesh: Mesh, num_examp
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     lines += parameter_lines(abstract) + sharding_lines(abstract)
 
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    init = lambda: init_state(experiment, settings.seed, shapes, settings.ema_profiles)  # noqa: E731
-    state = jax.jit(init, out_shardings=shardings)()
+    state = first_state(experiment, settings, abstract, batch)
     alike = same_noise(experiment, state, rows, mesh)
     begun = time.perf_counter()
     step = on_mesh(mesh, make_step(experiment, settings))

@@ -42,9 +42,12 @@ class Experiment(NamedTuple):
         trainer closes it.
       batch_size: B, over all processes and devices.
       preview: params -> uint8[N, H, W, C], drawn as a picture while training; None for no pictures.
+      num_shapes: how many shapes batches have; a step is compiled for each.
       frozen: names of the top-level groups of params that keep the values of `init`: no gradient, no moments, and not
         in the averages.
       rules: how the parameters are cut over the mesh beside the trainer's own cut over "fsdp".
+      begun: top-level groups of params that a run which starts begins with in place of those of `init`, with the same
+        shapes. The trainer takes them over: their memory becomes the state's, and they cannot be used afterwards.
     """
 
     init: Callable[[jax.Array], Params]
@@ -54,8 +57,10 @@ class Experiment(NamedTuple):
     batches: Callable[[int], Generator[dict[str, np.ndarray], None, None]]
     batch_size: int
     preview: Callable[[Params], jax.Array] | None = None
+    num_shapes: int = 1
     frozen: tuple[str, ...] = ()
     rules: Rules = ()
+    begun: dict[str, Params] | None = None
 
 
 class TrainState(NamedTuple):
@@ -120,7 +125,13 @@ def run_key(seed: int | jax.Array, purpose: str, index: int | jax.Array = 0) -> 
     return jax.random.fold_in(key, index)
 
 
-def init_state(experiment: Experiment, seed: int, batch: Batch, ema_profiles: Sequence[float] = ()) -> TrainState:
+def init_state(
+    experiment: Experiment,
+    seed: int,
+    batch: Batch,
+    ema_profiles: Sequence[float] = (),
+    begun: dict[str, Params] | None = None,
+) -> TrainState:
     """Returns the state before the first step.
 
     Args:
@@ -128,8 +139,10 @@ def init_state(experiment: Experiment, seed: int, batch: Batch, ema_profiles: Se
       seed: of the run.
       batch: only its shapes are used; it may be abstract.
       ema_profiles: relative lengths of the power-function averages to carry along.
+      begun: see `Experiment.begun`; an argument, for weights are not to become constants of a compiled program.
     """
     params = experiment.init(run_key(seed, "init"))
+    params = {**params, **begun} if begun else params
     names = jax.eval_shape(experiment.loss, params, batch, run_key(seed, "train"))[1]
     # One buffer cannot be donated under two names: the averages start as copies.
     learned = trained(params, experiment.frozen)

@@ -103,9 +103,7 @@ def train(
         abstract = abstract_train_state(experiment, settings, mesh, batch)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         if checkpoints.newest is None:
-            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-            init = lambda: init_state(experiment, settings.seed, shapes, settings.ema_profiles)  # noqa: E731
-            state = jax.jit(init, out_shardings=shardings)()
+            state = first_state(experiment, settings, abstract, batch)
         else:
             state = checkpoints.restore(abstract)
             weights = {"params": state.params, "ema": state.ema, "profiles": state.profiles}
@@ -115,11 +113,12 @@ def train(
                 print(f"the run in {workdir} is finished: {step} of {settings.num_steps} steps", file=sys.stderr)
             return state
 
-        # Compiled before the first step: its cost is known apart, and another shape later is an error, not a recompile.
+        # Compiled before the first step, whose cost is then known apart.
         compiling = time.perf_counter()
         ballot = Ballot(mesh)
         train_step = ballot.with_votes(make_step(experiment, settings), (shardings, None))
-        train_step = train_step.lower(state, batch, ballot.vote(False)).compile()
+        steps = Programs(lambda batch: train_step.lower(state, batch, ballot.vote(False)).compile())
+        steps.of(batch, most=1)
         compile_seconds = time.perf_counter() - compiling
         meet("to train")
         if first and stored:
@@ -140,8 +139,9 @@ def train(
         while not ending:
             if starts_interval(step, settings.log_every):
                 summed_since = step
+            step_of_shape = steps.of(batch, most=experiment.num_shapes)
             clock.resume()
-            state, report, stops = train_step(state, batch, ballot.vote(stop.received is not None))
+            state, report, stops = step_of_shape(state, batch, ballot.vote(stop.received is not None))
             step += 1
             logs.advance()
             # The device computes this step while the host checks the one before.
@@ -195,6 +195,31 @@ def train(
     return state
 
 
+def first_state(experiment: Experiment, settings: Settings, abstract: TrainState, batch: Batch) -> TrainState:
+    """Returns the state before the first step, with the arrays of `experiment.begun`, of which none is copied.
+
+    Args:
+      experiment: what is learned.
+      settings: how.
+      abstract: of `abstract_train_state`.
+      batch: only its shapes are used.
+    """
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    groups = experiment.begun or {}
+    # An array at a time is placed, and converted where the state holds another dtype.
+    placed = {
+        name: jax.tree.map(lambda like, x: place_as(x, like), abstract.params[name], group)
+        for name, group in groups.items()
+    }
+    init = lambda begun: init_state(experiment, settings.seed, shapes, settings.ema_profiles, begun)  # noqa: E731
+    return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract), donate_argnums=0)(placed)
+
+
+def place_as(x: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Returns an array with the dtype and the sharding of `like`."""
+    return jax.device_put(x if x.dtype == like.dtype else x.astype(like.dtype), like.sharding)
+
+
 def make_step(experiment: Experiment, settings: Settings) -> Callable[[TrainState, Batch], tuple[TrainState, Report]]:
     """Returns the train step of `settings`."""
     return make_train_step(
@@ -244,6 +269,32 @@ def draw_previews(experiment: Experiment, state: TrainState, path: Path) -> None
         images = multihost_utils.process_allgather(experiment.preview(params), tiled=True)
         if jax.process_index() == 0:
             save_png(path.with_name(f"{path.name}_{name}.png"), image_grid(images), smallest_side=480)
+
+
+class Programs:
+    """Compiled programs by the shapes of a batch.
+
+    Args:
+      make: batch -> the program for its shapes.
+    """
+
+    def __init__(self, make: Callable[[Batch], Callable[..., Any]]):
+        self._make = make
+        self._made: dict[Any, Callable[..., Any]] = {}
+
+    def of(self, batch: Batch, most: int) -> Callable[..., Any]:
+        """Returns the program for a batch.
+
+        Raises:
+          RunError: it is of another shape than those of `most` before: a fault in the data, not to be compiled away.
+        """
+        shapes = tuple((name, x.shape, x.dtype) for name, x in sorted(batch.items()))
+        if shapes not in self._made:
+            if len(self._made) == most:
+                found = ", ".join(f"{name} {list(shape)}" for name, shape, _ in shapes)
+                raise RunError(f"a batch has other shapes than those before: {found}")
+            self._made[shapes] = self._make(batch)
+        return self._made[shapes]
 
 
 class Stopwatch:

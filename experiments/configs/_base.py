@@ -62,6 +62,13 @@ def image_config() -> ConfigDict:
     config.network = ConfigDict(UNET)
     config.condition = ConfigDict(dict(name="nothing"))  # or classes, words, clip
     config.space = ConfigDict(dict(name="pixels"))  # or latents, of an autoencoder
+    config.lora = ConfigDict(
+        dict(
+            rank=0,  # of the adapters that are learned in place of the network, which --init_from gives; 0: none
+            alpha=0.0,  # their product's scale is alpha / rank; 0: rank
+            targets=(),  # modules of the network's blocks, as image_qkv and image_out; (): those of attention
+        )
+    )
     config.process = ConfigDict(dict(name="ddpm", beta="linear", first=1e-4, last=0.02, num_steps=1000))
     config.loss = ConfigDict(
         dict(

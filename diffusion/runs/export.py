@@ -1,0 +1,98 @@
+"""--mode=export: the averaged weights of a run in the form in which such models are published.
+
+    python -m experiments.cifar10 --mode=export --workdir=runs/ddpm --weights=my-ddpm
+    python -m experiments.sd3 --mode=export --workdir=runs/mine --weights=my-sd3
+
+`--weights` is a new folder: a DDPMPipeline of a U-Net, a StableDiffusion3Pipeline of an MM-DiT that was trained whole,
+pytorch_lora_weights.safetensors of adapters.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from diffusion.model.autoencoders import restore
+from diffusion.model.choices import fields_of
+from diffusion.model.processes import PROCESSES
+from diffusion.model.sampling import SAMPLERS
+from diffusion.model.sd3_text import towers_of
+from diffusion.networks.mmdit import MMDiT
+from diffusion.pretrained import lora, pipeline, sd3
+from diffusion.pretrained.scheduler import Chain
+from diffusion.pretrained.vae import PublishedAutoencoder
+from diffusion.runs.call import Call
+from diffusion.runs.run import Run
+from diffusion.runs.weights import published_folder
+from diffusion.training import RunError
+
+
+def export_weights(call: Call) -> None:
+    """Writes the averaged weights of a run as a published folder."""
+    published, run = published_folder(call), call.open()
+    if run.model.lora is not None:
+        what = export_lora(published, run)
+    elif run.config.condition.name == "sd3" and run.config.space.name == "latents":
+        export_sd3(published, run)
+        what = "the averaged weights"
+    else:
+        export_chain(published, run)
+        what = "the averaged weights"
+    print(f"{published}: {what} of {run.workdir} after {run.step} steps")
+
+
+def export_lora(published: Path, run: Run) -> str:
+    """Writes the adapters of a run for diffusers' `load_lora_weights`; returns what they are."""
+    assert run.model.lora is not None
+    lora.save_lora(published, jax.device_get(run.params["lora"]), run.model.lora.scale)
+    return f"the averaged adapters, of rank {run.model.lora.rank},"
+
+
+def export_sd3(published: Path, run: Run) -> None:
+    """Writes the folder of a `StableDiffusion3Pipeline`, in the dtypes of the run's parameters."""
+    model = run.model
+    assert model.condition.description is not None and model.space.description is not None
+    params = jax.device_get(run.params)
+    space, codec = params["space"], restore(model.space.description)
+    autoencoder = PublishedAutoencoder(
+        codec.module, space["autoencoder"], space["shift"], space["scale"], codec.patch, run.config.space.sample
+    )
+    towers = towers_of(model.condition.description, params["text"])
+    network: MMDiT = model.network
+    whole = sd3.StableDiffusion3(
+        network, params["network"], autoencoder, towers, run.config.sampling.grid.get("shift", 1.0)
+    )
+    sd3.save_pipeline(published, whole)
+
+
+def export_chain(published: Path, run: Run) -> None:
+    """Writes a U-Net and its chain as the folder of a `DDPMPipeline`.
+
+    Raises:
+      RunError: the run is of another kind.
+    """
+    config, network = run.config, run.model.network
+    if config.process.name != "ddpm" or config.network.name != "unet" or run.model.condition.kind == "prompts":
+        raise RunError(
+            f"{run.workdir} has process {config.process.name}, network {config.network.name} and condition "
+            f"{config.condition.name}: a DDPMPipeline holds a U-Net without prompts on process ddpm"
+        )
+    threshold = config.sampling.threshold
+    if threshold.name not in ("clip", "none") or threshold.get("low", 0) != -threshold.get("high", 0):
+        raise RunError("a DDPMPipeline clips evenly or not: add --config.sampling.threshold=clip (or none)")
+    variance = config.sampling.sampler.get("variance", fields_of(SAMPLERS["ancestral"])["variance"])
+    grid = config.sampling.grid
+    published_grid: dict[str, Any] = {"spacing": grid.name} if grid.name in ("leading", "trailing", "linspace") else {}
+    of_process: dict[str, Any] = {field: config.process[field] for field in fields_of(PROCESSES["ddpm"])}
+    chain = Chain(
+        **of_process,
+        prediction=config.loss.prediction,
+        variance="learned" if config.loss.learned_variance else variance,
+        clip=threshold.name == "clip",
+        clip_range=threshold.get("high", 1.0),
+        steps_offset=grid.get("steps_offset", 0),
+        final=grid.get("final", "zero"),
+        **published_grid,
+    )
+    params = jax.device_get(run.params["params"])
+    pipeline.save_pipeline(published, network, params, run.model.space.image_shape[:2], chain)

@@ -1,0 +1,122 @@
+"""Warm start: a run begins with another's weights, a new optimizer, and a record of where they are from."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import diffusion
+from diffusion import training
+from diffusion.model.config import make_settings
+from diffusion.model.experiment import abstract_batch, make_learner
+from diffusion.runs.begin import find_origin, first_weights
+from diffusion.runs.run import load, open_run, read_description
+from diffusion.runs.train import describe
+from diffusion.training import RunError, digest, make_mesh
+from diffusion.training.loop import first_state
+from experiments import digits
+
+
+def equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def begin(kind, origin, vocabulary=(), *arguments):
+    """Returns the state before the first step of a run of a kind, its model, and what is stored of its weights."""
+    call = kind.call(origin.folder.parent / "new", *kind.flags, *arguments)
+    source = call.task.read(call.config, "train")
+    model, _ = describe("new", call.config, source, None, vocabulary, origin)
+    begun, about = first_weights(call.config, model, origin, call.mesh)
+    learner, settings = make_learner(call.config, model)._replace(begun=begun), make_settings(call.config)
+    batch = abstract_batch(call.config, model)
+    abstract = training.abstract_train_state(learner, settings, call.mesh, batch)
+    return first_state(learner, settings, abstract, batch), model, about
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_run_begins_with_the_weights_of_another(trained, kinds, raw):
+    folder = trained("digits")
+    state, _, about = begin(kinds["digits"], find_origin(f"{folder}:4", raw=raw))
+    stored = read_description(folder, 4)
+    config = open_run(folder).config
+    other = load(folder, stored, config, make_mesh(1), 4, raw=raw)
+    equal(state.params, other.params)
+    equal(state.ema, other.params)
+    for profile in state.profiles.values():
+        equal(profile, other.params)
+    assert state.step == 0 and not any(np.any(moment) for moment in jax.tree.leaves(state.opt_state))
+    assert about["begun"] == {
+        "folder": "digits",
+        "step": 4,
+        "digest": digest(other.params),
+        "weights": "raw" if raw else "averaged",
+        "parts": ["network"],
+    }
+
+
+def test_a_run_that_has_begun_so_resumes_and_says_where_it_is_from(trained, kinds, tmp_path):
+    kind, folder = kinds["digits"], trained("digits")
+    kind.do(tmp_path / "new", *kind.flags, f"--init_from={folder}")
+    begun = read_description(tmp_path / "new")["begun"]
+    assert (begun["folder"], begun["step"]) == ("digits", 6)
+    for also in ((), (f"--init_from={folder}",)):  # resumed with or without
+        assert kind.call(tmp_path / "new", *kind.flags, *also).stored["begun"] == begun
+    with pytest.raises(RunError, match="new began with digits: leave --init_from=other:2 out to resume it"):
+        kind.call(tmp_path / "new", *kind.flags, "--init_from=other:2")
+    with pytest.raises(RunError, match="digits began without --init_from: leave"):
+        kind.call(folder, *kind.flags, "--init_from=other")
+
+
+def test_python_begins_a_run_so_too(trained, kinds, tmp_path):
+    config = open_run(trained("digits")).config
+    source = digits.TASK.read(config, "train")
+    run = diffusion.train(config, source, tmp_path / "new", num_devices=1, init_from=trained("digits"))
+    assert read_description(tmp_path / "new")["begun"]["digest"] == open_run(trained("digits")).digest
+    assert run.step == 6
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(trained, kinds):
+    kind, origin = kinds["digits"], find_origin(trained("digits"))
+    with pytest.raises(RunError) as error:
+        begin(kind, origin, (), "--config.network.channels=16")
+    assert re.search(
+        r"the weights of \S+digits do not fit this config: network/params/\S+ is \([\d, ]+\) there and \([\d, ]+\) "
+        r"here; .*, and \d+ more. Give the run's own settings",
+        str(error.value),
+    )
+    assert "\n" not in str(error.value)
+    with pytest.raises(RunError, match=r"network/params/\S+ is not there and \(\d+, \d+\) here"):
+        begin(kinds["digits_classes"], origin)
+
+
+def test_only_some_parts_are_taken(trained, kinds):
+    folder, kind = trained("scenes"), kinds["scenes"]
+    theirs = open_run(folder, num_devices=1)
+    words = ["an", "extra", "vocabulary"]
+    state, model, about = begin(kind, find_origin(folder, ["network"]), words)
+    equal(state.params["network"], theirs.params["network"])
+    assert model.condition.description["vocabulary"] == words and about["begun"]["parts"] == ["network"]
+    assert jax.tree.leaves(state.params["text"])[0].shape != jax.tree.leaves(theirs.params["text"])[0].shape
+    state, model, _ = begin(kind, find_origin(folder), words)
+    equal(state.params, theirs.params)
+    assert model.condition.description == theirs.model.condition.description
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--init_from=nowhere"], "--init_from=nowhere: nowhere holds no checkpoint: name the work folder"),
+        (["--init_from={}:3"], "no checkpoint of step 3 in .*: choose from 4, 6"),
+        (["--init_from={}", "--init_only=text"], "--init_only=text: .* has no text: choose from network"),
+        (["--init_only=network"], "--init_only is of --init_from=RUN: give that too"),
+        (["--init_raw"], "--init_raw is of --init_from=RUN: give that too"),
+        (["--init_from={}", "--mode=sample"], "--init_from is not read by --mode=sample, but by train, check"),
+        (["--init_from="], "--init_from= is empty"),
+    ],
+)
+def test_what_cannot_be_begun_with_is_refused(trained, kinds, tmp_path, flags, message):
+    flags = [flag.format(trained("digits")) for flag in flags]
+    with pytest.raises(RunError, match=message) as error:
+        kinds["digits"].call(tmp_path / "new", *kinds["digits"].flags, *flags)
+    assert "\n" not in str(error.value) and not (tmp_path / "new").exists()
