@@ -74,7 +74,7 @@ class Drawing:
         encode = jax.jit(lambda space, image: run.model.space.encode(space, image, None))
         fitted = [fit_reference(image, CELL) for image in REFERENCES]
         self.seen = [encode(self.space, np.stack([image] * 2)) for image in fitted]
-        codec = restore(run.model.space.description)
+        codec = restore(run.model.space.description or {})
         self.decode = jax.jit(lambda space, z: codec.decode(space["autoencoder"], z / space["scale"] + space["shift"]))
 
     def __call__(self, kind, count, height, width):

@@ -441,7 +441,7 @@ def test_a_tuple_that_is_given_twice_is_the_later_one(tmp_path):
 @pytest.mark.parametrize(
     ("mode", "flag", "readers"),
     [
-        ("sample", "--images=a.png", "interpolate, inpaint, img2img"),
+        ("progressive", "--images=a.png", "sample, interpolate, inpaint, img2img"),
         ("sample", "--strength=0.5", "interpolate, img2img"),
         ("img2img", "--mask=left", "inpaint"),
         ("evaluate", "--label=3", "sample, interpolate, inpaint, img2img, progressive"),
