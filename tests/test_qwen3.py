@@ -80,6 +80,9 @@ def test_padding_is_not_attended_and_what_follows_neither(published):
 def test_only_layers_that_are_run_are_read_unless_the_whole_is_asked_for(published):
     part, whole = (network(published, states=(1, 2), whole=whole) for whole in (False, True))
     assert sorted(shapes(part)) == ["layer_0", "layer_1", "token_embedding"]
+    for encoder in (part, whole):
+        ids = jax.ShapeDtypeStruct((1, 1), np.int32)
+        assert shapes(encoder) == jax.eval_shape(encoder.init, jax.random.key(0), ids)["params"]
     later = {"head", "layer_2", "layer_3", "norm_out"}
     assert shapes(whole).keys() - shapes(part).keys() == later
     both = [load_qwen3(published, states=(1, 2), whole=encoder.whole)[1]["params"] for encoder in (part, whole)]

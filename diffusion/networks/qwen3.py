@@ -108,7 +108,7 @@ class Qwen3(nn.Module):
         Raises:
           ValueError: states that do not rise or that the model does not have, or heads that do not share evenly.
         """
-        self._check()
+        self.check()
         # Not nn.Embed, which would convert the whole table.
         table = self.param("token_embedding", normal, (self.vocab_size, self.width), jnp.float32)
         x = jnp.take(table, ids, axis=0, mode="fill").astype(jnp.float32)
@@ -144,7 +144,8 @@ class Qwen3(nn.Module):
 
         return jax.lax.scan(step, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *own))[0]
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for states that do not rise or are not there, heads that do not share evenly, or float16."""
         states = self.states
         if not states or any(a >= b for a, b in pairwise((0, *states, self.depth))):
             raise ValueError(f"states are {tuple(states)}: give numbers that rise, from 1 to {self.depth - 1}")

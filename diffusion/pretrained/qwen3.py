@@ -62,7 +62,11 @@ _FIXED: dict[str, tuple[Any, Any]] = {
 
 def shapes(encoder: Qwen3) -> dict[str, Any]:
     """Returns the tree of parameters as shapes (the one under "params"), nothing allocated."""
-    return jax.eval_shape(encoder.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
+    encoder.check()
+    short = encoder.clone(depth=2, states=(1,))  # all layers are of one shape, and tracing each takes a while
+    found = jax.eval_shape(short.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
+    layers = {f"layer_{i}": found["layer_0"] for i in range(encoder.depth if encoder.whole else encoder.states[-1])}
+    return {name: leaf for name, leaf in found.items() if not name.startswith("layer_")} | layers
 
 
 def to_transformers(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
