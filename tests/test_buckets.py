@@ -4,11 +4,17 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from helpers import SHORT, SMALL_TEXT, do_call
 from PIL import Image
+from published_vaes import write_vae
 
 from diffusion.data.batches import make_batches
 from diffusion.data.buckets import bucket_rows, bucket_shapes, nearest_bucket
 from diffusion.data.captions import caption_folder
+from diffusion.runs.run import open_run
+from diffusion.training import RunError
+from diffusion.training.loop import Programs
+from experiments import captions
 
 
 @pytest.mark.parametrize(("side", "multiple"), [(64, 16), (1024, 64), (256, 8)])
@@ -88,3 +94,33 @@ def test_batches_hold_one_shape_and_their_own_captions(pairs):
         make_batches(source, 0, 2, flip=True)
     with pytest.raises(ValueError, match=r"set data\.image_size"):
         caption_folder(pairs, None, buckets=16)
+
+
+@pytest.mark.parametrize("space", ["pixels", "latents"])
+def test_a_run_trains_on_pictures_of_several_shapes(pairs, tmp_path, space):
+    """And a batch of a shape that no bucket has is a fault, not another program."""
+    vae = write_vae(tmp_path / "vae", "sd3")
+    latents = ("--config.space=latents", f"--config.space.folder={vae}", "--config.network.patch=1")
+    flags = (
+        *SMALL_TEXT,
+        *SHORT,
+        f"--config.data.dir={pairs}",
+        "--config.data.image_size=32",
+        "--config.data.buckets=16",
+        "--config.data.batch_size=4",
+        "--config.network.patch=4",
+        "--config.training.num_steps=6",
+        "--config.evaluation.after_training=False",
+        *(latents if space == "latents" else ()),
+    )
+    do_call(captions.TASK, "captions", tmp_path / "run", *flags)
+    run = open_run(tmp_path / "run")
+    assert run.step == 6 and run.sample(prompts=["number 1"], num_samples=1).shape == (1, 32, 32, 3)
+
+
+def test_a_batch_of_an_unknown_shape_is_refused():
+    programs = Programs(lambda batch: len)
+    batches = [{"image": np.zeros((2, side))} for side in (3, 4, 5)]
+    assert programs.of(batches[0], most=2) is programs.of(batches[1], most=2)
+    with pytest.raises(RunError, match=r"a batch has other shapes than those before: image \[2, 5\]"):
+        programs.of(batches[2], most=2)

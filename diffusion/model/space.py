@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 
 from diffusion.data.images import to_float, to_uint8
 from diffusion.data.precomputed import precomputed
-from diffusion.data.sources import Source
+from diffusion.data.sources import Source, each_part
 from diffusion.files import cache_folder
 from diffusion.model.autoencoders import Trained, open_autoencoder, restore
 from diffusion.randomness import fold_in, normal_like
@@ -186,27 +186,34 @@ def with_latents(source: Source, space: Space, params: Any, batch_size: int = 64
     moments = space.precomputed
     assert moments is not None
     encode = jax.jit(moments)
-    key = json.dumps([source.fingerprint, source.image_shape, space.description, digest(params["autoencoder"])])
-    key += repr(sorted(jax.eval_shape(moments, params, jnp.zeros((1, *space.image_shape), jnp.uint8))))
-    folder = cache_folder() / "latents" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    names = sorted(jax.eval_shape(moments, params, jnp.zeros((1, *space.image_shape), jnp.uint8)))
+    codec = [space.description, digest(params["autoencoder"]), names]
+    all_latents = []
 
-    def compute(rows: np.ndarray) -> dict[str, np.ndarray]:
-        batch = source.read(rows)
-        return {**jax.device_get(encode(params, batch["image"])), "label": batch["label"]}
+    def encoded(part: Source) -> Source:
+        key = json.dumps([part.fingerprint, part.image_shape, *codec])
+        folder = cache_folder() / "latents" / hashlib.sha256(key.encode()).hexdigest()[:32]
 
-    found = precomputed(folder, source.num_examples, compute, batch_size, "encoding images")
-    if space.fitted:
-        space = fit(space, *mean_and_std(found["latent"]))
-    return source._replace(read=lambda indices: {name: rows[indices] for name, rows in found.items()}), space
+        def compute(rows: np.ndarray) -> dict[str, np.ndarray]:
+            batch = part.read(rows)
+            return {**jax.device_get(encode(params, batch["image"])), "label": batch["label"]}
+
+        found = precomputed(folder, part.num_examples, compute, batch_size, "encoding images")
+        all_latents.append(found["latent"])
+        return part._replace(read=lambda indices: {name: rows[indices] for name, rows in found.items()})
+
+    source = each_part(source, encoded)
+    return source, fit(space, *mean_and_std(all_latents)) if space.fitted else space
 
 
-def mean_and_std(z: np.ndarray, rows: int = 1024) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and standard deviation per channel of latents [N, h, w, c], float32, read part by part."""
-    total, squares = np.zeros(z.shape[-1]), np.zeros(z.shape[-1])
-    for first in range(0, len(z), rows):
-        part = z[first : first + rows].astype(np.float64)
-        total += part.sum((0, 1, 2))
-        squares += np.square(part).sum((0, 1, 2))
-    mean = total / np.prod(z.shape[:-1])
-    variance = squares / np.prod(z.shape[:-1]) - np.square(mean)
-    return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)
+def mean_and_std(latents: Sequence[np.ndarray], rows: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean and standard deviation per channel of latents, arrays [N, h, w, c], float32, read part by part."""
+    total, squares, count = 0.0, 0.0, 0
+    for z in latents:
+        for first in range(0, len(z), rows):
+            part = z[first : first + rows].astype(np.float64)
+            total += part.sum((0, 1, 2))
+            squares += np.square(part).sum((0, 1, 2))
+            count += part[..., 0].size
+    mean = np.asarray(total) / count
+    return mean.astype(np.float32), np.sqrt(np.asarray(squares) / count - np.square(mean)).astype(np.float32)

@@ -199,7 +199,7 @@ def read_file(path: Path, dtype: Any = np.float32) -> dict[str, Stored]:
         raise ValueError(f"{path} is not an intact safetensors file ({error}): download it again") from error
     weights = {}
     for name, place in places.items():
-        kind, shape = _DTYPES.get(place["dtype"], place["dtype"]), tuple(place["shape"])
+        kind, shape = str(_DTYPES.get(place["dtype"], place["dtype"])), tuple(place["shape"])
         read = partial(_mapped, path, first + place["data_offsets"][0], kind, shape)
         weights[name] = stored(name, kind, shape, read)
     return weights
