@@ -1,21 +1,27 @@
 """Warm start: a run begins with another's weights, a new optimizer, and a record of where they are from."""
 
+import json
 import re
 
 import jax
 import numpy as np
 import pytest
+from helpers import make_call, random_images
+from published_sd3 import write_pipeline
+from safetensors.numpy import load_file
+from test_sd3 import import_into
 
 import diffusion
 from diffusion import training
 from diffusion.model.config import make_settings
 from diffusion.model.experiment import abstract_batch, make_learner
+from diffusion.runs import export
 from diffusion.runs.begin import find_origin, first_weights
 from diffusion.runs.run import load, open_run, read_description
 from diffusion.runs.train import describe
 from diffusion.training import RunError, digest, make_mesh
 from diffusion.training.loop import first_state
-from experiments import digits
+from experiments import digits, sd3
 
 
 def equal(one, other):
@@ -97,7 +103,8 @@ def test_only_some_parts_are_taken(trained, kinds):
     state, model, about = begin(kind, find_origin(folder, ["network"]), words)
     equal(state.params["network"], theirs.params["network"])
     assert model.condition.description["vocabulary"] == words and about["begun"]["parts"] == ["network"]
-    assert jax.tree.leaves(state.params["text"])[0].shape != jax.tree.leaves(theirs.params["text"])[0].shape
+    shapes = [jax.tree.map(np.shape, one["text"]) for one in (state.params, theirs.params)]
+    assert shapes[0] != shapes[1]
     state, model, _ = begin(kind, find_origin(folder), words)
     equal(state.params, theirs.params)
     assert model.condition.description == theirs.model.condition.description
@@ -120,3 +127,42 @@ def test_what_cannot_be_begun_with_is_refused(trained, kinds, tmp_path, flags, m
     with pytest.raises(RunError, match=message) as error:
         kinds["digits"].call(tmp_path / "new", *kinds["digits"].flags, *flags)
     assert "\n" not in str(error.value) and not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The folder of a tiny pipeline, and that of a run with its files."""
+    folder = write_pipeline(tmp_path_factory.mktemp("published"))
+    return folder, import_into(tmp_path_factory.mktemp("run") / "sd3", folder)
+
+
+def test_what_a_config_leaves_open_is_the_pipelines(published, tmp_path):
+    _, folder = published
+    flags = (f"--init_from={folder}", "--config.network.dtype=bfloat16", "--config.condition.dropout=0.2")
+    call = make_call(sd3.TASK, "sd3", tmp_path / "mine", *flags, num_devices=1)
+    theirs = open_run(folder).config
+    assert (call.config.network.width, call.config.network.dtype) == (theirs.network.width, "bfloat16")
+    assert (call.config.condition.length, call.config.condition.dropout) == (theirs.condition.length, 0.2)
+    assert call.config.sampling.grid.shift == 3.0
+    source = random_images(8)
+    source = source._replace(image_shape=(16, 16, 3), captions=["a fox"] * 10)
+    origin = find_origin(folder)
+    model, description = describe("sd3", call.config, source, None, (), origin)
+    begun, _ = first_weights(call.config, model, origin, call.mesh)
+    equal(begun, open_run(folder, num_devices=1).params)  # the network's in float32, though it computes in bfloat16
+    assert description["frozen"] == ["text", "space"] and description["condition"] == dict(origin.stored["condition"])
+    with pytest.raises(RunError, match=r"--config.network.width=32: .*sd3 has 16: leave it out"):
+        make_call(sd3.TASK, "sd3", tmp_path / "mine", *flags, "--config.network.width=32")
+
+
+def test_a_pipeline_is_exported_as_it_was(published, tmp_path):
+    folder, run = published
+    call = make_call(sd3.TASK, "sd3", run, "--mode=export", f"--weights={tmp_path / 'out'}", num_devices=1)
+    export.export_weights(call)
+    for file in folder.rglob("*.safetensors"):
+        old, new = (load_file(path) for path in (file, tmp_path / "out" / file.relative_to(folder)))
+        assert old.keys() == new.keys()
+        equal(old, new)
+    config = "scheduler/scheduler_config.json"
+    shifts = [json.loads((path / config).read_text())["shift"] for path in (folder, tmp_path / "out")]
+    assert shifts == [3.0, 3.0]
