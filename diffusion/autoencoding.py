@@ -115,8 +115,8 @@ def psnr(x: Images, x_hat: Images) -> Float[Array, " B"]:
     An image without an error counts as one with an error of 1 of 255 levels in one number, so that all are finite.
 
     Example:
-      >>> print(psnr(x, x_hat))
-      [12.0412]
+      >>> print(np.round(psnr(x, x_hat), 2))
+      [12.04]
     """
     chex.assert_equal_shape([x, x_hat])
     error = jnp.asarray(x) - jnp.clip(jnp.asarray(x_hat), -1, 1)

@@ -101,7 +101,7 @@ def parts(images):
 
 def loss_of(config):
     """(params, batch) -> the mean loss, and with it the losses and the metrics' means."""
-    loss = vae.make_loss(config, vae.make_autoencoder(config), vae.make_discriminator(config))
+    loss = vae.autoencoder_loss(config, vae.make_autoencoder(config), vae.make_discriminator(config))
 
     def mean(params, batch) -> Any:
         losses, metrics = loss(params, batch, jax.random.key(3))

@@ -65,7 +65,9 @@ def make_discriminator(config: Config) -> PatchDiscriminator | None:
     return PatchDiscriminator(**config.discriminator, dtype=dtype_of(config))
 
 
-def make_loss(config: Config, autoencoder: Autoencoder, discriminator: PatchDiscriminator | None) -> training.Loss:
+def autoencoder_loss(
+    config: Config, autoencoder: Autoencoder, discriminator: PatchDiscriminator | None
+) -> training.Loss:
     """Returns loss(params, batch, key) -> (float32[B], metrics), latent diffusion's divided by the numbers per image.
 
     With a discriminator both losses of the game are added, each with a gradient for its own side alone, so that one
@@ -172,7 +174,7 @@ def make_learner(config: Config) -> Experiment:
     def batches(start_step: int) -> Any:
         raise ValueError("this experiment was made without data")
 
-    loss = make_loss(config, autoencoder, discriminator)
+    loss = autoencoder_loss(config, autoencoder, discriminator)
     return Experiment(init, loss, optimizer, learning_rate, batches, config.data.batch_size)
 
 
