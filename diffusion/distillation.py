@@ -103,7 +103,7 @@ def policy_velocity(policy: Policy, x_t: Images, t: Float[Array, " B"]) -> Float
     """
     hats = jnp.eye(policy.times.shape[1], dtype=policy.times.dtype)
     weights = jax.vmap(lambda t, times: jax.vmap(lambda hat: jnp.interp(t, times, hat))(hats))(t, policy.times)
-    return (x_t - _combine(weights, policy.values)) / per_example(t, x_t)
+    return jnp.asarray(x_t - _combine(weights, policy.values)) / per_example(t, x_t)
 
 
 def roll_out(policy: Policy, x_t: Images, t: Float[Array, " B"], s: Float[Array, " B"]) -> Float[Array, "B *shape"]:
@@ -166,6 +166,7 @@ def imitation_loss(
       >>> print(*imitation_loss(zeros, lambda x, t: 0 * x, jnp.ones((1, 2)), *ends, points))
       [0.] [0.]
     """
+    x_t = jnp.asarray(x_t)
     policy = make_policy(student(x_t, t, r), r, t, shift)
     detached = jax.lax.stop_gradient(policy)
 
@@ -175,8 +176,7 @@ def imitation_loss(
         if window == 0:
             velocity = policy_velocity(policy, x, point)
         else:
-            length = jnp.minimum(window, t - r)
-            ahead = jnp.maximum(point - length, r)
+            ahead = point - jnp.minimum(window, t - r)
             velocity = (x - roll_out(policy, x, point, ahead)) / per_example(point - ahead, x)
         return weighted_mse(1.0, target, velocity)
 
@@ -248,7 +248,7 @@ def progressive_target(
       >>> print(progressive_target(half, flow, jnp.ones((1, 2)), jnp.ones(1), jnp.full(1, 0.5), jnp.zeros(1)))
       [[0.5 0.5]]
     """
-    t, s, r = (jnp.asarray(time) for time in (t, s, r))
+    x_t, t, s, r = (jnp.asarray(array) for array in (x_t, t, s, r))
     x, points = x_t, [tuple(per_example(level, x_t) for level in process(time)) for time in (t, s, r)]
     for time, (signal, noise), (next_signal, next_noise) in zip((t, s), points, points[1:], strict=False):
         scale = next_noise / noise
@@ -273,7 +273,8 @@ def progressive_loss(
       >>> print(*progressive_loss(one, half, flow, ones, jnp.ones(1), jnp.full(1, 0.5), jnp.zeros(1)))
       [0.25] [0.25]
     """
-    signal, noise = process(jnp.asarray(t))
+    x_t, t = jnp.asarray(x_t), jnp.asarray(t)
+    signal, noise = process(t)
     target = progressive_target(teacher, process, x_t, t, s, r)
     error = weighted_mse(1.0, target, denoised(student(x_t, t)).x_0_hat)
     return jnp.maximum((signal / noise) ** 2, 1) * error, error

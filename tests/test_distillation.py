@@ -173,7 +173,7 @@ def test_the_gradient_reaches_the_student_alone_and_not_through_where_it_leads()
 
     def loss(values, led_by, scale):
         policy = distillation.make_policy(led_by, r, t)
-        total = 0.0
+        total = jnp.zeros_like(t)
         for point in drawn:
             led = distillation.roll_out(policy, x, t, point)
             own = distillation.policy_velocity(distillation.make_policy(values, r, t), led, point)
@@ -227,13 +227,13 @@ def test_one_step_to_the_progressive_target_is_two_of_the_teachers(name):
     x = points()[0]
     teacher = exact_denoise(make_gaussian(), process)
     time = jnp.asarray(times)
-    grid = Grid(*process(time), time)
-    grid = grid._replace(signal=jnp.broadcast_to(grid.signal, time.shape))
+    signal, noise = process(time)
+    grid = Grid(jnp.broadcast_to(signal, time.shape), noise, time)
     two = ddim(teacher, x, grid)
     target = distillation.progressive_target(teacher, process, x, *times)
     one = ddim(lambda x, time: target, x, Grid(*(field[jnp.asarray([0, 2])] for field in grid)))
     np.testing.assert_allclose(one, two, atol=1e-13)
-    per_image = (jnp.full(len(x), time) for time in times)
+    per_image = [jnp.full(len(x), time) for time in times]
     columns = lambda x, time: teacher(x, time[0])  # noqa: E731
     np.testing.assert_allclose(distillation.progressive_target(columns, process, x, *per_image), target, atol=1e-14)
 
