@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 from diffusion.data import chat
 from diffusion.model import flux2_text, pipelines
 from diffusion.model.autoencoders import restore
-from diffusion.model.experiment import check_references
+from diffusion.model.experiment import check_references, make_model
 from diffusion.model.fields import change, load
-from diffusion.model.model import parts, steered
+from diffusion.model.model import init, make_loss, parts, steered
 from diffusion.model.sampling import make_sampling
 from diffusion.pretrained import flux2, klein, qwen3, vae
 from diffusion.runs import sample, weights
@@ -267,3 +267,27 @@ def test_pipelines_go_there_and_back_bit_for_bit(published, tmp_path):
     prompts = ["a cat", "<|endoftext|> \n"]
     np.testing.assert_array_equal(chat.encode(tokenizer, prompts, 40), chat.encode(words[0], prompts, 40))
     assert padding == words[1]
+
+
+def test_the_network_learns_from_captions_by_the_frozen_encoder(published):
+    config = change(
+        load("flux2", CONFIGS)[0],
+        {
+            **{f"network.{name}": 1 for name in ("num_double", "num_single", "num_heads")},
+            **{"network.head_width": 8, "network.axes": (2, 2, 2, 2), "network.dtype": "float32"},
+            **{f"{part}.folder": str(published) for part in ("condition", "space")},
+            **{"condition.states": (1, 2, 3), "condition.length": 48, "condition.dtype": "float32"},
+            "condition.dropout": 0.5,
+        },
+    )
+    model = make_model(config, (16, 16, 3))
+    assert model.frozen == ("text", "space") and model.space.shape == (4, 4, 16)
+    key = jax.random.key(0)
+    params = jax.jit(lambda: init(model, key))()
+    ids = model.condition.read(["a cat", "a dog"] * 4)
+    image, label = jnp.zeros((8, 16, 16, 3), jnp.uint8), jnp.zeros(8, jnp.int32)
+    batch = {"image": image, "label": label, "text": jnp.asarray(ids)}
+    loss = make_loss(model, lambda time: 1.0, lambda key, count: jax.random.uniform(key, (count,)))
+    gradients = jax.jit(jax.grad(lambda params: loss(params, batch, key)[0].mean()))(params)
+    assert all(not leaf.any() for part in model.frozen for leaf in jax.tree.leaves(gradients[part]))
+    assert np.abs(gradients["network"]["params"]["image_out"]["kernel"]).max() > 0.01

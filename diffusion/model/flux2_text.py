@@ -31,7 +31,6 @@ def flux2_text(
     states: tuple[int, ...] = STATES,
     length: int = LONGEST,
     dtype: str = "float32",
-    scan: bool = False,
     precomputed: bool = False,
     dropout: float = 0.1,
 ) -> Condition:
@@ -43,7 +42,6 @@ def flux2_text(
       states: after how many layers its hidden states are read.
       length: tokens that are read; shorter prompts are padded to it.
       dtype: of the encoder's weights and products.
-      scan: compiles the encoder's layers as loops, see `networks.qwen3`.
       precomputed: features of all captions are made once, before training: 15 MB of each.
       dropout: share of the training captions that are replaced by the empty one.
     """
@@ -51,7 +49,7 @@ def flux2_text(
     if facts.stored:
         encoder = restore(facts.stored)
     elif folder:
-        encoder, params = load_text(folder, dtype=dtype, states=states, length=length, scan=scan)
+        encoder, params = load_text(folder, dtype=dtype, states=states, length=length)
         encoder = encoder._replace(init=lambda key: params)
     else:
         raise ValueError(
@@ -67,7 +65,6 @@ def load_text(
     dtype: str = "float32",
     states: tuple[int, ...] = STATES,
     length: int = LONGEST,
-    scan: bool = False,
     variant: str | None = None,
     put: Put | None = None,
     weights: bool = True,
@@ -77,7 +74,7 @@ def load_text(
     Args:
       folder: with text_encoder/ and tokenizer/.
       dtype: of weights and products, "float32" or "bfloat16".
-      states, length, scan: see `flux2_text`.
+      states, length: see `flux2_text`.
       variant, put: see `load_qwen3`.
       weights: whether they are read; else their files are checked, and the parameters are zeros that take no memory.
 
@@ -87,7 +84,7 @@ def load_text(
     folder, kind = resolve(folder), jnp.dtype(dtype)
     words = chat.read_tokenizer(folder / "tokenizer")
     path = folder / "text_encoder"
-    module = qwen3.network(path, kind, states=states).clone(scan=scan)
+    module = qwen3.network(path, kind, states=states)
     encoder = make_text_encoder(module, *words, length=length, weights_dtype=kind)
     _, params = qwen3.load_qwen3(path, kind, states=states, weights_dtype=kind, variant=variant, put=put, read=weights)
     return encoder, params

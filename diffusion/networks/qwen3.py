@@ -81,7 +81,6 @@ class Qwen3(nn.Module):
       tied: whether the head of the published model is its table of tokens.
       dtype: what products compute in, float32 or bfloat16. Their sums, residuals, norms, rotations and softmax are
         float32, and so are new parameters; parameters of other types are converted where they are used.
-      scan: compiles the layers between two states once, as a loop over a copy of their parameters.
     """
 
     vocab_size: int = 151936
@@ -97,7 +96,6 @@ class Qwen3(nn.Module):
     whole: bool = False
     tied: bool = True
     dtype: Any = jnp.float32
-    scan: bool = False
 
     @nn.compact
     def __call__(self, ids: Int[Array, "B L"], real: Bool[Array, "B L"] | None = None) -> Float[Array, "B L D"]:
@@ -116,36 +114,24 @@ class Qwen3(nn.Module):
         mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
         if real is not None:
             mask = mask & real[:, None, None]
-        told = mask, rotations(length, self.head_width, self.theta)
+        rotation = rotations(length, self.head_width, self.theta)
+        layer = partial(
+            Layer, self.num_heads, self.num_kv_heads, self.head_width, self.mlp_width, self.epsilon, self.dtype
+        )
+        unread = self.whole and self.is_initializing()
         found = []
-        for first, last in pairwise((0, *self.states)):
-            x = self._layers(first, last, x, *told)
-            found.append(x)
-        if self.whole and self.is_initializing():
-            nn.RMSNorm(name="norm_out")(self._layers(self.states[-1], self.depth, x, *told))
+        for i in range(self.depth if unread else self.states[-1]):
+            x = layer(name=f"layer_{i}")(cut_along_batch(x), mask, rotation)
+            if i + 1 in self.states:
+                found.append(x)
+        if unread:
+            nn.RMSNorm(name="norm_out")(x)
             if not self.tied:
                 self.param("head", normal, (self.vocab_size, self.width), jnp.float32)
         return jnp.concatenate(found, axis=-1)
 
-    def _layers(self, first: int, last: int, x: Tokens, *told: Any) -> Tokens:
-        """Returns the tokens after layers `first` to `last` - 1."""
-        layer = partial(
-            Layer, self.num_heads, self.num_kv_heads, self.head_width, self.mlp_width, self.epsilon, self.dtype
-        )
-        if not self.scan or last - first < 2 or self.is_initializing():
-            for i in range(first, last):
-                x = layer(name=f"layer_{i}")(cut_along_batch(x), *told)
-            return x
-        alone = layer(parent=None)
-        own = [self.variables["params"][f"layer_{i}"] for i in range(first, last)]
-
-        def step(x: Tokens, params: Any) -> tuple[Any, None]:
-            return alone.apply({"params": params}, cut_along_batch(x), *told), None
-
-        return jax.lax.scan(step, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *own))[0]
-
     def check(self) -> None:
-        """Raises ValueError for states that do not rise or are not there, heads that do not share evenly, or float16."""
+        """Raises ValueError for states that do not rise or are not there, heads that share unevenly, and float16."""
         states = self.states
         if not states or any(a >= b for a, b in pairwise((0, *states, self.depth))):
             raise ValueError(f"states are {tuple(states)}: give numbers that rise, from 1 to {self.depth - 1}")

@@ -46,7 +46,6 @@ def get_config(methods: str = "") -> ConfigDict:
             states=(9, 18, 27),  # after how many layers of Qwen3
             length=512,  # tokens that are read, at most 512
             dtype="bfloat16",
-            scan=False,  # compile the encoder's layers as loops
             precomputed=False,  # features of all captions are made once, before training: 15 MB of each
             dropout=0.1,  # share of the captions that training replaces by the empty one
         )
