@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import make_call
+from helpers import do_call, make_call
+from PIL import Image
 from published_sd3 import ASKED, GOLDEN, T5_LENGTH, noise, write_pipeline
 
 from diffusion import editing
+from diffusion.model.autoencoders import restore
 from diffusion.model.model import parts, steered
 from diffusion.model.sampling import make_sampling
 from diffusion.runs import weights
 from diffusion.runs.run import open_run
+from diffusion.training import RunError
 from experiments.sd3 import TASK
 
 TINY = (
@@ -53,16 +56,13 @@ def draw(run, x_T, changes=None, use=lambda sampler, denoise, grid, x_T: sampler
     def drawn(params, told, fro, x_T):
         return use(sampling.sampler, steered(model, sampling, params, told, fro), sampling.grid, x_T)
 
-    codec_of = jax.jit(lambda space, x_0: decoded(model, space, x_0))
-    return np.asarray(codec_of(own.space, drawn(run.params, told, fro, x_T)))
+    @jax.jit
+    def decoded(space, x_0):  # as Space.decode does, which rounds to levels
+        codec = restore(model.space.description)
+        image = codec.decode(space["autoencoder"], x_0 / space["scale"] + space["shift"])
+        return jnp.clip(image / 2 + 0.5, 0, 1)
 
-
-def decoded(model, space, x_0):
-    from diffusion.model.autoencoders import restore
-
-    codec = restore(model.space.description)
-    image = codec.decode(space["autoencoder"], x_0 / space["scale"] + space["shift"])
-    return jnp.clip(image / 2 + 0.5, 0, 1)
+    return np.asarray(decoded(own.space, drawn(run.params, told, fro, x_T)))
 
 
 @pytest.mark.parametrize("scale", [1.0, 7.0])
@@ -88,10 +88,44 @@ def test_blocks_are_skipped_as_diffusers_does(imported):
 def test_pictures_from_pictures_are_those_of_diffusers(imported):
     begun, eps = (jnp.asarray(GOLDEN[f"img2img/{name}"].transpose(0, 2, 3, 1)) for name in ("begun", "eps"))
     run = open_run(imported)
-    x_0 = (begun - 0.0609) * 1.5305 if False else begun
 
     def use(sampler, denoise, grid, x_0):
         last = editing.last_steps(grid, ASKED["strength"])
         return sampler(denoise, last.signal[0] * x_0 + last.noise[0] * eps, last)
 
-    np.testing.assert_allclose(draw(run, x_0, use=use), GOLDEN["img2img"], atol=1e-3)
+    np.testing.assert_allclose(draw(run, begun, use=use), GOLDEN["img2img"], atol=1e-3)
+
+
+def test_more_devices_draw_the_same_pictures(imported):
+    runs = [open_run(imported, num_devices=count) for count in (1, 2)]
+    drawn = [run.sample(prompts=ASKED["prompts"], num_samples=4, seed=3) for run in runs]
+    assert drawn[0].shape == (4, 16, 16, 3)
+    np.testing.assert_allclose(*(images.astype(int) for images in drawn), atol=1)  # sums are in another order
+
+
+@pytest.mark.parametrize("mode", ["sample", "img2img", "inpaint", "interpolate", "progressive"])
+def test_every_use_of_a_run_works_on_an_imported_one(imported, tmp_path, mode):
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (20, 30, 3), np.uint8)).save(tmp_path / "a.png")
+    images = (f"--images={tmp_path / 'a.png'}",) if mode in ("img2img", "inpaint") else ()
+    masks = ("--mask=right", "--resample=1") if mode == "inpaint" else ()
+    prompts = [f"--prompt={prompt}" for prompt in ASKED["prompts"]]
+    out = tmp_path / f"{mode}.npz"
+    flags = ("--num_samples=2", "--config.sampling.num_steps=2", f"--out={out}", *images, *prompts)
+    do_call(TASK, "sd3", imported, f"--mode={mode}", *masks, *flags)
+    with np.load(out) as found:
+        assert found["arr_0"].dtype == np.uint8 and found["arr_0"].shape[-3:] == (16, 16, 3)
+
+
+def test_an_imported_run_is_not_trained_in_its_place(imported):
+    with pytest.raises(RunError, match="is a published model, which is not trained further there"):
+        make_call(TASK, "sd3", imported, "--config.data.dir=somewhere")
+    with pytest.raises(RunError, match="without averages: leave --ema_length out"):
+        open_run(imported, ema_length=0.1)
+    with pytest.raises(ValueError, match="bits/dim are of pixels"):
+        open_run(imported).likelihood(np.zeros((1, 16, 16, 3), np.uint8), prompts=["a"])
+
+
+def test_an_unknown_variant_is_refused(published, tmp_path):
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.fp8\.safetensors cannot be read"):
+        import_into(tmp_path / "run", published, "--variant=fp8")
+    assert not (tmp_path / "run").exists()
