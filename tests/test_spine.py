@@ -1,10 +1,10 @@
 """Every config's initial weights, losses, gradients and samples, against those of golden/record_spine.py.
 
-One network of each kind is made as small as it can be, in float32 and for 8x8 images, and applied op by op: few small
-programs are compiled, which all configs share.
+One network of each kind is made as small as it can be, in float32 and for 8x8 images.
 """
 
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,24 +115,25 @@ def numbers(spec: str) -> dict[str, np.ndarray]:
     """
     case, mesh = make_case(spec), make_mesh(1)
     experiment = make_experiment(case.config, case.model, case.source, mesh, case.examples)
-    init = experiment.init(run_key(0, "init"))
+    init = jax.jit(experiment.init)(run_key(0, "init"))
     with_text = case.model.condition.init is not None
     params: Any = {part: perturbed(tree) for part, tree in init.items()} if with_text else perturbed(init)
     batches = experiment.batches(5)
     batch = jax.tree.map(jnp.asarray, next(batches))
     batches.close()
 
-    def mean_loss(params: Any) -> Any:
-        losses, metrics = experiment.loss(params, batch, run_key(0, "train", 5))
-        assert sum(float(mean.count.sum()) for mean in metrics.values()) == COUNT  # every example is in one part
-        return losses.mean(), losses
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def mean_loss(params: Any, batch: Any, key: jax.Array) -> Any:
+        losses, metrics = experiment.loss(params, batch, key)
+        return losses.mean(), (losses, metrics)
 
-    (_, losses), gradient = jax.value_and_grad(mean_loss, has_aux=True)(params)
+    (_, (losses, metrics)), gradient = mean_loss(params, batch, run_key(0, "train", 5))
+    assert sum(float(mean.count.sum()) for mean in metrics.values()) == COUNT  # every example is in one part
     by_name = sorted((name_of(path), x) for path, x in jax.tree_util.tree_leaves_with_path(gradient))
     generate = make_generate(case.model, make_sampling(case.config, case.model.process), mesh)
     rows, away = (jnp.asarray(case.model.condition.read(asked)) for asked in (case.requests, case.away))
-    with jax.disable_jit():
-        samples, finite = generate(params, rows, away, jnp.uint32(3), jnp.arange(COUNT))
+    samples, finite = generate(params, rows, away, jnp.uint32(3), jnp.arange(COUNT))
     assert finite.all()
     return {
         "init": np.asarray([np.abs(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(init)], np.float32),
@@ -146,8 +147,8 @@ def numbers(spec: str) -> dict[str, np.ndarray]:
 @pytest.mark.filterwarnings("ignore:a text of:UserWarning")  # the tiny CLIP's vocabulary is of letters
 def test_numbers_are_those_of_before(spec):
     golden, found = np.load(GOLDEN), numbers(spec)
-    # Equal to the bit on the CPU that recorded them. Another one adds up in another order: float32 sums of n numbers
-    # are then off by about sqrt(n) 6e-8, n is at most 288 here, and some ten layers follow each other.
+    # Recorded op by op, optimized. A program of all, and another CPU, adds up in another order: float32 sums of n
+    # numbers are then off by about sqrt(n) 6e-8, n is at most 288 here, and some ten layers follow each other.
     np.testing.assert_allclose(found["init"], golden[f"{spec}/init"], rtol=1e-6)
     np.testing.assert_allclose(found["losses"], golden[f"{spec}/losses"], rtol=1e-5)
     # Some gradients are zero but for rounding: the bias of keys changes no attention.

@@ -4,8 +4,8 @@
 
 The arrays were first recorded by the code of commit e41a445, through experiments.image_diffusion, text_to_image and
 text_modes, before diffusion/model took their place: the same tiny networks, images, keys and prompts as `numbers` has,
-op by op. On one machine both gave the same bits. Record again only where numbers are meant to change, and say so in
-CHANGELOG.md.
+op by op. On one machine both gave the same bits, which compiled programs are off by some roundings. Record again only
+where numbers are meant to change, and say so in CHANGELOG.md.
 """
 
 import sys
