@@ -3,6 +3,8 @@
     python -m experiments.sd3 --mode=import --weights=stable-diffusion-3-medium-diffusers --workdir=runs/sd3
     python -m experiments.sd3 --workdir=runs/sd3 --mode=sample --prompt="An astronaut riding a horse" --num_samples=1
     python -m experiments.sd3 --workdir=runs/sd3 --mode=sample --prompt="a fox" --config.sampling.size="(512, 768)"
+    python -m experiments.sd3 --init_from=runs/sd3 --workdir=runs/mine --config.data.dir=DIR
+    python -m experiments.sd3 --init_from=runs/sd3 --workdir=runs/lora --config.data.dir=DIR --config.lora.rank=16
 
 The weights are those of the folder that diffusers publishes. Without T5, import with
 --config.condition.leave_out="('t5',)". Their licence may have to be accepted at their publisher first.

@@ -6,6 +6,9 @@ calls the first factor to act A too). B begins as zero, so that the network is a
 The adapters are a tree of their own, {"block_0": {"image_qkv": {"A", "B"}, ...}, ...}; `merge` makes the network's
 parameters of both. Queries, keys and values, which one kernel of ours holds side by side, have adapters of their own.
 
+A checkpoint holds the frozen network beside them, for it is the whole experiment: it resumes and draws where the run
+that it began with is gone. What is small is the export.
+
 Source: Hu et al. (2021), "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
 """
 
