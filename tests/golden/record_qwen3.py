@@ -38,6 +38,7 @@ TINY = dict(
     max_position_embeddings=512,
     tie_word_embeddings=False,
 )
+SMALL = 2**-9  # of the keys' weights: the epsilon of their normalisation counts
 LENGTHS = (200, 60, 7, 1)
 FACTS = ["", "a cat", "a red three above a blue seven", "A cat holding a sign that says hello world",
          "a photo of 12 cats, café  two  spaces"]  # fmt: skip
@@ -55,6 +56,9 @@ def fill(peer):
 
 def record_states() -> None:
     peer = fill(Qwen3ForCausalLM(Qwen3Config(**TINY)))
+    with torch.no_grad():
+        for layer in peer.model.layers:
+            layer.self_attn.k_proj.weight.mul_(SMALL)
     ids = np.random.RandomState(0).randint(0, TINY["vocab_size"], (len(LENGTHS), LENGTHS[0]))
     real = np.arange(ids.shape[1]) < np.array(LENGTHS)[:, None]
     with torch.no_grad():
