@@ -248,7 +248,7 @@ def run_two(workdir, victim=-1, last=-1):
     """Trains 8 steps as two processes, of which `victim` dies at batch `last`; returns them and what they printed."""
     program = TWO.format(tests=str(HERE), root=str(HERE.parent))
     common = {**os.environ, "DIFFUSION_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": free_address()}
-    common["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    common["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"  # the last count holds
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", program, str(workdir), str(victim), str(last)],
