@@ -108,6 +108,8 @@ def complete(config: Config) -> Config:
             config.sampling.size = ()
         if "process" in config and "lora" not in config:
             config.lora = ConfigDict(defaults_of(make_lora))
+        if "skip_broken" in config.get("data", {}) and "split" in config.data and "buckets" not in config.data:
+            config.data.buckets = 0  # of captioned folders
         for place, table in CHOICES.items():
             block = block_at(config, place)
             if block is not None and block.get("name") in table:
