@@ -247,7 +247,8 @@ def test_guidance_acts_exactly_at_the_steps_whose_noise_over_signal_is_within_it
         within = (noise / signal >= interval[0]) & (noise / signal <= interval[1])
     assert 2 < within.sum() < len(within) - 2
     one, zero = (lambda x, time, value=value: jnp.full_like(x, value) for value in (1.0, 0.0))
-    found: Any = jax.vmap(lambda step: sampling.guide(one, zero)(jnp.zeros((1, 1)), step))(jnp.asarray(time))
+    pair = lambda x_t, time: (one(x_t, time), zero(x_t, time))  # noqa: E731
+    found: Any = jax.vmap(lambda step: sampling.guide(one, pair)(jnp.zeros((1, 1)), step))(jnp.asarray(time))
     np.testing.assert_array_equal(np.ravel(found), np.where(within, 3.0, 1.0))
 
 
@@ -661,7 +662,8 @@ def test_paths_begin_with_a_tilde(kinds, trained, shared, tmp_path, monkeypatch)
     call = make_call(digits.TASK, "~/my.py:flow", Path("~/new"))
     assert call.config.process.name == "flow" and call.workdir == tmp_path / "new"
 
-    flags = ("--config.data.dir=~/pairs/train", "--config.evaluation.dir=~/pairs/test", "--prompts=~/prompts.txt")
+    flags = ("--config.data.dir=~/pairs/train", "--config.evaluation.dir=~/pairs/test")
     call = make_call(captions.TASK, "captions", Path("~/new"), *flags, "--config.data.image_size=16")
     assert [captions.read(call.config, split).num_examples for split in ("train", "test")] == [48, 24]
+    call = make_call(captions.TASK, "captions", trained("captions"), "--mode=sample", "--prompts=~/prompts.txt")
     assert sample.read_prompts(call) == ["a red two"]

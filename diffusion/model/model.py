@@ -203,7 +203,7 @@ def steered(model: Model, sampling: Sampling, params: Any, told: Told, fro: Told
     conditional = make_denoise(model, params, told)
     if sampling.scale == 1.0:
         return sampling.threshold(conditional)
-    without = make_denoise(model, params, told, skip=sampling.skip.layers) if sampling.skip else conditional
+    without = make_denoise(model, params, told, skip=sampling.skip.layers) if sampling.skip else None
     both = make_denoise(model, params, jax.tree.map(beside, told, fro))
 
     def pair(x_t: jax.Array, time: jax.Array) -> tuple[Any, Any]:

@@ -134,12 +134,12 @@ class Sampling(NamedTuple):
     threshold: Callable[[Denoise], Denoise]
     skip: Skip | None = None
 
-    def guide(self, conditional: Denoise, pair: Callable[..., Any], without: Denoise) -> Denoise:
+    def guide(self, conditional: Denoise, pair: Callable[..., Any], without: Denoise | None = None) -> Denoise:
         """Returns `conditional` guided, with its x_0_hat bounded; `pair` and `without` are those of `skip_layer`."""
         if self.scale == 1.0:
             return self.threshold(conditional)
         denoise = guidance.classifier_free_pair(pair, self.scale)
-        if self.skip:
+        if self.skip and without:
             led = guidance.skip_layer(pair, without, self.scale, self.skip.scale)
             denoise = guidance.limited_interval(led, denoise, self.skip.first, self.skip.last)
         if self.interval:
