@@ -100,7 +100,8 @@ def test_more_devices_draw_the_same_pictures(imported):
     runs = [open_run(imported, num_devices=count) for count in (1, 2)]
     drawn = [run.sample(prompts=ASKED["prompts"], num_samples=4, seed=3) for run in runs]
     assert drawn[0].shape == (4, 16, 16, 3)
-    np.testing.assert_allclose(*(images.astype(int) for images in drawn), atol=1)  # sums are in another order
+    one, two = (images.astype(int) for images in drawn)
+    np.testing.assert_allclose(one, two, atol=1)  # sums are in another order
 
 
 @pytest.mark.parametrize("mode", ["sample", "img2img", "inpaint", "interpolate", "progressive"])

@@ -142,7 +142,7 @@ def test_spaces_that_cannot_be_are_refused(settings, message):
 
 @pytest.mark.parametrize("shape", [(18, 16, 3), (16, 16, 1)])
 def test_images_without_whole_latents_are_refused(folder, shape):
-    with pytest.raises(ValueError, match="takes RGB with sides divisible by 4; set data.image_size"):
+    with pytest.raises(ValueError, match=r"takes RGB with sides divisible by 4; set data\.image_size"):
         latents(shape, None, folder=str(folder))
 
 

@@ -102,7 +102,7 @@ def test_only_some_parts_are_taken(trained, kinds):
     words = ["an", "extra", "vocabulary"]
     state, model, about = begin(kind, find_origin(folder, ["network"]), words)
     equal(state.params["network"], theirs.params["network"])
-    assert model.condition.description["vocabulary"] == words and about["begun"]["parts"] == ["network"]
+    assert (model.condition.description or {})["vocabulary"] == words and about["begun"]["parts"] == ["network"]
     shapes = [jax.tree.map(np.shape, one["text"]) for one in (state.params, theirs.params)]
     assert shapes[0] != shapes[1]
     state, model, _ = begin(kind, find_origin(folder), words)

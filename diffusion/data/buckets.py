@@ -30,9 +30,7 @@ def bucket_shapes(side: int, multiple: int, largest_ratio: float = 2.0) -> list[
       [(48, 80), (64, 64), (80, 48)]
     """
     if side % multiple or side < multiple or not largest_ratio >= 1:
-        raise ValueError(
-            f"buckets of {side}^2 pixels: {multiple} has to divide {side}, and the ratio be at least 1"
-        )
+        raise ValueError(f"buckets of {side}^2 pixels: {multiple} has to divide {side}, and the ratio be at least 1")
     shapes = set()
     for height in range(multiple, side + 1, multiple):
         width = side * side // height // multiple * multiple

@@ -178,7 +178,7 @@ def check_field(config: Config, field: str) -> None:
     if place in CHOICES and "name" in (block := block_at(config, place) or {}):
         own = [name for name in block if name != "name"]
         has = f"it has {', '.join(own)}" if own else "it has no fields"
-        raise RunError(f"{last} is not a field of {place}.name={block.name}{nearest(last, own) or ':'} {has}")
+        raise RunError(f"{last} is not a field of {place}.name={block['name']}{nearest(last, own) or ':'} {has}")
     raise RunError(f"unknown config field {field}{nearest(field, fields)} (--help lists all)")
 
 
