@@ -57,8 +57,9 @@ SLOW = (
 # among them, as a run has the bits of another only where both were compiled alike.
 # fmt: off
 UNOPTIMIZED = (
-    "benchmarks", "captions_experiment", "clip", "docs", "edit", "evaluation_command", "experiments", "formats",
-    "modes", "prompts", "refusals", "run", "scenes_experiment", "spine", "weights",
+    "autoencoder_experiment", "benchmarks", "captions_experiment", "clip", "distillation", "docs", "edit",
+    "evaluation_command", "experiments", "formats", "lora", "meshes", "modes", "pretrained_sd3", "prompts", "refusals",
+    "run", "scenes_experiment", "sd3", "space", "spine", "warm_start", "weights",
 )
 # fmt: on
 # The dearest, of 30 and more seconds of CPU time: they come first, for one that came last would leave a core idle.
