@@ -11,7 +11,7 @@ The names below are imported when they are first used, so that `import diffusion
 import importlib
 from typing import Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # What Python callers use, and the module and name behind it.
 _NAMES = {

@@ -23,6 +23,7 @@ from diffusion.model.experiment import make_model
 from diffusion.model.fields import from_plain, load
 from diffusion.runs.run import open_run
 from diffusion.training import RunError
+from diffusion.training.description import FORMAT
 from diffusion.training.workdir import differences
 from experiments import digits, scenes
 
@@ -177,6 +178,6 @@ def test_a_run_of_format_1_opens_and_draws_and_is_resumed_as_by_the_code_that_ma
     check_samples(resumed, "after_6.npz")
     # Its folder is of today's format now.
     config = json.loads((folder / "config.json").read_text())
-    assert config["format"] == 2 and config["config"]["condition"]["name"] == run.config.condition.name
+    assert config["format"] == FORMAT and config["config"]["condition"]["name"] == run.config.condition.name
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [4, 6]

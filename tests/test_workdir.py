@@ -7,6 +7,7 @@ from test_training import BATCH_SIZE, batches_from, make_experiment, settings
 
 from diffusion.training import RunError, make_mesh, train
 from diffusion.training.checkpoints import open_existing, read_description
+from diffusion.training.description import FORMAT
 from diffusion.training.integrity import seal
 from diffusion.training.workdir import FREE_AFTERWARDS, FREE_IN_TRAINING, check, claim, differences
 
@@ -148,13 +149,13 @@ def rewrite_description(path, **changes):
 def test_every_checkpoint_has_the_format_and_a_newer_one_is_refused_in_a_line(tmp_path):
     do_train(tmp_path, CONFIG)
     checkpoint = tmp_path / "checkpoints" / "8"
-    assert read_description(checkpoint)["format"] == 2
-    assert json.loads((tmp_path / "config.json").read_text())["format"] == 2
+    assert read_description(checkpoint)["format"] == FORMAT
+    assert json.loads((tmp_path / "config.json").read_text())["format"] == FORMAT
     newer = "was written by a newer version of this project: update it$"
-    rewrite_description(checkpoint / "_CHECKPOINT_METADATA", format=3)
+    rewrite_description(checkpoint / "_CHECKPOINT_METADATA", format=FORMAT + 1)
     with pytest.raises(RunError, match=newer):
         read_description(checkpoint)
-    rewrite_description(tmp_path / "config.json", format=3)
+    rewrite_description(tmp_path / "config.json", format=FORMAT + 1)
     with pytest.raises(RunError, match=newer):
         check(tmp_path, "test", CONFIG)
     rewrite_description(checkpoint / "_CHECKPOINT_METADATA", format="2")

@@ -2,6 +2,7 @@
 
 format 1   one config for images and another for text; the shape of images was read from the data
 format 2   one config; `image_shape`, `num_classes` and `condition` stand beside it
+format 3   `space` and `frozen` too: groups of parameters that are not trained have no averages and no moments
 """
 
 from collections.abc import Mapping
