@@ -53,19 +53,21 @@ SLOW = (
     "test_a_perfect_network_costs_only_the_decoders_term",
 )
 
-# Files that compile whole runs, of which they run a few steps: without LLVM's optimizations. All that use `trained` are
-# among them, as a run has the bits of another only where both were compiled alike.
+# Files that compile whole runs or networks, of which they run a few steps: without LLVM's optimizations. All that use
+# `trained` are among them, as a run has the bits of another only where both were compiled alike.
 # fmt: off
 UNOPTIMIZED = (
     "autoencoder_experiment", "benchmarks", "captions_experiment", "clip", "distillation", "docs", "edit",
-    "evaluation_command", "experiments", "formats", "lora", "meshes", "modes", "pretrained_sd3", "prompts", "refusals",
-    "run", "scenes_experiment", "sd3", "space", "spine", "warm_start", "weights",
+    "evaluation_command", "experiments", "flux2_pipeline", "formats", "lora", "meshes", "mmdit", "modes",
+    "pretrained_sd3", "prompts", "refusals", "run", "scenes_experiment", "sd3", "space", "spine", "unet", "warm_start",
+    "weights",
 )
 # fmt: on
 # The dearest, of 30 and more seconds of CPU time: they come first, for one that came last would leave a core idle.
 # fmt: off
 DEAREST = (
-    "spine", "weights", "modes", "samplers", "experiments", "likelihood", "distributed", "run", "editing", "edit",
+    "modes", "spine", "weights", "samplers", "experiments", "likelihood", "run", "docs", "sd3", "refusals",
+    "autoencoder_experiment", "warm_start", "editing", "edit", "flux2_pipeline", "space", "lora",
 )
 # fmt: on
 
