@@ -181,3 +181,12 @@ def test_a_run_of_format_1_opens_and_draws_and_is_resumed_as_by_the_code_that_ma
     assert config["format"] == FORMAT and config["config"]["condition"]["name"] == run.config.condition.name
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [4, 6]
+
+
+def test_what_format_2_did_not_store_is_as_it_was():
+    """Its frozen text encoders were averaged and had no moments of their own by the optimizer's doing."""
+    stored = formats.current(copy.deepcopy(STORED["scenes"])) | {"format": 2}
+    stored.pop("frozen")
+    assert formats.current(stored)["frozen"] == []
+    assert formats.current(stored | {"frozen": ["text"]})["frozen"] == ["text"]
+    assert "frozen" not in formats.current(stored | {"format": 3})

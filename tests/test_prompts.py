@@ -27,6 +27,7 @@ from diffusion.runs.draw import Painter, draw
 from diffusion.runs.modes import define_flags
 from diffusion.runs.sample import read_prompts
 from diffusion.training import RunError, make_mesh
+from diffusion.training.experiment import averaged, trained
 from experiments.scenes import TASK, VOCABULARY
 
 SHAPE = (16, 16, 3)
@@ -259,8 +260,10 @@ def clip_parts():
 
 
 @pytest.mark.filterwarnings("ignore:a text of .* tokens is truncated")
-def test_a_frozen_encoder_stays_as_it_is(clip_parts):
-    model = clip_parts.model
+@pytest.mark.parametrize("frozen", [("text",), ()], ids=["now", "in runs of format 2"])
+def test_a_frozen_encoder_stays_as_it_is(clip_parts, frozen):
+    assert clip_parts.model.frozen == ("text",)
+    model = clip_parts.model._replace(frozen=frozen)
     params = random_params(model)
     told = told_of(model, params, ["a red two", None])
     assert told["context"].shape == (2, 16, 8) and told["pooled"].shape == (2, 6)
@@ -272,8 +275,9 @@ def test_a_frozen_encoder_stays_as_it_is(clip_parts):
     @jax.jit
     def update(params, batch):
         gradient = jax.grad(lambda params: loss(params, batch, jax.random.key(0))[0].mean())(params)
-        updates, _ = adam.update(gradient, adam.init(params), params)
-        return optax.apply_updates(params, updates)
+        learned, gradient = trained(params, frozen), trained(gradient, frozen)
+        updates, _ = adam.update(gradient, adam.init(learned), learned)
+        return averaged(params, optax.apply_updates(learned, updates), frozen)
 
     new: Any = update(params, batch_of(model))
     jax.tree.map(np.testing.assert_array_equal, new["text"], params["text"])
@@ -281,7 +285,7 @@ def test_a_frozen_encoder_stays_as_it_is(clip_parts):
     assert np.mean(moved) > 0.9
     size = sum(leaf.size for leaf in jax.tree.leaves(params["network"]))
     for optimizer in (adam, make_run_optimizer(clip_parts.config, model)[0]):
-        moments = jax.tree.leaves(jax.eval_shape(optimizer.init, params))
+        moments = jax.tree.leaves(jax.eval_shape(optimizer.init, trained(params, frozen)))
         assert size < sum(leaf.size for leaf in moments) < 2.01 * size
 
 

@@ -44,7 +44,8 @@ def current(description: Mapping[str, Any]) -> dict[str, Any]:
         return stored  # a CLIP has one form so far
     if stored.get("format", 1) == 1:
         stored = from_format_1(stored)
-    return stored | {"config": plain(complete(from_plain(stored["config"])))}
+    before = {"frozen": []} if stored.get("format", 1) < 3 else {}  # a frozen text encoder was averaged with the rest
+    return before | stored | {"config": plain(complete(from_plain(stored["config"])))}
 
 
 def with_mesh(config: Mapping[str, Any]) -> dict[str, Any]:
