@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_survival import steps_in
-from test_training import assert_same_bits, batches_from, do_train, logged, make_experiment, noisy_loss, run_steps
+from test_training import assert_same_bits, batches_from, do_train, logged, make_experiment, noisy_loss
 
-from diffusion.training import Mean, RunError, make_mesh
+from diffusion.training import Mean, RunError
 from diffusion.training.checkpoints import open_existing
 from diffusion.training.integrity import seal
 
@@ -65,7 +65,7 @@ def test_skipped_steps_change_nothing_are_counted_and_resume_to_the_same_bits(tm
     assert [line["skipped_steps"] for line in logged(tmp_path / "whole")] == [1, 1, 0]
     assert int(whole.step) == 12 and int(whole.opt_state[0].count) == 10
     do_train(tmp_path / "parts", experiment, num_steps=3, skip_bad_steps=True)
-    before, _ = run_steps(make_experiment(), 2, make_mesh(2))
+    before: Any = do_train(tmp_path / "before", make_experiment(), num_steps=2, skip_bad_steps=True)
     with open_existing(tmp_path / "parts") as checkpoints:
         np.testing.assert_array_equal(checkpoints.restore(whole).params["w"], before.params["w"])
     assert_same_bits(do_train(tmp_path / "parts", experiment, skip_bad_steps=True), whole)

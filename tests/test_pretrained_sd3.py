@@ -19,6 +19,8 @@ from diffusion.networks.mmdit import position_table
 from diffusion.pretrained import mmdit, mmdit_original, sd3, sd3_text, vae
 from diffusion.pretrained.folder import read_file
 from diffusion.runs import weights
+from diffusion.runs.run import open_run
+from diffusion.training import RunError
 from experiments.sd3 import TASK
 
 ORIGINAL = np.load(Path(__file__).parent / "golden" / "sd3_original.npz")
@@ -166,6 +168,7 @@ def test_other_sizes_than_the_autoencoder_has_are_refused(published, tmp_path):
         weights.import_weights(call)
 
 
+@pytest.mark.filterwarnings("ignore:a text of .* tokens is truncated")
 def test_a_single_file_becomes_a_pipeline(published, tmp_path):
     """The published parts under their authors' names, with the text encoders that a file holds."""
     found = original_weights(mmdit_original.PREFIX)
@@ -179,3 +182,16 @@ def test_a_single_file_becomes_a_pipeline(published, tmp_path):
     assert pipeline.shift == 3.0 and set(pipeline.towers) == {"clip_l", "clip_g", "t5"}
     assert pipeline.network.depth == DEPTH
     np.testing.assert_allclose(pipeline.autoencoder.shift, 0.0609)
+
+    flags = ("--mode=import", f"--weights={tmp_path / 'sd3.safetensors'}", "--config.condition.length=16")
+    with pytest.raises(RunError, match="holds no tokenizers: add --tokenizers=DIR"):
+        weights.import_weights(make_call(TASK, "sd3", tmp_path / "run", *flags))
+    weights.import_weights(make_call(TASK, "sd3", tmp_path / "run", *flags, f"--tokenizers={published}"))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    run = open_run(tmp_path / "run", num_devices=1)
+    kernel = run.params["network"]["params"]["block_1"]["image_qkv"]["kernel"]
+    np.testing.assert_array_equal(
+        kernel, pipeline.params["params"]["block_1"]["image_qkv"]["kernel"].astype(kernel.dtype)
+    )
+    drawn = run.sample(prompts=["a cat"], num_samples=1, num_steps=1, size=(4, 8))
+    assert drawn.shape == (1, 4, 8, 3)

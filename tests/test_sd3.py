@@ -130,3 +130,14 @@ def test_an_unknown_variant_is_refused(published, tmp_path):
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.fp8\.safetensors cannot be read"):
         import_into(tmp_path / "run", published, "--variant=fp8")
     assert not (tmp_path / "run").exists()
+
+
+def test_pictures_have_the_size_that_is_asked_for(imported):
+    run = open_run(imported, num_devices=1)
+    assert run.sample(prompts=["a"], num_samples=1, num_steps=1, size=(16, 24)).shape == (1, 16, 24, 3)
+    assert run.sample(prompts=["a"], num_samples=1, num_steps=1).shape == (1, 16, 16, 3)
+    wide = open_run(imported, num_devices=1, changes={"sampling.size": (16, 24), "sampling.num_steps": 1})
+    at_once = run.sample(prompts=["a"], num_samples=1, num_steps=1, size=(16, 24))
+    np.testing.assert_array_equal(wide.sample(prompts=["a"], num_samples=1), at_once)
+    with pytest.raises(ValueError, match="have no whole latents"):
+        run.sample(prompts=["a"], num_samples=1, size=(15, 24))

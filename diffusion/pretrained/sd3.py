@@ -47,6 +47,13 @@ def is_pipeline(folder: str | os.PathLike) -> bool:
     return path.is_file() and read_json(path).get("_class_name") == CLASS
 
 
+def is_single_file(path: Path) -> bool:
+    """Returns whether a path is that of a file with a Stable Diffusion 3 under its authors' names."""
+    if not path.is_file() or path.suffix != ".safetensors":
+        return False
+    return any(name.startswith(f"{PREFIX}joint_blocks.") for name in read_file(path))
+
+
 def read_shift(folder: str | os.PathLike) -> float:
     """Returns the shift of a pipeline's times.
 

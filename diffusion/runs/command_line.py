@@ -42,7 +42,7 @@ READ_BY = {
     "out": (*DRAW, "train", "evaluate", "reconstruct"),
     "weights": ("import", "export"),
     **dict.fromkeys(("init_from", "init_only", "init_raw"), ("train", "check")),
-    **dict.fromkeys(("variant", "null_class", "new_attention_order"), ("import",)),
+    **dict.fromkeys(("variant", "tokenizers", "null_class", "new_attention_order"), ("import",)),
 }
 
 

@@ -50,6 +50,7 @@ class Run(NamedTuple):
       average: of the weights: a decay, or "power SIGMA_REL".
       programs: what was compiled for sampling.
       known_digest: of a published model's files; None: that of `params`.
+      stored: its description, by which it draws pictures of other sizes.
     """
 
     experiment: str
@@ -62,6 +63,7 @@ class Run(NamedTuple):
     average: float | str | None
     programs: Programs
     known_digest: str | None = None
+    stored: Mapping[str, Any] = {}
 
     @property
     def digest(self) -> str:
@@ -81,7 +83,8 @@ class Run(NamedTuple):
         """
         config = change(self.config, changes)
         check_changes(self.workdir, self.config, config)
-        return self._replace(config=config)
+        resized = tuple(config.sampling.get("size", ())) != tuple(self.config.sampling.get("size", ()))
+        return self._replace(config=config, model=model_of(config, self.stored) if resized else self.model)
 
     def sample(
         self,
@@ -309,11 +312,11 @@ def load(
             raise RunError(f"{workdir} is a published model, without averages: leave --ema_length out")
         params = published.load_params(workdir, stored, config, model, mesh)
         own = published.digest_of(stored)
-        return Run(stored["experiment"], workdir, config, mesh, model, params, 0, None, {}, own)
+        return Run(stored["experiment"], workdir, config, mesh, model, params, 0, None, {}, own, stored)
     settings = make_settings(config)
     learner = make_learner(config, model)
     abstract = training.abstract_train_state(learner, settings, mesh, abstract_batch(config, model))
-    make = partial(Run, stored["experiment"], workdir, config, mesh, model, programs={})
+    make = partial(Run, stored["experiment"], workdir, config, mesh, model, programs={}, stored=stored)
     if ema_length is None:
         with open_existing(workdir, step) as checkpoints:
             state = checkpoints.restore(abstract)

@@ -121,7 +121,8 @@ def train_on(
         experiment, settings, workdir=workdir, mesh=mesh, description=description, migrate=formats.current
     )
     params = training.averaged(state.params, state.ema, model.frozen)
-    return Run(name, workdir, config, mesh, model, params, int(state.step), settings.ema_decay, {})
+    run = Run(name, workdir, config, mesh, model, params, int(state.step), settings.ema_decay, {})
+    return run._replace(stored=description)
 
 
 def describe(

@@ -10,6 +10,7 @@
 
 import hashlib
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from diffusion.model.config import Config, from_plain, make_settings, plain
 from diffusion.model.experiment import abstract_batch, make_learner, make_model, stored_of
 from diffusion.model.fields import change, choose, complete
 from diffusion.model.sampling import make_sampling
-from diffusion.pretrained import adm, folder, pipeline, unet
+from diffusion.pretrained import adm, folder, pipeline, sd3, unet
 from diffusion.pretrained.pipeline import Published
 from diffusion.pretrained.scheduler import Chain
 from diffusion.runs.call import Call
@@ -40,6 +41,7 @@ USUAL_STEPS = 50  # of DDIM and multistep solvers, where a published model names
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flag of these modes."""
     flags.DEFINE_string("weights", None, "import, export: a published folder; import: an ADM file", flag_values=values)
+    flags.DEFINE_string("tokenizers", None, "import: of a single file, a folder of its tokenizers", flag_values=values)
     flags.DEFINE_string("variant", None, "import: of a folder's weights, as fp16", flag_values=values)
     flags.DEFINE_bool("null_class", None, "import: whether the last class means no class", flag_values=values)
     flags.DEFINE_bool(
@@ -91,6 +93,8 @@ def load_published(call: Call, path: Path) -> tuple[Published, list[Path]]:
 def import_weights(call: Call) -> None:
     """Makes --workdir a run at step 0 whose raw and averaged weights both are the published ones."""
     path = published_folder(call)
+    if sd3.is_single_file(path):
+        return import_single_file(call, path)
     if kind := pipelines.kind_of(path):
         return import_pipeline(call, path, kind)
     published, files = load_published(call, path)
@@ -121,6 +125,20 @@ def refuse_asked(call: Call, path: Path, config: Config) -> None:
         if field.partition(".")[0] in ("network", "process") and theirs.get(field) != asked[field]:
             has = f"has {theirs[field]}" if field in theirs else "has no such field"
             raise RunError(f"--config.{field}={asked[field]}: {path} {has}: leave it out")
+
+
+def import_single_file(call: Call, path: Path) -> None:
+    """Does the same with a Stable Diffusion 3 in one file, written as the folder of a pipeline."""
+    if not call.flags.tokenizers:
+        raise RunError(
+            f"{path} holds no tokenizers: add --tokenizers=DIR, a folder with tokenizer, tokenizer_2 and tokenizer_3 "
+            "as the published pipeline has them"
+        )
+    read = sd3.read_single_file(path, Path(call.flags.tokenizers).expanduser())
+    call.workdir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=call.workdir.parent, prefix=".importing-") as temporary:
+        sd3.save_pipeline(Path(temporary) / "pipeline", read)
+        import_pipeline(call, Path(temporary) / "pipeline", sd3.CLASS)
 
 
 def import_pipeline(call: Call, path: Path, kind: str) -> None:

@@ -6,6 +6,12 @@ class RunError(RuntimeError):
 
 
 def one_line(error: BaseException, longest: int = 300) -> str:
-    """Returns an error's message as one line of at most `longest` characters; the name of its class if it is empty."""
+    """Returns an error's message as one line of at most `longest` characters; the name of its class if it is empty.
+
+    A longer one loses its middle: what failed is at its beginning, and often why at its end, behind long paths.
+    """
     line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= longest else line[: longest - 3] + "..."
+    if len(line) <= longest:
+        return line
+    end = (longest - 5) // 2
+    return f"{line[: longest - 5 - end]} ... {line[-end:]}"

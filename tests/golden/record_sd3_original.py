@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 
 HERE = pathlib.Path(__file__).parent
-WIDTH, DEPTH, DUAL, PATCH, CHANNELS, CONTEXT, POOLED, TABLE = 64, 3, 2, 2, 4, 10, 7, 6
+WIDTH, DEPTH, DUAL, PATCH, CHANNELS, CONTEXT, POOLED, TABLE = 64, 3, 2, 2, 4, 40, 30, 6
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
