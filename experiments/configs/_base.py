@@ -152,6 +152,44 @@ def text_config() -> ConfigDict:
     return config
 
 
+def captioned_config(image_size: int, batch_size: int, num_samples: int) -> ConfigDict:
+    """Returns `text_config` on a folder of captions, or a TFDS set, scored on held-out pairs.
+
+    Args:
+      image_size: side of the pictures.
+      batch_size: over all devices.
+      num_samples: at most so many held-out captions are drawn for the scores.
+    """
+    config = text_config()
+    config.data = ConfigDict(
+        dict(
+            name="folder",  # or tfds:NAME
+            dir="",  # folder: of captions.jsonl and the pictures; tfds: its data_dir, empty for TFDS' own
+            split="train",  # tfds
+            image_size=image_size,
+            batch_size=batch_size,
+            flip=False,  # a mirrored picture may not be what its caption says
+            skip_broken=False,  # folder: leave out pictures that cannot be read, and report how many
+            buckets=0,  # folder: train on several aspect ratios, sides divided by this, as 64; 0: on squares
+        )
+    )
+    config.evaluation = ConfigDict(
+        dict(
+            dir="",  # folder: of held-out captions.jsonl and pictures
+            split="val",  # tfds: the held-out one
+            num_samples=num_samples,  # at most: one of each held-out caption
+            features="inception",  # or clip, pixels
+            weights="",  # Inception's file where it is not to be fetched; clip: a published CLIP's folder
+            metrics=("fid", "kid"),
+            judge="",  # folder of a CLIP, published or trained by experiments.clip, for the CLIP score
+            likelihood_images=100,
+            ode_steps=200,
+            after_training=False,
+        )
+    )
+    return config
+
+
 def cosine_hybrid(config: ConfigDict) -> None:
     """Nichol & Dhariwal (2021): the cosine schedule, learned variances and L_hybrid.
 

@@ -12,19 +12,7 @@ from experiments.configs import _base
 
 def get_config(methods: str = "") -> ConfigDict:
     """Returns the config; there are no methods to apply yet."""
-    config = _base.text_config()
-    config.data = ConfigDict(
-        dict(
-            name="folder",  # or tfds:NAME
-            dir="",  # folder: of captions.jsonl and the pictures; tfds: its data_dir, empty for TFDS' own
-            split="train",  # tfds
-            image_size=64,
-            batch_size=256,
-            flip=False,  # a mirrored picture may not be what its caption says
-            skip_broken=False,  # folder: leave out pictures that cannot be read, and report how many
-            buckets=0,  # folder: train on several aspect ratios, sides divided by this, as 64; 0: on squares
-        )
-    )
+    config = _base.captioned_config(image_size=64, batch_size=256, num_samples=5000)
     config.condition.update(width=384, length=32, size=8192)
     config.network.update(width=384, depth=12, num_heads=6, patch=4, table_size=32, base_size=32, dtype="bfloat16")
     config.optimizer = ConfigDict(
@@ -47,18 +35,5 @@ def get_config(methods: str = "") -> ConfigDict:
         num_previews=24,
     )
     config.sampling.update(guidance=4.0, batch_size=256)
-    config.evaluation = ConfigDict(
-        dict(
-            dir="",  # folder: of held-out captions.jsonl and pictures
-            split="val",  # tfds: the held-out one
-            num_samples=5000,  # at most: one of each held-out caption
-            features="inception",  # or clip, pixels
-            weights="",  # Inception's file where it is not to be fetched; clip: a published CLIP's folder
-            metrics=("fid", "kid"),
-            judge="",  # folder of a CLIP, published or trained by experiments.clip, for the CLIP score
-            likelihood_images=1000,
-            ode_steps=200,
-            after_training=True,
-        )
-    )
+    config.evaluation.update(likelihood_images=1000, after_training=True)
     return _base.apply(config, methods, {})

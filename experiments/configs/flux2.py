@@ -12,18 +12,7 @@ from experiments.configs import _base
 
 def get_config(methods: str = "") -> ConfigDict:
     """Returns the config; there are no methods to apply yet."""
-    config = _base.text_config()
-    config.data = ConfigDict(
-        dict(
-            name="folder",  # or tfds:NAME
-            dir="",  # folder: of captions.jsonl and the pictures; tfds: its data_dir, empty for TFDS' own
-            split="train",  # tfds
-            image_size=1024,
-            batch_size=4,
-            flip=False,
-            skip_broken=False,  # folder: leave out pictures that cannot be read, and report how many
-        )
-    )
+    config = _base.captioned_config(image_size=1024, batch_size=4, num_samples=1000)
     config.network = ConfigDict(
         dict(
             name="flux2",
@@ -72,20 +61,6 @@ def get_config(methods: str = "") -> ConfigDict:
             guidance_interval=(),
             size=(),  # (height, width), divisible by 16; (): 1024 x 1024, or the first reference's
             batch_size=4,
-        )
-    )
-    config.evaluation = ConfigDict(
-        dict(
-            dir="",  # folder: of held-out captions.jsonl and pictures
-            split="val",  # tfds: the held-out one
-            num_samples=1000,  # at most: one of each held-out caption
-            features="inception",  # or clip, pixels
-            weights="",  # Inception's file where it is not to be fetched; clip: a published CLIP's folder
-            metrics=("fid", "kid"),
-            judge="",  # folder of a CLIP, published or trained by experiments.clip, for the CLIP score
-            likelihood_images=100,
-            ode_steps=200,
-            after_training=False,
         )
     )
     return _base.apply(config, methods, {})

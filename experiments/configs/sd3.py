@@ -12,19 +12,7 @@ from experiments.configs import _base
 
 def get_config(methods: str = "") -> ConfigDict:
     """Returns the config; there are no methods to apply yet."""
-    config = _base.text_config()
-    config.data = ConfigDict(
-        dict(
-            name="folder",  # or tfds:NAME
-            dir="",  # folder: of captions.jsonl and the pictures; tfds: its data_dir, empty for TFDS' own
-            split="train",  # tfds
-            image_size=1024,
-            batch_size=8,
-            flip=False,
-            skip_broken=False,  # folder: leave out pictures that cannot be read, and report how many
-            buckets=0,  # folder: train on several aspect ratios, sides divided by this, as 64; 0: on squares
-        )
-    )
+    config = _base.captioned_config(image_size=1024, batch_size=8, num_samples=1000)
     config.network.update(dtype="bfloat16")
     config.condition = ConfigDict(
         dict(
@@ -64,20 +52,6 @@ def get_config(methods: str = "") -> ConfigDict:
             skip_interval=(0.01, 0.2),  # between which shares of the steps
             size=(),  # (height, width), divisible by 16; (): the pipeline's own
             batch_size=4,
-        )
-    )
-    config.evaluation = ConfigDict(
-        dict(
-            dir="",  # folder: of held-out captions.jsonl and pictures
-            split="val",  # tfds: the held-out one
-            num_samples=1000,  # at most: one of each held-out caption
-            features="inception",  # or clip, pixels
-            weights="",  # Inception's file where it is not to be fetched; clip: a published CLIP's folder
-            metrics=("fid", "kid"),
-            judge="",  # folder of a CLIP, published or trained by experiments.clip, for the CLIP score
-            likelihood_images=100,
-            ode_steps=200,
-            after_training=False,
         )
     )
     return _base.apply(config, methods, {})
