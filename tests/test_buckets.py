@@ -11,6 +11,7 @@ from published_vaes import write_vae
 from diffusion.data.batches import make_batches
 from diffusion.data.buckets import bucket_rows, bucket_shapes, nearest_bucket
 from diffusion.data.captions import caption_folder
+from diffusion.data.named import named_captions
 from diffusion.runs.run import open_run
 from diffusion.training import RunError
 from diffusion.training.loop import Programs
@@ -60,6 +61,8 @@ def test_what_cannot_be_is_refused():
         bucket_shapes(60, 16)
     with pytest.raises(ValueError, match="ratio be at least 1"):
         bucket_shapes(64, 16, 0.5)
+    with pytest.raises(ValueError, match="are of a folder of captions"):
+        named_captions("tfds:coco_captions", "train", image_size=64, buckets=16)
     with pytest.raises(ValueError, match="there is none"):
         bucket_rows(0, -1, 2, (4,))
 

@@ -12,6 +12,7 @@ from published_sd3 import ASKED, GOLDEN, T5_LENGTH, noise, write_pipeline
 
 from diffusion import editing
 from diffusion.model.autoencoders import restore
+from diffusion.model.experiment import warnings_of
 from diffusion.model.model import parts, steered
 from diffusion.model.sampling import make_sampling
 from diffusion.runs import weights
@@ -141,3 +142,11 @@ def test_pictures_have_the_size_that_is_asked_for(imported):
     np.testing.assert_array_equal(wide.sample(prompts=["a"], num_samples=1), at_once)
     with pytest.raises(ValueError, match="have no whole latents"):
         run.sample(prompts=["a"], num_samples=1, size=(15, 24))
+    for size in ((16,), (0, 16), (16.0, 16)):
+        with pytest.raises(ValueError, match="give height and width"):
+            run.sample(prompts=["a"], num_samples=1, size=size)
+
+
+def test_layers_that_are_skipped_without_guidance_are_warned_of(imported):
+    run = open_run(imported, changes={"sampling.skip_layers": (1,), "sampling.guidance": 1.0})
+    assert warnings_of(run.config, run.model) == ["sampling.skip_layers change nothing at sampling.guidance=1"]

@@ -11,10 +11,11 @@ from published_vaes import write_vae
 
 from diffusion.data import scenes
 from diffusion.data.images import to_float
+from diffusion.data.precomputed import precomputed
 from diffusion.model.experiment import make_model, stored_of
 from diffusion.model.fields import change, load
 from diffusion.model.model import init, make_loss, parts
-from diffusion.model.space import latents, mean_and_std, pixels, with_latents
+from diffusion.model.space import fit, latents, mean_and_std, pixels, with_latents
 from diffusion.pretrained.vae import load_vae
 from diffusion.runs.run import open_run
 
@@ -126,6 +127,32 @@ def test_the_loss_reads_latents_or_images_alike_and_leaves_the_autoencoder_alone
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient["space"]))
     assert any(np.any(leaf) for leaf in jax.tree.leaves(gradient["network"]))
     assert parts(model, params).space is not None
+
+
+def test_channels_that_never_change_are_not_scaled(folder):
+    space = latents(SHAPE, None, folder=str(folder), fitted=True)
+    with pytest.raises(ValueError, match="1 of 16 channels are the same number in every image"):
+        fit(space, np.zeros(16, np.float32), np.append(np.ones(15, np.float32), 0))
+
+
+def test_rows_that_an_interrupted_call_made_in_other_batches_are_made_again(tmp_path):
+    def rows(batch, fail_at=None):
+        if fail_at is not None and batch[0] >= fail_at:
+            raise KeyboardInterrupt
+        return {"x": batch.astype(np.float32)}
+
+    with pytest.raises(KeyboardInterrupt):
+        precomputed(tmp_path / "a", 200, lambda batch: rows(batch, fail_at=64), 4, "rows")
+    seen = []
+    found = precomputed(tmp_path / "a", 200, lambda batch: seen.append(batch[0]) or rows(batch), 24, "rows")
+    np.testing.assert_array_equal(found["x"], np.arange(200))
+    assert seen[0] == 0
+    with pytest.raises(KeyboardInterrupt):
+        precomputed(tmp_path / "b", 200, lambda batch: rows(batch, fail_at=64), 4, "rows")
+    seen.clear()
+    found = precomputed(tmp_path / "b", 200, lambda batch: seen.append(batch[0]) or rows(batch), 4, "rows")
+    np.testing.assert_array_equal(found["x"], np.arange(200))
+    assert seen[0] == 64  # the same batches resume
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,10 @@ def named_captions(
         if not folder:
             raise ValueError(f"no folder of pictures and captions: name one by --config.{field}.dir=DIR")
         return caption_folder(folder, image_size or None, split, skip_broken, buckets if split == "train" else 0)
+    if kind == "tfds" and buckets:
+        raise ValueError(
+            f"data.buckets={buckets} are of a folder of captions: {name} is read at one shape, set it to 0"
+        )
     if kind == "tfds":
         return tfds_captions(
             rest, train_split if split == "train" else held_out_split, data_dir or None, image_size or None

@@ -47,7 +47,8 @@ def _make(folder: Path, count: int, compute: Callable[[np.ndarray], Arrays], bat
     making = folder.with_name(f"{folder.name}.making")
     making.mkdir(parents=True, exist_ok=True)
     progress = making / "progress.json"
-    done = json.loads(progress.read_text())["rows"] if progress.exists() else 0
+    made = json.loads(progress.read_text()) if progress.exists() else {}
+    done = made.get("rows", 0) if made.get("batch_size") == batch_size else 0  # of others the batches begin elsewhere
     stored: dict[str, np.memmap] = {}
     batches = [rows for rows in full_batches(count, batch_size) if rows[0] >= done]
     for rows in tqdm(batches, desc=what, unit="batch", delay=5):
@@ -61,7 +62,9 @@ def _make(folder: Path, count: int, compute: Callable[[np.ndarray], Arrays], bat
             for array in stored.values():
                 array.flush()
             with replacing(progress) as temporary:
-                temporary.write_text(json.dumps({"rows": first + wanted, "names": sorted(stored)}))
+                temporary.write_text(
+                    json.dumps({"rows": first + wanted, "names": sorted(stored), "batch_size": batch_size})
+                )
     (making / "rows.json").write_text(json.dumps(json.loads(progress.read_text())["names"]))
     progress.unlink()
     try:

@@ -66,6 +66,7 @@ RANGES = {
     "evaluation.ode_steps": (1, None),
     "data.num_examples": (1, None),
     "data.batch_size": (1, None),
+    "data.buckets": (0, None),
     "data.image_size": (0, None),
     "data.std": (1e-300, math.inf),
     "training.num_previews": (0, None),

@@ -154,6 +154,8 @@ def warnings_of(config: Config, model: Model) -> list[str]:
         )
     if config.sampling.guidance == 1.0 and len(config.sampling.guidance_interval) == 2:
         found.append("sampling.guidance_interval changes nothing at sampling.guidance=1")
+    if config.sampling.guidance == 1.0 and config.sampling.get("skip_layers"):
+        found.append("sampling.skip_layers change nothing at sampling.guidance=1")
     return found
 
 

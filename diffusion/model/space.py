@@ -165,6 +165,11 @@ def fit(space: Space, mean: np.ndarray, std: np.ndarray) -> Space:
     """Returns `space` with shift and scale of data whose latents have this mean and standard deviation per channel."""
     init = space.init
     assert init is not None
+    if not np.all(std > 0):
+        raise ValueError(
+            f"space.fitted=True: {np.sum(~(std > 0))} of {len(std)} channels are the same number in every image, which "
+            "cannot be scaled: use other images, or the published scale"
+        )
     return space._replace(init=lambda key: {**init(key), "shift": jnp.asarray(mean), "scale": 1 / jnp.asarray(std)})
 
 
@@ -216,4 +221,6 @@ def mean_and_std(latents: Sequence[np.ndarray], rows: int = 1024) -> tuple[np.nd
             squares += np.square(part).sum((0, 1, 2))
             count += part[..., 0].size
     mean = np.asarray(total) / count
-    return mean.astype(np.float32), np.sqrt(np.asarray(squares) / count - np.square(mean)).astype(np.float32)
+    return mean.astype(np.float32), np.sqrt(np.maximum(np.asarray(squares) / count - np.square(mean), 0)).astype(
+        np.float32
+    )

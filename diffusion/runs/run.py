@@ -274,6 +274,8 @@ def model_of(config: Config, stored: Mapping[str, Any]) -> Model:
     """Returns the model of a stored description with this config."""
     shape = tuple(stored["image_shape"])
     if size := config.sampling.get("size"):
+        if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+            raise ValueError(f"sampling.size is {tuple(size)}: give height and width, as (512, 768), or ()")
         shape = (*size, shape[-1])
     return make_model(config, shape, stored["num_classes"], stored)
 
