@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion.model import flux2_text, sd3_text
-from diffusion.model.autoencoders import describe, of_published
+from diffusion.model.autoencoders import of_published
 from diffusion.model.choices import fields_of
 from diffusion.model.config import Config, dtype_of
 from diffusion.model.fields import choose
@@ -54,8 +54,7 @@ def describe_sd3(folder: Path, config: Config, variant: str | None = None) -> di
     folder = resolve(folder)
     shift = sd3.read_shift(folder)
     network, _ = mmdit.load_mmdit(folder / "transformer", dtype_of(config), variant=variant, read=False)
-    autoencoder = load_vae(folder, variant)
-    codec = describe(autoencoder.module, autoencoder.patch)
+    codec = of_published(load_vae(folder, variant)).codec
     text = config.condition
     encoder, _ = sd3_text.load_text(
         folder,
@@ -115,8 +114,7 @@ def describe_klein(folder: Path, config: Config, variant: str | None = None) -> 
     folder = resolve(folder)
     distilled = klein.read_index(folder)
     network, _ = flux2.load_flux2(folder / "transformer", dtype_of(config), variant=variant, read=False)
-    autoencoder = load_vae(folder, variant)
-    codec = describe(autoencoder.module, autoencoder.patch)
+    codec = of_published(load_vae(folder, variant)).codec
     text = config.condition
     encoder, _ = flux2_text.load_text(
         folder, dtype=text.dtype, states=text.states, length=text.length, variant=variant, weights=False

@@ -190,6 +190,27 @@ def captioned_config(image_size: int, batch_size: int, num_samples: int) -> Conf
     return config
 
 
+def fine_tune(config: ConfigDict, sample: bool) -> None:
+    """Changes a config to latents of a published pipeline, and to the steps of a network that is trained already.
+
+    Args:
+      config: changed in place.
+      sample: whether the pipeline was trained on samples of the encoder's distribution, or on its modes.
+    """
+    config.space = ConfigDict(
+        dict(
+            name="latents",
+            folder="",  # of the autoencoder or pipeline; empty: that of --init_from
+            sample=sample,
+            precomputed=True,  # latents of all pictures are made once, before training
+            fitted=False,
+            patch=0,
+        )
+    )
+    config.optimizer.update(learning_rate=1e-5, warmup_steps=500)
+    config.training.update(num_steps=10_000, ema_decay=0.999, checkpoint_every=1000, preview_every=500, num_previews=8)
+
+
 def cosine_hybrid(config: ConfigDict) -> None:
     """Nichol & Dhariwal (2021): the cosine schedule, learned variances and L_hybrid.
 

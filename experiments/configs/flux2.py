@@ -39,18 +39,7 @@ def get_config(methods: str = "") -> ConfigDict:
             dropout=0.1,  # share of the captions that training replaces by the empty one
         )
     )
-    config.space = ConfigDict(
-        dict(
-            name="latents",
-            folder="",  # training: of the autoencoder or pipeline
-            sample=False,
-            precomputed=True,
-            fitted=False,
-            patch=0,
-        )
-    )
-    config.optimizer.update(learning_rate=1e-5, warmup_steps=500)
-    config.training.update(num_steps=10_000, ema_decay=0.999, checkpoint_every=1000, preview_every=500, num_previews=8)
+    _base.fine_tune(config, sample=False)
     config.sampling = ConfigDict(
         dict(
             sampler=ConfigDict(dict(name="euler")),

@@ -27,18 +27,7 @@ def get_config(methods: str = "") -> ConfigDict:
             null="empty",  # what guidance leads away from: the empty prompt, or zeros
         )
     )
-    config.space = ConfigDict(
-        dict(
-            name="latents",
-            folder="",  # training: of the autoencoder or pipeline
-            sample=True,
-            precomputed=True,
-            fitted=False,
-            patch=0,
-        )
-    )
-    config.optimizer.update(learning_rate=1e-5, warmup_steps=500)
-    config.training.update(num_steps=10_000, ema_decay=0.999, checkpoint_every=1000, preview_every=500, num_previews=8)
+    _base.fine_tune(config, sample=True)
     config.sampling = ConfigDict(
         dict(
             sampler=ConfigDict(dict(name="euler")),
