@@ -61,10 +61,9 @@ def _make(folder: Path, count: int, compute: Callable[[np.ndarray], Arrays], bat
         if rows is batches[-1] or (first // batch_size) % 16 == 15:
             for array in stored.values():
                 array.flush()
+            made = {"rows": first + wanted, "names": sorted(stored), "batch_size": batch_size}
             with replacing(progress) as temporary:
-                temporary.write_text(
-                    json.dumps({"rows": first + wanted, "names": sorted(stored), "batch_size": batch_size})
-                )
+                temporary.write_text(json.dumps(made))
     (making / "rows.json").write_text(json.dumps(json.loads(progress.read_text())["names"]))
     progress.unlink()
     try:

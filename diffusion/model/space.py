@@ -221,6 +221,5 @@ def mean_and_std(latents: Sequence[np.ndarray], rows: int = 1024) -> tuple[np.nd
             squares += np.square(part).sum((0, 1, 2))
             count += part[..., 0].size
     mean = np.asarray(total) / count
-    return mean.astype(np.float32), np.sqrt(np.maximum(np.asarray(squares) / count - np.square(mean), 0)).astype(
-        np.float32
-    )
+    variance = np.maximum(np.asarray(squares) / count - np.square(mean), 0)
+    return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)
