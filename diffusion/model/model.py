@@ -1,4 +1,4 @@
-"""A diffusion model: a process, a prediction, a network, a condition and a space; its loss, its denoiser, its images.
+"""A diffusion model: a process, an objective, a network, a condition and a space; its loss, its denoiser, its images.
 
 The parameters are the network's, or {"network", "text", "space", "lora"} where the condition or the space has some of
 its own, or the network has adapters. What is frozen, as a text encoder, an autoencoder or the network beside adapters,
@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from diffusion import losses, predictions
+from diffusion import predictions
 from diffusion.model import lora
 from diffusion.model.condition import Condition, Told
 from diffusion.model.lora import LoRA
+from diffusion.model.objectives import Drawn, Objective
 from diffusion.model.processes import Process
 from diffusion.model.sampling import Sampling
 from diffusion.model.space import Space
@@ -32,21 +33,19 @@ class Model(NamedTuple):
 
     Attributes:
       process: x_t, the distribution of training times, the grids.
-      prediction: what the network returns, one of `predictions.KINDS`.
+      objective: what the network returns, and is trained on.
       network: a Flax module applied to (x_t, time, **told).
       condition: what it is told.
       space: of x_0.
-      learned_variance: whether its output holds v beside the prediction (Nichol & Dhariwal 2021).
       frozen: names of the groups of parameters that training leaves as they are and does not average.
       lora: adapters of the network's kernels; None where it has none.
     """
 
     process: Process
-    prediction: str
+    objective: Objective
     network: Any
     condition: Condition
     space: Space
-    learned_variance: bool = False
     frozen: tuple[str, ...] = ()
     lora: LoRA | None = None
 
@@ -99,67 +98,33 @@ def network_of(model: Model, params: Any, told: Told, **options: Any) -> predict
 
     def network(x: jax.Array, time: jax.Array) -> Any:
         output: Any = model.network.apply(own, x, time, **told, **options)
-        return tuple(jnp.split(output, 2, axis=-1)) if model.learned_variance else output
+        return tuple(jnp.split(output, 2, axis=-1)) if model.objective.learned_variance else output
 
     return network
 
 
-def make_loss(
-    model: Model,
-    weight: Callable[[jax.Array], Any],
-    draw: Callable[[jax.Array, int], jax.Array],
-    vlb_weight: float = 1e-3,
-) -> Loss:
-    """Returns loss(params, batch, key) -> (float32[B], metrics): DDPM's Algorithm 1, for any process.
-
-    Args:
-      model: its loss.
-      weight: time -> weight of the mean squared error of the network's output.
-      draw: (key, B) -> u in (0, 1), from which the process's quantile makes times.
-      vlb_weight: of the bound in L_hybrid, of a model with learned variance.
-    """
-    kind = model.prediction
+def make_loss(model: Model) -> Loss:
+    """Returns loss(params, batch, key) -> (float32[B], metrics): what the model's objective makes of a batch."""
 
     def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, Mean]]:
-        time_key, eps_key, dropout_key, _ = jax.random.split(key, 4)
+        draw_key, eps_key, dropout_key, _ = jax.random.split(key, 4)
         own = parts(model, params)
         x_0 = model.space.of_batch(own.space, batch, key)
         eps = jax.random.normal(eps_key, x_0.shape)
-        u = draw(time_key, len(x_0))
-        time = model.process.quantile(u)
-        signal, noise = model.process.at(time)
-        x_t = predictions.diffuse(x_0, eps, signal, noise)
         told = model.condition.of_batch(own.text, batch, key)
-        network = network_of(model, params, told, train=True, rngs={"dropout": dropout_key})
-        output, *v = as_tuple(network(predictions.network_input(kind, x_t, signal, noise), time))
-        total = losses.weighted_mse(weight(time), predictions.target(kind, x_0, eps, signal, noise), output)
-        if v and model.process.schedule is not None:
-            t = time.astype(jnp.int32) + 1
-            x_0_hat = predictions.to_x_0(kind, output, x_t, signal, noise)
-            total = losses.hybrid_loss(total, model.process.schedule, x_0, x_t, t, x_0_hat, v[0], vlb_weight)
-        return total, mean_by_part("loss", total, u)
+
+        def network(x: jax.Array, time: jax.Array, **more: Any) -> Any:
+            options = {"train": True, "rngs": {"dropout": dropout_key}}
+            return network_of(model, params, {**told, **more}, **options)(x, time)
+
+        return model.objective.compute(Drawn(x_0, eps, draw_key, network))
 
     return loss
 
 
-def as_tuple(output: Any) -> tuple[Any, ...]:
-    """Returns (output,) or (output, v)."""
-    return output if isinstance(output, tuple) else (output,)
-
-
-def mean_by_part(name: str, values: jax.Array, u: jax.Array, parts: int = 4) -> dict[str, Mean]:
-    """Returns `values` [B] as one `Mean` for each of `parts` equal ranges of u in (0, 1), least noise first."""
-    part = jnp.minimum((u * parts).astype(jnp.int32), parts - 1)
-    inside = [part == i for i in range(parts)]
-    return {  # chosen, not multiplied: a NaN remains in its own part
-        f"{name}_part_{i + 1}_of_{parts}": Mean(jnp.where(inside[i], values, 0.0), inside[i].astype(jnp.float32))
-        for i in range(parts)
-    }
-
-
 def make_denoise(model: Model, params: Any, told: Told, **options: Any) -> Denoise:
     """Returns denoise(x_t, time) -> x_0_hat of the network with `params`, or `Denoised` with a learned variance."""
-    return predictions.denoiser(model.prediction, network_of(model, params, told, **options), model.process.at)
+    return predictions.denoiser(model.objective.prediction, network_of(model, params, told, **options), model.process.at)
 
 
 def guided(model: Model, sampling: Sampling, params: Any, rows: Any, away: Any) -> Denoise:
@@ -221,8 +186,9 @@ def beside(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def draw_noise(model: Model, seed: Any, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns (keys [B], eps [B, ...]) of images number `index`: pure functions of the seed and the number."""
-    keys = jax.vmap(lambda i: jax.random.split(run_key(seed, "sample", i)))(index)
+    """Returns (keys [B], eps [B, ...]) of images number `index`: pure functions of (their) seed and number."""
+    seeds = jnp.broadcast_to(jnp.asarray(seed, jnp.uint32), jnp.shape(index))
+    keys = jax.vmap(lambda seed, i: jax.random.split(run_key(seed, "sample", i)))(seeds, index)
     return keys[:, 1], jax.vmap(lambda key: jax.random.normal(key, model.space.shape))(keys[:, 0])
 
 
@@ -248,7 +214,7 @@ def make_generate(
       model: with `sampling`, what draws.
       sampling: sampler, grid, guidance, threshold.
       mesh: the devices.
-      use: what is made of the noise and of `images`, uint8.
+      use: what is made of the noise and of `images`, uint8; those that are bool are masks of x_0, given as they are.
 
     `references` are pictures to edit, uint8 [B, h, w, C] each, of any size that the space can encode; the network is
     told of their x_0.
@@ -278,7 +244,7 @@ def make_generate(
         of_text, of_space = params.get("text"), params.get("space")
         told, fro = tell(of_text, rows), tell(of_text, away)
         keys, eps = noise(seed, index)
-        begun = (encode(of_space, image, keys) for image in images)
+        begun = (image if image.dtype == bool else encode(of_space, image, keys) for image in images)
         if references:
             seen = {"references": tuple(encode(of_space, picture, keys) for picture in references)}
             told, fro = {**told, **seen}, {**fro, **seen}

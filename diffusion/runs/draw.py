@@ -46,11 +46,11 @@ def draw(
     painter: Painter,
     requests: Sequence[Any],
     index: np.ndarray,
-    seed: int,
+    seed: int | np.ndarray,
     *,
     images: Sequence[np.ndarray] = (),
     references: Sequence[np.ndarray] = (),
-    negative: str | None = None,
+    negative: str | None | Sequence[str | None] = None,
     use: Use = from_noise,
     folder: Path | None = None,
     progress: str = "sampling",
@@ -61,11 +61,12 @@ def draw(
       painter: what draws.
       requests: N prompts, class numbers or None.
       index: int[N], which noise of the seed each is made from.
-      seed: of the noise.
-      images: arrays uint8 [N, H, W, C] that `use` begins with.
-      references: pictures to edit, uint8 [h, w, C], which all requests share; see `pictures.fit_reference`.
-      negative: prompt that guidance leads away from; None: no condition.
-      use: see `diffusion.model.model.Use`.
+      seed: of the noise, or N of them.
+      images: arrays uint8 [N, H, W, C] that `use` begins with, and masks, bool [N, h, w, 1] in the space of x_0.
+      references: pictures to edit, uint8 [h, w, C], which all requests share, or [N, h, w, C]; see
+        `pictures.fit_reference`.
+      negative: prompt that guidance leads away from, or N of them; None: no condition.
+      use: see `diffusion.model.model.Use`; its `__qualname__` is all that it depends on, unless it is "<locals>".
       folder: batches are written there as they are made, and read from there where an interrupted call has left them.
         The caller removes it.
       progress: title of the progress bar.
@@ -82,7 +83,10 @@ def draw(
         if "<locals>" not in use.__qualname__:  # a closure may be another one next time
             programs[key] = generate
     rows = rows_of(model.condition, requests)
-    (away,) = model.condition.read([negative])
+    away = model.condition.read([negative] if negative is None or isinstance(negative, str) else negative)
+    away = np.broadcast_to(away, (len(rows), *away.shape[1:]))
+    seeds = np.broadcast_to(np.asarray(seed, np.uint32), len(rows))
+    references = [np.broadcast_to(one, (len(rows), *one.shape[-3:])) for one in references]
     batch_size = round_up(min(config.sampling.batch_size, len(rows)), mesh.size)
     found = []
     batches = list(full_batches(len(rows), batch_size))
@@ -92,9 +96,8 @@ def draw(
             found.append(load_samples(path))
             continue
         begun = (array[batch] for array in images)
-        seen = [np.broadcast_to(picture, (batch_size, *picture.shape)) for picture in references]
-        fro = np.stack([away] * batch_size)
-        drawn = generate(params, rows[batch], fro, np.uint32(seed), index[batch], *begun, references=seen)
+        seen = [pictures[batch] for pictures in references]
+        drawn = generate(params, rows[batch], away[batch], seeds[batch], index[batch], *begun, references=seen)
         image, finite = (multihost_utils.process_allgather(array, tiled=True) for array in drawn)
         refuse_not_finite(finite[: len(rows) - number * batch_size])
         found.append(image)
@@ -103,9 +106,10 @@ def draw(
     return np.concatenate(found)[: len(rows)]
 
 
-def warn_of_negative(config: Config, negative: str | None) -> None:
+def warn_of_negative(config: Config, negative: str | None | Sequence[str | None]) -> None:
     """Warns of a negative prompt that changes nothing."""
-    if negative and config.sampling.guidance == 1.0:
+    prompts = [negative] if negative is None or isinstance(negative, str) else negative
+    if any(prompts) and config.sampling.guidance == 1.0:
         logging.warning("a negative prompt changes nothing at sampling.guidance=1: raise it, to 4 for example")
 
 
