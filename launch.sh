@@ -11,7 +11,8 @@ usage() {
 ./launch.sh lint                                set up, then check style and types
 ./launch.sh EXPERIMENT --help                   the experiment's flags and config
 
-PYTHON=... chooses the interpreter (>= 3.11), JAX_EXTRA=cpu|cuda12|cuda13|tpu the JAX to install.
+PYTHON=... chooses the interpreter (>= 3.11), JAX_EXTRA=cpu|cuda12|cuda13|tpu the JAX to install; versions are those of
+constraints-*.txt, or of CONSTRAINTS=FILE. uv installs where it is there, else pip.
 
 Experiments:
 $(experiments)
@@ -46,34 +47,82 @@ jax_extra() {
   fi
 }
 
+# The newest constraints-X.Y.txt whose X.Y is not above that of the interpreter; CONSTRAINTS=FILE names another.
+constraints() {
+  local version=$1 file best=
+  [ -z "${CONSTRAINTS:-}" ] || { echo "$CONSTRAINTS"; return; }
+  for file in $(printf '%s\n' constraints-*.txt | sort -V); do
+    [ "$(printf '%s\n' "constraints-$version.txt" "$file" | sort -V | head -n 1)" = "$file" ] && best=$file
+  done
+  echo "${best:-/dev/null}"
+}
+
+# Installs the extras into .venv: by uv where it is there and gets through, else by pip.
+install() {
+  local python=$1 extras=$2 pins=$3
+  if command -v uv >/dev/null 2>&1; then
+    if [ ! -x .venv/bin/python ]; then uv venv --quiet --seed --python "$(command -v "$python")" .venv || return 1; fi
+    uv pip install --quiet --python .venv/bin/python --constraint "$pins" --editable ".[$extras]" && return
+    echo "uv could not install; pip tries"
+  fi
+  if [ ! -x .venv/bin/python ]; then
+    "$python" -m venv .venv || { echo "could not make .venv with $python (on Debian: apt install python3-venv)" && return 1; }
+  fi
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --retries 1 --timeout 20 \
+    --constraint "$pins" --editable ".[$extras]"
+}
+
+# set_up [EXTRA...]: makes .venv with these extras of pyproject.toml, beside those of every command.
 set_up() {
-  local python="${PYTHON:-python3}" extras wanted
+  local python="${PYTHON:-python3}" version extra pins wanted have extras="all test" log=.install.log
   command -v "$python" >/dev/null 2>&1 || fail "no interpreter '$python': install Python >= 3.11, or name one with PYTHON=..."
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "$("$python" --version) is too old: Python >= 3.11 is needed; name one with PYTHON=..."
-  extras=test
-  case "$(jax_extra)" in cpu) ;; *) extras="test,$(jax_extra)" ;; esac
-  # What stands under [tool.*] is no reason to install again, and to take .venv from under a run that is going on.
-  wanted="$("$python" -c 'import sys; print(sys.version)') $extras $(sed '/^\[tool/,$d' pyproject.toml | cksum)"
-  [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ] && return
+  case "$(jax_extra)" in cpu) ;; *) extras="$extras $(jax_extra)" ;; esac
+  extras="$extras $*"
+  version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+  pins=$(constraints "$version")
+  [ -r "$pins" ] || fail "CONSTRAINTS=$pins: there is no such file"
+  # What stands under [tool.*] is no reason to install again.
+  wanted="$("$python" -c 'import sys; print(sys.version)') $({ sed '/^\[tool/,$d' pyproject.toml; cat "$pins"; } | cksum)"
+  installed && return
 
   # Several processes may start in one folder (Slurm, TPU pods): one installs, the others wait.
   if command -v flock >/dev/null 2>&1; then
     exec 9>.install.lock
     flock 9
-    [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ] && return
+    installed && return
   fi
-  echo "setting up .venv ($extras); this takes a minute or two the first time" >&2
-  "$python" -m venv --clear .venv || fail "could not make .venv with $python (on Debian: apt install python3-venv)"
-  if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check --retries 1 --timeout 20 \
-    --editable ".[$extras]" >.venv/install.log 2>&1; then
-    if grep -qi 'connection\|resolution\|timed out\|unreachable\|no matching distribution' .venv/install.log; then
-      fail "could not install: no package index can be reached (is there a network?); pip's words are in .venv/install.log"
+  # What was installed by this interpreter is brought up to date in its place, and not taken from under a run that is
+  # going on; extras that other commands asked for stay.
+  have=
+  if [ "$(head -n 1 .venv/installed 2>/dev/null | sed 's/ [0-9]* [0-9]*$//')" = "${wanted% * *}" ]; then
+    have=$(sed -n 2p .venv/installed)
+  else
+    rm -rf .venv
+  fi
+  for extra in $have; do
+    case " $extras " in *" $extra "*) ;; *) extras="$extras $extra" ;; esac
+  done
+  extras=$(echo $extras)
+  echo "setting up .venv (${extras// /, }); this takes a minute or two the first time" >&2
+  if ! install "$python" "${extras// /,}" "$pins" >"$log" 2>&1; then
+    if grep -qi 'connection\|resolution\|timed out\|unreachable\|no matching distribution' "$log"; then
+      fail "could not install: no package index can be reached (is there a network?), or it has not what $pins names (CONSTRAINTS=/dev/null takes the newest); pip's words are in $log"
     fi
-    fail "could not install; pip's words are in .venv/install.log, the last: $(tail -n 1 .venv/install.log)"
+    fail "could not install; pip's words are in $log, the last: $(tail -n 1 "$log")"
   fi
-  printf '%s' "$wanted" >.venv/installed
+  printf '%s\n' "$wanted" "$extras" >.venv/installed
   exec 9>&-
+}
+
+# Whether .venv is what set_up wants, with all extras that it wants.
+installed() {
+  local extra
+  [ "$(head -n 1 .venv/installed 2>/dev/null)" = "$wanted" ] || return 1
+  for extra in $extras; do
+    case " $(sed -n 2p .venv/installed) " in *" $extra "*) ;; *) return 1 ;; esac
+  done
 }
 
 # Starts N processes on this host; when one fails the others are ended and its code is ours.

@@ -5,11 +5,16 @@
     run = diffusion.open_run("runs/digits")
     images = run.sample(16, seed=0)
 
-The names below are imported when they are first used, so that `import diffusion` costs nothing.
+The names below, and every module as `diffusion.samplers`, are imported when they are first used, so that
+`import diffusion` costs nothing.
 """
 
 import importlib
+import importlib.util
+from pathlib import Path
 from typing import Any
+
+from diffusion.extras import check_package
 
 __version__ = "0.3.0"
 
@@ -20,39 +25,26 @@ _NAMES = {
     "load_config": ("diffusion.model.fields", "load_config"),
     "save_gif": ("diffusion.runs.pictures", "save_gif"),
 }
-_MODULES = (
-    "averages",
-    "chains",
-    "consistency",
-    "contrastive",
-    "distillation",
-    "editing",
-    "flow",
-    "flow_map",
-    "gaussian",
-    "grids",
-    "guidance",
-    "likelihood",
-    "losses",
-    "metrics",
-    "predictions",
-    "samplers",
-    "schedules",
-    "types",
-    "weightings",
-)
 
 __all__ = ["load_config", "open_run", "save_gif", "train"]  # pyright: ignore[reportUnsupportedDunderAll]
 
+check_package(Path(__file__).parent)
+
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"diffusion.{name}")
     if name in _NAMES:
         module, attribute = _NAMES[name]
         return getattr(importlib.import_module(module), attribute)
-    raise AttributeError(f"module 'diffusion' has no attribute {name!r}: it has {', '.join([*_NAMES, *_MODULES])}")
+    if not name.startswith("_") and importlib.util.find_spec(f"diffusion.{name}"):
+        return importlib.import_module(f"diffusion.{name}")
+    raise AttributeError(f"module 'diffusion' has no attribute {name!r}: it has {', '.join([*_NAMES, *_modules()])}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_NAMES, *_MODULES])
+    return sorted({*globals(), *_NAMES, *_modules()})
+
+
+def _modules() -> list[str]:
+    import pkgutil  # 10 ms, for errors and completion alone
+
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))

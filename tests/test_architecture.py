@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# A room may import rooms of a lower number, and itself. `files` is the one module that is neither paper nor in a room.
+# A room may import rooms of a lower number, and itself. `files` and `extras` are neither papers nor in a room.
 RANKS = {
     "papers": 0,
     "files": 0,
@@ -57,7 +57,7 @@ def room(module: str) -> str | None:
         return "front"
     if rest and (ROOT / "diffusion" / rest[0]).is_dir():
         return rest[0]
-    return "files" if rest[:1] == ["files"] else "papers"
+    return "files" if rest[0] in ("files", "extras") else "papers"
 
 
 def module_name(path: Path) -> str:

@@ -5,6 +5,10 @@
 - `samples`: sets of images in one file; `text`: token ids.
 """
 
+from diffusion.extras import need
+
+need("runs")
+
 from diffusion.data.batches import batch_indices, full_batches, make_batches
 from diffusion.data.folder import image_folder
 from diffusion.data.images import image_grid, save_png, to_float, to_uint8

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion.data.images import check_uint8_images
+from diffusion.extras import need
 
 LARGEST_IN_MEMORY = 2 * 2**30  # bytes of decoded images
 
@@ -119,6 +120,7 @@ def digits(split: str) -> Source:
     Raises:
       ValueError: if `split` is neither.
     """
+    need("digits")
     from sklearn.datasets import load_digits  # takes a second
 
     data: Any = load_digits()

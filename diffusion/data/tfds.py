@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from diffusion.data.pictures import VERSION, Size, decode
 from diffusion.data.sources import LARGEST_IN_MEMORY, Source, Unfit, array_source
+from diffusion.extras import need
 from diffusion.files import cache_folder, replacing
 
 
@@ -101,6 +102,7 @@ def open_set(name: str, split: str, data_dir: str | os.PathLike | None) -> Prepa
       ValueError: if it is not in array_record form, has no such split or no uint8 images.
     """
     folder = _find(name, Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser())
+    need("tfds")
     import tensorflow_datasets as tfds  # 0.4 s, and without a set there is no use for it
 
     try:

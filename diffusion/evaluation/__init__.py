@@ -1,5 +1,9 @@
 """Samples -> features -> metrics -> a report, in which every number comes with how it was made."""
 
+from diffusion.extras import need
+
+need("runs")
+
 from diffusion.evaluation.clip_features import clip_extractor, clip_score, load_encoder
 from diffusion.evaluation.extractors import make_extractor
 from diffusion.evaluation.features import (

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from diffusion.data.scenes import COLOURS, KINDS, RELATIONS, SIZES, Box, Scene, draw, place_of, scene
+from diffusion.extras import need
 
 ASPECTS = ("number", "digits", "colours", "sizes", "places")
 # Ink from 0 to 1: fainter pixels belong to no blob, and a blob without a brighter one is a speck.
@@ -114,6 +115,7 @@ def fit_reader(canvas: int = 16, num_scenes: int = 6000, seed: int = 0) -> Reade
       num_scenes: to train on.
       seed: of the scenes.
     """
+    need("digits")
     from sklearn.svm import SVC
 
     seen, digits, sizes = [], [], []

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from diffusion.data.batches import full_batches
 from diffusion.data.images import check_uint8_images
+from diffusion.extras import need
 from diffusion.networks.inception import Inception
 from diffusion.pretrained.inception import load_inception
 from diffusion.training import digest
@@ -164,6 +165,7 @@ def fit_classifier(image: np.ndarray, label: Int[np.ndarray, "N"]) -> Callable[[
     Raises:
       ValueError: there is not one label for each image.
     """
+    need("digits")
     from sklearn.svm import SVC  # takes a second
 
     if label.shape != (len(image),):

@@ -1,5 +1,9 @@
 """The trainer: it knows an `Experiment` (init, loss, optimizer, batches), and nothing of diffusion."""
 
+from diffusion.extras import need
+
+need("runs")
+
 from diffusion.training import processes
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.errors import RunError
