@@ -4,7 +4,8 @@ W + scale * A B, with A [in, r] and B [r, out]: our kernels' layout, in which a 
 calls the first factor to act A too). B begins as zero, so that the network is at first as it was.
 
 The adapters are a tree of their own, {"block_0": {"image_qkv": {"A", "B"}, ...}, ...}; `merge` makes the network's
-parameters of both. Queries, keys and values, which one kernel of ours holds side by side, have adapters of their own.
+parameters of both. Queries, keys and values, which one kernel "_qkv" of ours holds side by side, have adapters of their
+own; all else that a kernel makes of its inputs is one product, as it is in published files.
 
 A checkpoint holds the frozen network beside them, for it is the whole experiment: it resumes and draws where the run
 that it began with is gone. What is small is the export.
@@ -18,16 +19,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from diffusion.pretrained.lora import is_block
 from diffusion.training import Rules
 
-# The modules that are adapted by default, by network: the projections of joint attention, as diffusers' script has it.
-ATTENTION = {"mmdit": ("image_qkv", "image_out", "text_qkv", "text_out")}
+# The modules that are adapted by default, by network, as diffusers' scripts have it: the projections of attention; of
+# FLUX.2 those of images, and both products of the blocks of one stream.
+ATTENTION = {
+    "mmdit": ("image_qkv", "image_out", "text_qkv", "text_out"),
+    "flux2": ("image_qkv", "image_out", "parallel_in", "parallel_out"),
+}
 # How a mesh cuts adapters: as the kernels beside them.
 RULES: Rules = (
     (r"_qkv/B$", (None, None, "tensor", None)),
     (r"_out/A$", ("tensor", None, None)),
     (r"_mlp_1/B$", (None, "tensor")),
+    (r"_mlp_1/B$", (None, None, "tensor")),
     (r"_mlp_2/A$", ("tensor", None)),
+    (r"/parallel_in/B$", (None, None, "tensor", None)),
+    (r"/parallel_out/A$", (None, "tensor", None, None)),
 )
 
 
@@ -62,7 +71,7 @@ def make_lora(network: str, *, rank: int = 0, alpha: float = 0.0, targets: Seque
     if not rank:
         return None
     if network not in ATTENTION:
-        raise ValueError(f"lora.rank={rank} adapts an MM-DiT, and network.name is {network}: set lora.rank=0")
+        raise ValueError(f"lora.rank={rank} adapts {' or '.join(ATTENTION)}, and network.name is {network}: set it to 0")
     return LoRA(rank, (alpha or rank) / rank, tuple(targets or ATTENTION[network]))
 
 
@@ -77,7 +86,7 @@ def init(lora: LoRA, network: Any, key: jax.Array) -> dict[str, Any]:
     Raises:
       ValueError: a target that no block has.
     """
-    blocks = {name: block for name, block in network["params"].items() if name.startswith("block_")}
+    blocks = {name: block for name, block in network["params"].items() if is_block(name)}
     there = {name for block in blocks.values() for name, module in block.items() if "kernel" in module}
     if unknown := [name for name in lora.targets if name not in there]:
         raise ValueError(f"lora.targets: no block has {unknown[0]}: choose from {', '.join(sorted(there))}")
@@ -103,7 +112,13 @@ def shapes(module: str, kernel: tuple[int, ...], rank: int) -> tuple[tuple[int, 
     """Returns the shapes of A and B of a kernel: queries, keys and values [in, 3, heads, head] have three products."""
     if is_fused(module):
         return (kernel[0], 3, rank), (3, rank, *kernel[2:])
-    return (*kernel[:-1], rank), (rank, kernel[-1])
+    inputs = num_inputs(module, kernel)
+    return (*kernel[:inputs], rank), (rank, *kernel[inputs:])
+
+
+def num_inputs(module: str, kernel: tuple[int, ...]) -> int:
+    """Returns how many axes of a kernel are inputs: all but the last after heads, [heads, head, out], else the first."""
+    return len(kernel) - 1 if module.endswith("_out") else 1
 
 
 def is_fused(module: str) -> bool:
@@ -119,8 +134,11 @@ def merge(network: Mapping[str, Any], adapters: Mapping[str, Any], scale: float)
     """
 
     def adapted(module: str, own: Mapping[str, Any], pair: Mapping[str, Any]) -> dict[str, Any]:
-        product = "ijr,jrhd->ijhd" if is_fused(module) else "...r,ro->...o"
-        change = jnp.einsum(product, pair["A"], pair["B"], precision=jax.lax.Precision.HIGHEST)
+        highest = jax.lax.Precision.HIGHEST
+        if is_fused(module):
+            change = jnp.einsum("ijr,jrhd->ijhd", pair["A"], pair["B"], precision=highest)
+        else:
+            change = jnp.tensordot(pair["A"], pair["B"], 1, precision=highest)
         return {**own, "kernel": own["kernel"].astype(jnp.float32) + scale * change}
 
     blocks = dict(network["params"])

@@ -171,6 +171,11 @@ def from_diffusers(weights: Mapping[str, Any], like: Mapping[str, Any], put: Put
     return taken(weights, like, _NAMES, put)
 
 
+def module_names(block: str, module: str) -> list[str]:
+    """Returns diffusers' names of a module in a block of ours: three for a fused q, k, v."""
+    return [name.removesuffix(".weight") for name in _names(block, module, _NAMES)]
+
+
 def renamed(params: Mapping[str, Any], names: Names) -> dict[str, np.ndarray]:
     """Returns the parameters in PyTorch's layout, [out, in], under the names of a table, split where it has several."""
     weights: dict[str, np.ndarray] = {}
@@ -201,9 +206,14 @@ def taken(weights: Mapping[str, Any], like: Mapping[str, Any], names: Names, put
 def _theirs(path: Any, names: Names) -> list[str]:
     """Returns the names of the parameter at `path`."""
     *block, module, _ = (key.key for key in path)
+    return _names(block[0] if block else "", module, names)
+
+
+def _names(block: str, module: str, names: Names) -> list[str]:
+    """Returns the names of a module's parameter; `block` is "" outside of blocks."""
     if not block:
         prefix, found = "", names[module]
     else:
-        kind, number = block[0].rsplit("_", 1)
+        kind, number = block.rsplit("_", 1)
         prefix, found = f"{names[kind]}.{number}.", names[f"{kind}/{module}"]
     return [f"{prefix}{name}" for name in ((found,) if isinstance(found, str) else found)]

@@ -1,4 +1,4 @@
-"""Adapters of an MM-DiT <-> `pytorch_lora_weights.safetensors`, as diffusers' scripts write and its pipelines read it.
+"""Adapters of an MM-DiT or FLUX.2 <-> `pytorch_lora_weights.safetensors`, as diffusers' scripts write and its pipelines read it.
 
 transformer.transformer_blocks.0.attn.to_q.lora_A.weight  [rank, in]
 transformer.transformer_blocks.0.attn.to_q.lora_B.weight  [out, rank]
@@ -9,6 +9,7 @@ written here has it in B, so that every reader finds the same product.
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,14 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from diffusion.networks.flux2 import Flux2
 from diffusion.networks.mmdit import MMDiT
+from diffusion.pretrained import flux2, mmdit
 from diffusion.pretrained.folder import new_folder, read_file, write_weights
-from diffusion.pretrained.mmdit import module_names, shapes
 from diffusion.pretrained.strict import few
+
+Network = MMDiT | Flux2
+FORMS: dict[type, Any] = {MMDiT: mmdit, Flux2: flux2}  # where a network's `shapes` and diffusers' `module_names` are
 
 FILE = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."
@@ -29,10 +34,16 @@ ENDS = {"lora_A.weight": "A", "lora_B.weight": "B"}
 _HONOURED = {"use_dora": False, "use_rslora": False, "lora_bias": False, "fan_in_fan_out": False}
 
 
-def to_diffusers(adapters: Mapping[str, Any], scale: float = 1.0) -> dict[str, np.ndarray]:
+def is_block(name: str) -> bool:
+    """Returns whether this is the name of a block of a network, whose modules have adapters."""
+    return re.fullmatch(r"(block|double|single)_\d+", name) is not None
+
+
+def to_diffusers(network: Network, adapters: Mapping[str, Any], scale: float = 1.0) -> dict[str, np.ndarray]:
     """Returns adapters under diffusers' names and in its layouts.
 
     Args:
+      network: what they change.
       adapters: {block: {module: {"A", "B"}}}, see `diffusion.model.lora`.
       scale: of their products.
     """
@@ -40,7 +51,7 @@ def to_diffusers(adapters: Mapping[str, Any], scale: float = 1.0) -> dict[str, n
     for block, modules in adapters.items():
         for module, pair in modules.items():
             first, second = (np.asarray(pair[name], np.float32) for name in ("A", "B"))
-            names = module_names(block, module)
+            names = FORMS[type(network)].module_names(block, module)
             fused = len(names) > 1
             for number, name in enumerate(names):
                 a, b = (first[:, number], second[number]) if fused else (first, second)
@@ -51,7 +62,7 @@ def to_diffusers(adapters: Mapping[str, Any], scale: float = 1.0) -> dict[str, n
 
 
 def from_diffusers(
-    network: MMDiT, weights: Mapping[str, Any], scales: Mapping[str, float] | None = None
+    network: Network, weights: Mapping[str, Any], scales: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
     """Returns the adapters of `network` in weights of diffusers' form; their scale is 1.
 
@@ -64,14 +75,16 @@ def from_diffusers(
       ValueError: a name or a shape that is not of such a network's adapters, or half a pair.
     """
     pairs = _pairs(weights)
+    form = FORMS[type(network)]
     adapters: dict[str, Any] = {}
-    for block, modules in shapes(network).items():
-        for module, own in modules.items() if block.startswith("block_") else ():
-            names = module_names(block, module) if "kernel" in own else []
+    for block, modules in form.shapes(network).items():
+        for module, own in modules.items() if is_block(block) else ():
+            names = form.module_names(block, module) if "kernel" in own else []
             found = [pairs.pop(name, None) for name in names]
             if any(pair is not None for pair in found):
                 numbers = [(scales or {}).get(name, 1.0) for name in names]
-                adapters.setdefault(block, {})[module] = _adapter(own["kernel"].shape, names, found, numbers)
+                of_heads = module.endswith("_out")
+                adapters.setdefault(block, {})[module] = _adapter(own["kernel"].shape, of_heads, names, found, numbers)
     if pairs:
         raise ValueError(f"the network has no {few(sorted(pairs))}: these adapters are of another one")
     return adapters
@@ -97,6 +110,7 @@ def _pairs(weights: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
 
 def _adapter(
     kernel: tuple[int, ...],
+    of_heads: bool,
     names: list[str],
     found: list[dict[str, np.ndarray] | None],
     scales: list[float],
@@ -104,9 +118,9 @@ def _adapter(
     """Returns {"A", "B"} beside a kernel; a query, key or value that has no pair, or of lower rank, gets zeros."""
     rank = max(pair["A"].shape[0] for pair in found if pair is not None)
     fused = len(names) > 1
-    # Ours: [in, 3, heads, head], or [in..., out].
-    ins = kernel[:1] if fused else kernel[:-1]
-    outs = kernel[2:] if fused else kernel[-1:]
+    # Ours: [in, 3, heads, head], [heads..., head, out] or [in, out...].
+    ins = kernel[:-1] if of_heads else kernel[:1]
+    outs = kernel[2:] if fused else kernel[len(ins) :]
     first, second = [], []
     for name, pair, scale in zip(names, found, scales, strict=True):
         a, b = np.zeros((rank, np.prod(ins)), np.float32), np.zeros((np.prod(outs), rank), np.float32)
@@ -123,7 +137,7 @@ def _adapter(
     return {"A": np.stack(first, axis=1), "B": np.stack(second)} if fused else {"A": first[0], "B": second[0]}
 
 
-def load_lora(path: str | os.PathLike, network: MMDiT) -> dict[str, Any]:
+def load_lora(path: str | os.PathLike, network: Network) -> dict[str, Any]:
     """Returns the adapters of `network` in a file, or in a folder with a `pytorch_lora_weights.safetensors`.
 
     The scale that the file's header gives them is in B.
@@ -159,12 +173,12 @@ def _scales(path: Path, pairs: Mapping[str, Mapping[str, np.ndarray]]) -> dict[s
     return {name: own.get("lora_alpha", len(pair["A"])) / own.get("r", len(pair["A"])) for name, pair in pairs.items()}
 
 
-def save_lora(folder: str | os.PathLike, adapters: Mapping[str, Any], scale: float) -> Path:
+def save_lora(folder: str | os.PathLike, network: Network, adapters: Mapping[str, Any], scale: float) -> Path:
     """Writes adapters into a new folder for diffusers' `load_lora_weights`, and returns the file's path.
 
     Raises:
       ValueError: `folder` is there already.
     """
     with new_folder(folder) as temporary:
-        write_weights(temporary / FILE, to_diffusers(adapters, scale))
+        write_weights(temporary / FILE, to_diffusers(network, adapters, scale))
     return Path(folder) / FILE
