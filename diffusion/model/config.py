@@ -49,6 +49,8 @@ RANGES = {
     "optimizer.b2": (0, 1),
     "optimizer.eps": (1e-300, math.inf),
     "optimizer.muon_rate": (0, math.inf),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.momentum": (0, 1),
     "network.projection": (1, None),
     "network.dual_attention": (0, None),
     "loss.rows": (0, None),

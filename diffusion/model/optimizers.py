@@ -1,6 +1,7 @@
 """Optimizers of the diffusion models, and their learning rate as a function of the step."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,28 +13,108 @@ from diffusion.model.choices import pick
 from diffusion.model.config import Config
 
 LAYERS = ("block", "attention")  # in the names of modules between a network's first and last layer
-SHARED = ("learning_rate", "warmup_steps", "cooldown_steps", "clip_norm")  # fields of every optimizer
+SHARED = ("learning_rate", "schedule", "warmup_steps", "cooldown_steps", "clip_norm")  # fields of every optimizer
+DECAYED = ("kernel", "A", "B")  # names of the parameters that are multiplied with; A and B are those of adapters
+GIVEN = "given"  # name of an optimizer that a Python caller hands over: a config cannot hold it
 
 
-def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule | None]:
     """Returns the optimizer of `config.optimizer` behind a clip of the gradient's norm, and its learning rate.
 
-    The rate warms up along a line, and in the last `cooldown_steps` steps falls along one (Hu et al. 2024, section 4).
+    Of a run with an optimizer that was given from Python, which a config does not hold: none, and no rate.
 
     Raises:
       ValueError: an unknown name or field.
     """
     settings = config.optimizer
-    warm_up, cool_down = max(settings.warmup_steps, 1), max(settings.cooldown_steps, 1)
-
-    def learning_rate(step: Any) -> Any:
-        # Neither the first update nor the last is lost to a rate of zero.
-        share = jnp.minimum((step + 1) / warm_up, (config.training.num_steps - step) / cool_down)
-        return settings.learning_rate * jnp.minimum(share, 1.0)
-
+    if settings.name == GIVEN:
+        return optax.identity(), None
+    learning_rate = make_learning_rate(config)
     own = {name: value for name, value in settings.items() if name not in SHARED}
     update = pick(OPTIMIZERS, own, "optimizer")(learning_rate)
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update), learning_rate
+
+
+def make_learning_rate(config: Config) -> optax.Schedule:
+    """Returns the learning rate after so many steps: it warms up along a line, then follows `optimizer.schedule`.
+
+    Raises:
+      ValueError: an unknown schedule, or a cooldown of one that has none.
+    """
+    settings, num_steps = config.optimizer, config.training.num_steps
+    warm_up = max(settings.warmup_steps, 1)
+    name = settings.schedule.name
+    if settings.cooldown_steps and name in SCHEDULES and name != "wsd":
+        raise ValueError(
+            f"optimizer.cooldown_steps={settings.cooldown_steps} is read by optimizer.schedule=wsd alone, "
+            f"not by {name}: set it to 0"
+        )
+    course = Course(num_steps, settings.warmup_steps, settings.cooldown_steps)
+    share = pick(SCHEDULES, settings.schedule, "optimizer.schedule")(course)
+
+    def learning_rate(step: Any) -> Any:
+        # Neither the first update nor the last is lost to a rate of zero.
+        return settings.learning_rate * jnp.minimum(jnp.minimum((step + 1) / warm_up, share(step)), 1.0)
+
+    return learning_rate
+
+
+class Course(NamedTuple):
+    """The steps of a training that schedules are made of."""
+
+    num_steps: int
+    warmup_steps: int
+    cooldown_steps: int
+
+
+def wsd(course: Course) -> optax.Schedule:
+    """Returns warm-up, stable, decay: 1, and in the last `cooldown_steps` steps a line to 0.
+
+    Source: Hu et al. (2024), "MiniCPM", section 4.
+    """
+    cool_down = max(course.cooldown_steps, 1)
+    return lambda step: (course.num_steps - step) / cool_down
+
+
+def constant(course: Course) -> optax.Schedule:
+    """Returns 1."""
+    del course
+    return lambda step: 1.0
+
+
+def linear(course: Course, *, end: float = 0.0) -> optax.Schedule:
+    """Returns a line from 1 after the warm-up to `end`, a share of the rate, after the last step."""
+    begin = course.warmup_steps
+    return optax.linear_schedule(1.0, share_of(end), decay_steps(course), transition_begin=begin)
+
+
+def cosine(course: Course, *, end: float = 0.0) -> optax.Schedule:
+    """Returns half a cosine from 1 after the warm-up to `end`, a share of the rate, after the last step.
+
+    Source: Loshchilov & Hutter (2017), "SGDR", eq. 5.
+    """
+    falling = optax.cosine_decay_schedule(1.0, decay_steps(course), alpha=share_of(end))
+    return lambda step: falling(jnp.maximum(step - course.warmup_steps, 0))
+
+
+def decay_steps(course: Course) -> int:
+    """Returns how many steps remain after the warm-up."""
+    return max(course.num_steps - course.warmup_steps, 1)
+
+
+def share_of(end: float) -> float:
+    """Returns `end`. Raises ValueError where it is no share."""
+    if not 0 <= end <= 1:
+        raise ValueError(f"optimizer.schedule.end is {end:g}: it is a share of the learning rate, from 0 to 1")
+    return end
+
+
+SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
+    "wsd": wsd,
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+}
 
 
 def adam(
@@ -41,6 +122,25 @@ def adam(
 ) -> optax.GradientTransformation:
     """Returns Adam (Kingma & Ba 2015)."""
     return optax.adam(rate, b1=b1, b2=b2, eps=eps)
+
+
+def adamw(
+    rate: optax.Schedule, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01
+) -> optax.GradientTransformation:
+    """Returns Adam with decoupled weight decay of what is multiplied with (Loshchilov & Hutter 2019, Algorithm 2)."""
+    return optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=decayed)
+
+
+def lion(
+    rate: optax.Schedule, *, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.1
+) -> optax.GradientTransformation:
+    """Returns Lion (Chen et al. 2023, Algorithm 2), with a learning rate of a tenth to a third of Adam's."""
+    return optax.lion(rate, b1, b2, weight_decay=weight_decay, mask=decayed)
+
+
+def sgd(rate: optax.Schedule, *, momentum: float = 0.9, nesterov: bool = False) -> optax.GradientTransformation:
+    """Returns stochastic gradient descent with momentum."""
+    return optax.sgd(rate, momentum, nesterov)
 
 
 def muon(
@@ -62,7 +162,26 @@ def muon(
     )
 
 
-OPTIMIZERS = {"adam": adam, "muon": muon}
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adam": adam,
+    "adamw": adamw,
+    "muon": muon,
+    "sgd": sgd,
+    "lion": lion,
+}
+
+
+def decayed(params: Any) -> Any:
+    """Returns which parameters decay: kernels and adapters; not biases, gains of norms, embeddings and tables.
+
+    By their names: the biases of queries, keys and values of several heads have as many axes as kernels.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, _: names_of(path)[-1] in DECAYED, params)
+
+
+def names_of(path: Any) -> list[str]:
+    """Returns the keys of the dicts on the path to a parameter."""
+    return [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
 
 
 def matrix_axes(path: Any, parameter: Any) -> MuonDimensionNumbers | None:
@@ -70,7 +189,7 @@ def matrix_axes(path: Any, parameter: Any) -> MuonDimensionNumbers | None:
 
     Kernels sum over all axes but the last; those that make queries, keys and values of several heads over the first.
     """
-    names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+    names = names_of(path)
     if names[-1] != "kernel" or not any(layer in name for name in names for layer in LAYERS):
         return None
     axes = tuple(range(parameter.ndim))

@@ -32,8 +32,11 @@ FREE_IN_TRAINING = (
     "training.skip_bad_steps",
     "training.spike_factor",
 )
-# A field is free only where this other one is 0 in both configs: the cooldown of the learning rate ends at num_steps.
-FREE_WITHOUT = {"training.num_steps": "optimizer.cooldown_steps"}
+# A field is free only where each of these others has one of these values, or is not there, in both configs: the cooldown
+# of the learning rate ends at num_steps, and so do schedules that fall all along.
+FREE_WITH = {
+    "training.num_steps": {"optimizer.cooldown_steps": (0,), "optimizer.schedule.name": ("wsd", "constant")},
+}
 # Blocks of which a resumed run keeps the recorded values.
 KEPT = ("sampling", "evaluation")
 
@@ -64,10 +67,14 @@ def differences(old: Config, new: Config, free: tuple[str, ...] = FREE_IN_TRAINI
     for field in sorted(flat_old | flat_new):
         before, after = flat_old.get(field, missing), flat_new.get(field, missing)
         is_free = any(field.startswith(name) if name.endswith(".") else field == name for name in free)
-        fixing = FREE_WITHOUT.get(field) if is_free else None
-        fixed = fixing and (flat_old.get(fixing) or flat_new.get(fixing))
-        if before != after and (fixed or not is_free):
-            lines.append(f"{field}: {before} -> {after}" + (f" (fixed by {fixing})" if fixed else ""))
+        needed = FREE_WITH.get(field, {}) if is_free else {}
+        fixing = [
+            name
+            for name, values in needed.items()
+            if any(flat.get(name, values[0]) not in values for flat in (flat_old, flat_new))
+        ]
+        if before != after and (fixing or not is_free):
+            lines.append(f"{field}: {before} -> {after}" + (f" (fixed by {fixing[0]})" if fixing else ""))
     return lines
 
 
