@@ -17,7 +17,8 @@ from diffusion.model.choices import fields_of
 from diffusion.model.config import Config, from_plain, plain
 from diffusion.model.experiment import CONDITIONS, NETWORKS
 from diffusion.model.lora import make_lora
-from diffusion.model.optimizers import OPTIMIZERS, SHARED
+from diffusion.model.objectives import LOSSES
+from diffusion.model.optimizers import OPTIMIZERS, SCHEDULES, SHARED
 from diffusion.model.processes import PROCESSES
 from diffusion.model.sampling import GRIDS, SAMPLERS, THRESHOLDS
 from diffusion.model.space import SPACES
@@ -33,6 +34,7 @@ CHOICES: dict[str, Mapping[str, Any]] = {
     "space": SPACES,
     "optimizer": OPTIMIZERS,
     "sampling.sampler": SAMPLERS,
+    "optimizer.schedule": SCHEDULES,
     "sampling.grid": GRIDS,
     "sampling.threshold": THRESHOLDS,
 }
@@ -113,6 +115,8 @@ def complete(config: Config) -> Config:
         for place, table in CHOICES.items():
             block = block_at(config, place)
             if block is not None and block.get("name") in table:
+        if config.get("optimizer", {}).get("name") in OPTIMIZERS and "schedule" not in config.optimizer:
+            config.optimizer.schedule = ConfigDict(dict(name="wsd"))
                 for field, default in defaults_of(table[block.name]).items():
                     if field not in block:
                         block[field] = default

@@ -81,10 +81,11 @@ def image_config() -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         dict(
-            name="adam",  # or muon
+            name="adam",  # or adamw, muon, sgd, lion
             learning_rate=2e-4,
             warmup_steps=5000,  # the rate rises along a line
-            cooldown_steps=0,  # and in the last steps falls along one
+            schedule=ConfigDict(dict(name="wsd")),  # of the rate after its warm-up; or constant, linear, cosine
+            cooldown_steps=0,  # wsd: and in the last steps falls along one
             clip_norm=1.0,  # of the gradient
             b1=0.9,
             b2=0.999,
