@@ -17,7 +17,6 @@ from diffusion.model.choices import fields_of
 from diffusion.model.config import Config, from_plain, plain
 from diffusion.model.experiment import CONDITIONS, NETWORKS
 from diffusion.model.lora import make_lora
-from diffusion.model.objectives import LOSSES
 from diffusion.model.optimizers import OPTIMIZERS, SCHEDULES, SHARED
 from diffusion.model.processes import PROCESSES
 from diffusion.model.sampling import GRIDS, SAMPLERS, THRESHOLDS
@@ -33,8 +32,8 @@ CHOICES: dict[str, Mapping[str, Any]] = {
     "condition": CONDITIONS,
     "space": SPACES,
     "optimizer": OPTIMIZERS,
-    "sampling.sampler": SAMPLERS,
     "optimizer.schedule": SCHEDULES,
+    "sampling.sampler": SAMPLERS,
     "sampling.grid": GRIDS,
     "sampling.threshold": THRESHOLDS,
 }
@@ -112,11 +111,11 @@ def complete(config: Config) -> Config:
             config.lora = ConfigDict(defaults_of(make_lora))
         if "skip_broken" in config.get("data", {}) and "split" in config.data and "buckets" not in config.data:
             config.data.buckets = 0  # of captioned folders
+        if config.get("optimizer", {}).get("name") in OPTIMIZERS and "schedule" not in config.optimizer:
+            config.optimizer.schedule = ConfigDict(dict(name="wsd"))
         for place, table in CHOICES.items():
             block = block_at(config, place)
             if block is not None and block.get("name") in table:
-        if config.get("optimizer", {}).get("name") in OPTIMIZERS and "schedule" not in config.optimizer:
-            config.optimizer.schedule = ConfigDict(dict(name="wsd"))
                 for field, default in defaults_of(table[block.name]).items():
                     if field not in block:
                         block[field] = default

@@ -83,8 +83,8 @@ def image_config() -> ConfigDict:
         dict(
             name="adam",  # or adamw, muon, sgd, lion
             learning_rate=2e-4,
-            warmup_steps=5000,  # the rate rises along a line
             schedule=ConfigDict(dict(name="wsd")),  # of the rate after its warm-up; or constant, linear, cosine
+            warmup_steps=5000,  # the rate rises along a line
             cooldown_steps=0,  # wsd: and in the last steps falls along one
             clip_norm=1.0,  # of the gradient
             b1=0.9,
