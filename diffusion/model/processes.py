@@ -91,9 +91,16 @@ def vp() -> Process:
     return Process(process, lambda u: u, unshifted(even), partial(schedules.respace, even(1000)), time_scale=1000.0)
 
 
-def flow(*, times: str = "uniform") -> Process:
-    """Returns rectified flow with one of SD3's distributions over training times (Esser et al. 2024, section 3.1)."""
+def flow(*, times: str = "uniform", shift: float = 1.0) -> Process:
+    """Returns rectified flow with one of SD3's distributions over training times (Esser et al. 2024).
+
+    Args:
+      times: uniform, logit_normal, mode or cosmap (section 3.1).
+      shift: of these times towards noise (eq. 23); 1: none.
+    """
     process = schedules.flow_process
+    if shift <= 0:
+        raise ValueError(f"process.shift is {shift}: it has to be positive")
 
     def even(num_steps: int, power: float, shift: float) -> schedules.Grid:
         if power == 1.0:
@@ -106,8 +113,14 @@ def flow(*, times: str = "uniform") -> Process:
         "mode": weightings.mode_quantile,
         "cosmap": weightings.cosmap_quantile,
     }
+    drawn = of_name(quantiles, times, "process.times")
     respaced = partial(schedules.respace, schedules.flow_grid(1000))
-    return Process(process, of_name(quantiles, times, "process.times"), even, respaced, time_scale=1000.0)
+    return Process(process, shifted(drawn, shift), even, respaced, time_scale=1000.0)
+
+
+def shifted(quantile: Callable[[jax.Array], jax.Array], shift: float) -> Callable[[jax.Array], jax.Array]:
+    """Returns the quantile function of a flow's times after their shift towards noise."""
+    return quantile if shift == 1.0 else lambda u: schedules.shift_time(quantile(u), shift)
 
 
 def edm() -> Process:
