@@ -147,7 +147,7 @@ def test_bad_settings_are_refused(block, message):
 
 def test_what_cannot_be_adapted_is_refused(params):
     assert make_lora("unet") is None
-    with pytest.raises(ValueError, match=re.escape("lora.rank=4 adapts an MM-DiT, and network.name is unet")):
+    with pytest.raises(ValueError, match=re.escape("lora.rank=4 adapts mmdit or flux2, and network.name is unet")):
         make_lora("unet", rank=4)
     with pytest.raises(ValueError, match="no block has qkv: choose from dual_out, dual_qkv, image_mlp_1"):
         lora.init(LoRA(2, 1.0, ("qkv",)), params, jax.random.key(0))
@@ -213,7 +213,7 @@ def test_adapters_of_diffusers_draw_its_picture(base, tmp_path):
     images = draw(adapted, noise(16, 16))
     np.testing.assert_allclose(images, GOLDEN["picture"], atol=1e-3)
     # For `record_lora.py FOLDER`, by which diffusers draws what we do with the file that we write.
-    written = save_lora(tmp_path / "ours", adapted.params["lora"], 1.0)
+    written = save_lora(tmp_path / "ours", base.model.network, adapted.params["lora"], 1.0)
     np.save(written.with_name("picture.npy"), images)
 
 

@@ -44,7 +44,7 @@ def export_weights(call: Call) -> None:
 def export_lora(published: Path, run: Run) -> str:
     """Writes the adapters of a run for diffusers' `load_lora_weights`; returns what they are."""
     assert run.model.lora is not None
-    lora.save_lora(published, jax.device_get(run.params["lora"]), run.model.lora.scale)
+    lora.save_lora(published, run.model.network, jax.device_get(run.params["lora"]), run.model.lora.scale)
     return f"the averaged adapters, of rank {run.model.lora.rank},"
 
 
