@@ -1,22 +1,20 @@
-"""What a run reports while it trains: a progress bar, metrics.jsonl and TensorBoard scalars."""
+"""What a run reports while it trains: a progress bar, and all that its writers are given."""
 
-import json
-import os
+import contextlib
 import sys
-import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+import numpy as np
 from tqdm import tqdm
 
-from diffusion.files import replacing
 from diffusion.training.errors import RunError
+from diffusion.training.writers import MakeWriter, metrics_file
 
 
 class Loggers:
-    """The progress bar and the files of a run. A context manager.
+    """The progress bar and the writers of a run. A context manager.
 
     A run that resumes from step s drops what it had logged after s: it will log that again, with the same numbers.
 
@@ -24,11 +22,35 @@ class Loggers:
       workdir: of the run.
       start_step: the step that it begins or resumes from.
       num_steps: the last step.
+      writers: beside metrics.jsonl, in which every run has its course.
+      config: of the run, which each writer is given.
       active: whether anything is written; only in process 0.
+
+    Raises:
+      RunError: a writer cannot begin.
     """
 
-    def __init__(self, workdir: Path, *, start_step: int, num_steps: int, active: bool = True):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        start_step: int,
+        num_steps: int,
+        writers: Sequence[MakeWriter] = (),
+        config: Mapping[str, Any] | None = None,
+        active: bool = True,
+    ):
         self._active = active
+        self._workdir = workdir
+        with contextlib.ExitStack() as made:
+            self._writers = []
+            for make in (metrics_file, *writers) if active else ():
+                with self._reporting("the metrics cannot be written"):
+                    writer = make(workdir, start_step)
+                    made.callback(writer.close)
+                    self._writers.append(writer)
+                    writer.config(config or {})
+            self._close = made.pop_all()
         # In a log file each refresh is a line.
         interval = 0.2 if sys.stderr.isatty() else 15.0
         self._bar = tqdm(
@@ -39,23 +61,14 @@ class Loggers:
             disable=not active,
             dynamic_ncols=True,
         )
-        if active:
-            self._path = workdir / "metrics.jsonl"
-            _drop_lines_after(self._path, start_step)
-            self._file = self._path.open("a")
-            self._board = _open_board(workdir / "tensorboard", start_step)
 
     def __enter__(self) -> "Loggers":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
-        if self._active:
-            try:
-                self._file.close()
-                self._board.close()
-            except OSError as error:
-                raise RunError(f"the metrics cannot be written to {self._path.parent}: {error}") from error
+        with self._reporting("the metrics cannot be written"):
+            self._close.close()
 
     def advance(self) -> None:
         """Moves the progress bar by a step."""
@@ -67,48 +80,29 @@ class Loggers:
         Raises:
           RunError: they cannot be written (the disk is full, the folder is gone).
         """
-        if not self._active:
-            return
-        try:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
-            for name, value in values.items():
-                event = Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value))
-                self._board.write_event(event)
-        except OSError as error:
-            raise RunError(f"step {step}: its metrics cannot be written to {self._path.parent}: {error}") from error
+        with self._reporting(f"step {step}: its metrics cannot be written"):
+            for writer in self._writers:
+                writer.numbers(step, values)
         self._bar.set_postfix({"loss": f"{values['loss']:.4f}"} if "loss" in values else {}, refresh=False)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Gives a picture, uint8[H, W, C], to the writers.
+
+        Raises:
+          RunError: it cannot be written.
+        """
+        with self._reporting(f"step {step}: its picture cannot be written"):
+            for writer in self._writers:
+                writer.picture(step, name, image)
 
     def print_line(self, line: str) -> None:
         """Prints a line above the progress bar."""
         if self._active:
             tqdm.write(line, file=sys.stderr)
 
-
-def _open_board(folder: Path, start_step: int) -> EventsWriter:
-    """Opens a TensorBoard file that supersedes what earlier ones hold of the steps after `start_step`.
-
-    Not `SummaryWriter`: it writes in a thread, and if that fails the run would wait for it forever.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    board = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
-    board.write_event(
-        Event(wall_time=time.time(), step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
-    )
-    return board
-
-
-def _drop_lines_after(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        # A line truncated by a kill is not JSON: it was logged after the last checkpoint.
+    @contextlib.contextmanager
+    def _reporting(self, what: str) -> Iterator[None]:
         try:
-            if json.loads(line)["step"] > step:
-                break
-        except json.JSONDecodeError:
-            break
-        kept.append(line)
-    with replacing(path) as temporary:
-        temporary.write_text("".join(kept))
+            yield
+        except OSError as error:
+            raise RunError(f"{what} to {self._workdir}: {error}") from error
