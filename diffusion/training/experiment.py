@@ -37,7 +37,7 @@ class Experiment(NamedTuple):
       init: key -> params.
       loss: (params, batch, key) -> (losses, metrics): float32[B], and named `Mean`s with [B] entries. The only mean
         over the batch is the trainer's.
-      optimizer: an optax transformation; `learning_rate` (step -> rate) is only logged.
+      optimizer: an optax transformation; `learning_rate` (step -> rate) is only logged, None is not.
       batches: first step -> generator of this process's rows of the batches from that step on, NumPy arrays; the
         trainer closes it.
       batch_size: B, over all processes and devices.
@@ -53,7 +53,7 @@ class Experiment(NamedTuple):
     init: Callable[[jax.Array], Params]
     loss: Loss
     optimizer: optax.GradientTransformation
-    learning_rate: Callable[[Any], Any]
+    learning_rate: Callable[[Any], Any] | None
     batches: Callable[[int], Generator[dict[str, np.ndarray], None, None]]
     batch_size: int
     preview: Callable[[Params], jax.Array] | None = None

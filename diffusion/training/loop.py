@@ -4,7 +4,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from diffusion.training.settings import Settings, check_settings, is_due
 from diffusion.training.sharding import on_mesh, place_batch, state_shardings
 from diffusion.training.step import Report, make_train_step, starts_interval
 from diffusion.training.weights import check_finite
+from diffusion.training.writers import MakeWriter, tensorboard
 from diffusion.training.workdir import check, check_same_run, claim, recorded_config
 
 
@@ -47,6 +48,7 @@ def train(
     mesh: Mesh,
     description: Description,
     migrate: Migrate = unchanged,
+    writers: Sequence[MakeWriter] = (tensorboard,),
 ) -> TrainState:
     """Trains until `settings.num_steps`, resuming from the newest intact checkpoint in `workdir`.
 
@@ -61,6 +63,7 @@ def train(
       description: {"experiment": name, "config": plain JSON}, and what else every checkpoint is to hold. What a resumed
         run records of its config is in `workdir`'s first lines.
       migrate: brings an older stored description to the present format, for comparison.
+      writers: of what is reported, beside metrics.jsonl.
 
     Returns:
       The state after the last step.
@@ -125,7 +128,11 @@ def train(
             claim(workdir, name, config, migrate)
         description = {**stored, **description, "config": config, "provenance": provenance()}
 
-        logs = cleanup.enter_context(Loggers(workdir, start_step=step, num_steps=settings.num_steps, active=first))
+        logs = cleanup.enter_context(
+            Loggers(
+                workdir, start_step=step, num_steps=settings.num_steps, writers=writers, config=config, active=first
+            )
+        )
         watch = Watch(workdir, skip_bad_steps=settings.skip_bad_steps, report_line=logs.print_line)
         if step:
             logs.print_line(f"resuming from step {step} in {workdir}")
@@ -169,7 +176,8 @@ def train(
                 clock.pause()
             if log_now:
                 values = metric_values(state)
-                values["learning_rate"] = float(experiment.learning_rate(step - 1))
+                if experiment.learning_rate is not None:
+                    values["learning_rate"] = float(experiment.learning_rate(step - 1))
                 values["images_per_second"] = clock.lap() * experiment.batch_size
                 if settings.skip_bad_steps and summed_since is not None:
                     values["skipped_steps"] = step - summed_since - float(state.metrics["grad_norm"].count)
@@ -179,7 +187,9 @@ def train(
             if snapshot_now:
                 snapshots.save(workdir, step, state.profiles)
             if preview_now:
-                draw_previews(experiment, state, workdir / "previews" / f"step_{step:08d}")
+                drawn = draw_previews(experiment, state, workdir / "previews" / f"step_{step:08d}")
+                for name, image in drawn.items():
+                    logs.picture(step, f"preview/{name}", image)
             if not ending:
                 batch = place_batch(mesh, next(batches))
         checkpoints.wait()
@@ -261,14 +271,16 @@ def metric_values(state: TrainState) -> dict[str, float]:
     return {name: float(mean.total / mean.count) for name, mean in means.items() if mean.count > 0}
 
 
-def draw_previews(experiment: Experiment, state: TrainState, path: Path) -> None:
-    """Draws the previews of the raw and of the averaged weights, `path`_raw.png and `path`_ema.png."""
+def draw_previews(experiment: Experiment, state: TrainState, path: Path) -> dict[str, np.ndarray]:
+    """Draws the previews of the raw and of the averaged weights, `path`_raw.png and `path`_ema.png, and returns both."""
     assert experiment.preview is not None
     whole = averaged(state.params, state.ema, experiment.frozen)
+    drawn = {}
     for name, params in (("raw", state.params), ("ema", whole)):
-        images = multihost_utils.process_allgather(experiment.preview(params), tiled=True)
+        drawn[name] = image_grid(multihost_utils.process_allgather(experiment.preview(params), tiled=True))
         if jax.process_index() == 0:
-            save_png(path.with_name(f"{path.name}_{name}.png"), image_grid(images), smallest_side=480)
+            save_png(path.with_name(f"{path.name}_{name}.png"), drawn[name], smallest_side=480)
+    return drawn
 
 
 class Programs:
