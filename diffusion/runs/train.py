@@ -112,9 +112,10 @@ def train_on(
     for line in warnings_of(config, model):
         logging.warning(line)
     begun: dict[str, Any] = {}
+    examples = examples or spread_captions(source, NUM_EXAMPLES)
     if stored is None:
         begun, about = first_weights(config, model, origin, mesh)
-        description |= about
+        description |= about | ({"examples": list(examples)} if examples else {})
     experiment = prepare(config, model, source, workdir, mesh, stored, examples, begun)
     settings = make_settings(config)
     state = training.train(
@@ -179,12 +180,16 @@ def prepare(
     if model.condition.kind == "prompts":
         if not source.captions:
             raise ValueError(f"condition.name={config.condition.name} needs captions, and {source.name} has none")
-        if not examples:
-            shown = np.linspace(0, len(source.captions) - 1, NUM_EXAMPLES).astype(int)
-            examples = [source.captions[i] for i in shown]
+        examples = examples or spread_captions(source, NUM_EXAMPLES)
         if config.condition.get("precomputed"):
             text = params()["text"]
             source = each_part(source, lambda part: prompts.with_features(part, model.condition, text))
         else:
             source = each_part(source, lambda part: with_text(part, model.condition.read))
     return make_experiment(config, model, source, mesh, examples)._replace(begun=begun)
+
+
+def spread_captions(source: Source, count: int) -> list[str]:
+    """Returns captions of a source, spread over it; none where it has none."""
+    captions = source.captions
+    return [captions[i] for i in np.linspace(0, len(captions) - 1, count).astype(int)] if captions else []
