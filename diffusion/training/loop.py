@@ -29,8 +29,8 @@ from diffusion.training.settings import Settings, check_settings, is_due
 from diffusion.training.sharding import on_mesh, place_batch, state_shardings
 from diffusion.training.step import Report, make_train_step, starts_interval
 from diffusion.training.weights import check_finite
-from diffusion.training.writers import MakeWriter, tensorboard
 from diffusion.training.workdir import check, check_same_run, claim, recorded_config
+from diffusion.training.writers import MakeWriter, tensorboard
 
 
 def abstract_train_state(experiment: Experiment, settings: Settings, mesh: Mesh, batch: dict[str, Any]) -> TrainState:
@@ -272,7 +272,7 @@ def metric_values(state: TrainState) -> dict[str, float]:
 
 
 def draw_previews(experiment: Experiment, state: TrainState, path: Path) -> dict[str, np.ndarray]:
-    """Draws the previews of the raw and of the averaged weights, `path`_raw.png and `path`_ema.png, and returns both."""
+    """Draws previews of the raw and of the averaged weights, `path`_raw.png and `path`_ema.png, and returns both."""
     assert experiment.preview is not None
     whole = averaged(state.params, state.ema, experiment.frozen)
     drawn = {}

@@ -32,8 +32,8 @@ FREE_IN_TRAINING = (
     "training.skip_bad_steps",
     "training.spike_factor",
 )
-# A field is free only where each of these others has one of these values, or is not there, in both configs: the cooldown
-# of the learning rate ends at num_steps, and so do schedules that fall all along.
+# A field is free only where each of these others has one of these values, or is not there, in both configs: a cooldown
+# of the learning rate ends at num_steps, and so does a schedule that falls all along.
 FREE_WITH = {
     "training.num_steps": {"optimizer.cooldown_steps": (0,), "optimizer.schedule.name": ("wsd", "constant")},
 }

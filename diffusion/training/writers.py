@@ -1,4 +1,4 @@
-"""Where a run's numbers, pictures and config go while it trains: metrics.jsonl, TensorBoard, Weights & Biases, any other.
+"""Where a run's numbers, pictures and config go as it trains: metrics.jsonl, TensorBoard, Weights & Biases, any other.
 
 A writer is four functions; a new one is a function that returns them, and is passed to the trainer:
 
