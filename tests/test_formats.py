@@ -190,3 +190,12 @@ def test_what_format_2_did_not_store_is_as_it_was():
     assert formats.current(stored)["frozen"] == []
     assert formats.current(stored | {"frozen": ["text"]})["frozen"] == ["text"]
     assert "frozen" not in formats.current(stored | {"format": 3})
+
+
+@pytest.mark.quick
+def test_what_format_3_trained_is_the_denoising_loss():
+    stored = formats.current(copy.deepcopy(STORED["digits:flow"])) | {"format": 3}
+    stored["config"]["loss"].pop("name")
+    now = formats.current(stored)
+    assert now["config"]["loss"]["name"] == "denoising" and now["config"]["loss"]["prediction"] == "velocity"
+    assert formats.current(now) == now

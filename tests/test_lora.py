@@ -18,7 +18,6 @@ from test_sd3 import draw, import_into
 from diffusion.model import lora
 from diffusion.model.lora import LoRA, make_lora
 from diffusion.model.model import make_loss, parts
-from diffusion.model.processes import make_draw, make_weight
 from diffusion.networks.mmdit import MMDiT
 from diffusion.pretrained.lora import FILE, load_lora, save_lora
 from diffusion.pretrained.mmdit import shapes
@@ -157,7 +156,7 @@ def test_fifty_steps_lower_the_loss(run, pairs):
     source = TASK.read(run.config, "train")
     batch = source.read(np.arange(source.num_examples))
     batch["text"] = run.model.condition.read([source.captions[label] for label in batch["label"]])
-    loss = make_loss(run.model, make_weight(run.config, run.model.process), make_draw(run.config))
+    loss = make_loss(run.model)
     losses = jax.jit(lambda params, batch, key: loss(params, batch, key)[0])
     nothing = {**run.params, "lora": jax.tree.map(jnp.zeros_like, run.params["lora"])}
     before, after = (

@@ -17,8 +17,9 @@ from diffusion.model.condition import Condition, Facts, classes, nothing
 from diffusion.model.config import Config, check_ranges, dtype_of, round_up
 from diffusion.model.lora import LoRA, make_lora
 from diffusion.model.model import Model, init, make_generate, make_loss
+from diffusion.model.objectives import Objective, make_objective
 from diffusion.model.optimizers import make_optimizer
-from diffusion.model.processes import make_draw, make_process, make_weight
+from diffusion.model.processes import make_process
 from diffusion.model.sampling import make_sampling
 from diffusion.model.space import SPACES, Space
 from diffusion.networks import flux2, mmdit, unet
@@ -62,19 +63,17 @@ def make_model(
     """
     check_ranges(config)
     process = make_process(config)
-    if config.loss.learned_variance and process.schedule is None:
-        raise ValueError("loss.learned_variance is that of a chain's steps: it needs process.name=ddpm")
+    objective = make_objective(config, process)
     of_condition, of_space = ((stored or {}).get(name) or None for name in ("condition", "space"))
     facts = Facts(num_classes, of_condition or {}, vocabulary, config.network.get("null_class", True))
     condition = pick(CONDITIONS, config.condition, "condition")(facts)
     space = pick(SPACES, config.space, "space")(image_shape, of_space)
     process = process._replace(num_tokens=math.prod(space.shape[:-1]))
-    network = make_network(config, space.shape[-1], condition, process.time_scale)
+    network = make_network(config, space.shape[-1], condition, process.time_scale, objective)
     adapters = make_lora(config.network.name, **config.lora)
     known = (stored or {}).get("frozen")
     frozen = frozen_groups(condition, space, adapters) if known is None else tuple(known)
-    kind, learned = config.loss.prediction, config.loss.learned_variance
-    return Model(process, kind, network, condition, space, learned, frozen, adapters)
+    return Model(process, objective, network, condition, space, frozen, adapters)
 
 
 def frozen_groups(condition: Condition, space: Space, adapters: LoRA | None = None) -> tuple[str, ...]:
@@ -88,7 +87,9 @@ def frozen_groups(condition: Condition, space: Space, adapters: LoRA | None = No
     return tuple(name for name, frozen in groups.items() if frozen)
 
 
-def make_network(config: Config, channels: int, condition: Condition, time_scale: float) -> UNet | MMDiT | Flux2:
+def make_network(
+    config: Config, channels: int, condition: Condition, time_scale: float, objective: Objective
+) -> UNet | MMDiT | Flux2:
     """Returns the network of `config.network`, applied to (x_t, time, **told).
 
     Args:
@@ -96,20 +97,21 @@ def make_network(config: Config, channels: int, condition: Condition, time_scale
       channels: of x_0.
       condition: what it is told.
       time_scale: the process's.
+      objective: what it is trained on.
 
     Raises:
       ValueError: an unknown name or field, or a network that cannot read the condition.
     """
     block = {**config.network, "dtype": dtype_of(config)}
     make = pick(NETWORKS, block, "network")
-    outputs = channels * (1 + config.loss.learned_variance)
+    outputs = channels * (1 + objective.learned_variance)
     if config.network.name == "unet":
         classes = {name: size for name, size in condition.widths.items() if name == "num_classes"}
         return make(**classes, out_channels=outputs, time_scale=time_scale)
     if condition.kind != "prompts":
         name = config.network.name
         raise ValueError(f"network.name={name} reads prompts, and condition.name is {config.condition.name}: use unet")
-    if config.loss.learned_variance:
+    if objective.learned_variance:
         raise ValueError("loss.learned_variance needs network.name=unet: an MM-DiT has no variance in its output")
     widths = dict(condition.widths)
     if config.network.name == "flux2":
@@ -200,7 +202,6 @@ def rules_of(config: Config, model: Model) -> Rules:
 def make_learner(config: Config, model: Model) -> Experiment:
     """Returns the experiment of `config` without data: all that the state of a training depends on."""
     optimizer, learning_rate = make_run_optimizer(config, model)
-    loss = make_loss(model, make_weight(config, model.process), make_draw(config), config.loss.vlb_weight)
 
     def batches(start_step: int) -> Any:
         raise ValueError("this experiment was made without data")
@@ -209,7 +210,7 @@ def make_learner(config: Config, model: Model) -> Experiment:
     size = config.data.batch_size
     return Experiment(
         lambda key: init(model, key),
-        loss,
+        make_loss(model),
         optimizer,
         learning_rate,
         batches,

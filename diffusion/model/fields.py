@@ -17,6 +17,7 @@ from diffusion.model.choices import fields_of
 from diffusion.model.config import Config, from_plain, plain
 from diffusion.model.experiment import CONDITIONS, NETWORKS
 from diffusion.model.lora import make_lora
+from diffusion.model.objectives import LOSSES
 from diffusion.model.optimizers import OPTIMIZERS, SCHEDULES, SHARED
 from diffusion.model.processes import PROCESSES
 from diffusion.model.sampling import GRIDS, SAMPLERS, THRESHOLDS
@@ -31,6 +32,7 @@ CHOICES: dict[str, Mapping[str, Any]] = {
     "network": NETWORKS,
     "condition": CONDITIONS,
     "space": SPACES,
+    "loss": LOSSES,
     "optimizer": OPTIMIZERS,
     "optimizer.schedule": SCHEDULES,
     "sampling.sampler": SAMPLERS,
@@ -109,6 +111,8 @@ def complete(config: Config) -> Config:
             config.sampling.size = ()
         if "process" in config and "lora" not in config:
             config.lora = ConfigDict(defaults_of(make_lora))
+        if "process" in config and "name" not in config.loss:
+            config.loss.name = "denoising"
         if "skip_broken" in config.get("data", {}) and "split" in config.data and "buckets" not in config.data:
             config.data.buckets = 0  # of captioned folders
         if config.get("optimizer", {}).get("name") in OPTIMIZERS and "schedule" not in config.optimizer:
@@ -120,6 +124,11 @@ def complete(config: Config) -> Config:
                     if field not in block:
                         block[field] = default
     return config.lock()
+
+
+def is_choice(config: Config, place: str) -> bool:
+    """Returns whether `place` is that of a choice: the loss of a model that is no diffusion is none."""
+    return place in CHOICES and (place != "loss" or "process" in config)
 
 
 def choose(config: Config, place: str, name: str) -> None:
@@ -137,7 +146,7 @@ def choose(config: Config, place: str, name: str) -> None:
     kept = {field: block[field] for field in fields if field in block}
     if name == "ancestral":
         preserving = config.process.name in ("ddpm", "vp")  # elsewhere there is no beta, which "large" is
-        fields["variance"] = "learned" if config.loss.learned_variance else "large" if preserving else "small"
+        fields["variance"] = "learned" if config.loss.get("learned_variance") else "large" if preserving else "small"
     with config.unlocked():
         for field in list(block):
             del block[field]
@@ -156,7 +165,7 @@ def change(config: Config, changes: Mapping[str, Any]) -> Config:
       RunError: a field that does not exist, or a value of another type.
     """
     config = from_plain(plain(config))
-    names = {field: value for field, value in changes.items() if field.removesuffix(".name") in CHOICES}
+    names = {field: value for field, value in changes.items() if is_choice(config, field.removesuffix(".name"))}
     for field, value in names.items():
         choose(config, field.removesuffix(".name"), value)
     for field, value in changes.items():
@@ -178,7 +187,7 @@ def check_field(config: Config, field: str) -> None:
     if field in fields:
         return
     place, _, last = field.rpartition(".")
-    if place in CHOICES and "name" in (block := block_at(config, place) or {}):
+    if is_choice(config, place) and "name" in (block := block_at(config, place) or {}):
         own = [name for name in block if name != "name"]
         has = f"it has {', '.join(own)}" if own else "it has no fields"
         raise RunError(f"{last} is not a field of {place}.name={block['name']}{nearest(last, own) or ':'} {has}")

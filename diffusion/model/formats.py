@@ -3,6 +3,7 @@
 format 1   one config for images and another for text; the shape of images was read from the data
 format 2   one config; `image_shape`, `num_classes` and `condition` stand beside it
 format 3   `space` and `frozen` too: groups of parameters that are not trained have no averages and no moments
+format 4   config.loss has a name: what all had before is "denoising"
 """
 
 from collections.abc import Mapping
@@ -104,7 +105,7 @@ def config_from_1(experiment: str, config: Mapping[str, Any]) -> dict[str, Any]:
     times = loss.pop("times", None)
     if new["process"]["name"] == "flow":
         new["process"]["times"] = times
-    new["loss"] = {"learned_variance": False, "vlb_weight": 1e-3, **loss}
+    new["loss"] = {"name": "denoising", "learned_variance": False, "vlb_weight": 1e-3, **loss}
     new["optimizer"] = own(OPTIMIZERS, {"name": "adam", "cooldown_steps": 0, **new["optimizer"]}, SHARED)
     given = {name: sampling.pop(name) for name in ("order", "eta", "churn", "variance") if name in sampling}
     given["s_churn"] = given.pop("churn", 0.0)

@@ -74,7 +74,7 @@ def bits_per_dim(
 
 def bound_variance(config: Config) -> str:
     """Returns the variance of the bound's reverse process: learned if it was, else that of ancestral sampling."""
-    return "learned" if config.loss.learned_variance else config.sampling.sampler.get("variance", "large")
+    return "learned" if config.loss.get("learned_variance") else config.sampling.sampler.get("variance", "large")
 
 
 def make_measure(model: Model, config: Config, num_terms: int, num_steps: int) -> Callable[..., dict[str, jax.Array]]:

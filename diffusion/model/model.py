@@ -124,7 +124,9 @@ def make_loss(model: Model) -> Loss:
 
 def make_denoise(model: Model, params: Any, told: Told, **options: Any) -> Denoise:
     """Returns denoise(x_t, time) -> x_0_hat of the network with `params`, or `Denoised` with a learned variance."""
-    return predictions.denoiser(model.objective.prediction, network_of(model, params, told, **options), model.process.at)
+    return predictions.denoiser(
+        model.objective.prediction, network_of(model, params, told, **options), model.process.at
+    )
 
 
 def guided(model: Model, sampling: Sampling, params: Any, rows: Any, away: Any) -> Denoise:

@@ -149,18 +149,23 @@ def unshifted(even: Callable[..., schedules.Grid]) -> Callable[[int, float, floa
     return of
 
 
-def make_draw(config: Config) -> Callable[[jax.Array, int], jax.Array]:
-    """Returns (key, batch size) -> u in (0, 1), as `config.loss.draw` says."""
-    return of_name({"uniform": weightings.uniform, "stratified": weightings.stratified}, config.loss.draw, "loss.draw")
+def make_draw(name: str) -> Callable[[jax.Array, int], jax.Array]:
+    """Returns (key, batch size) -> u in (0, 1): "uniform", or "stratified" over the batch."""
+    return of_name({"uniform": weightings.uniform, "stratified": weightings.stratified}, name, "loss.draw")
 
 
-def make_weight(config: Config, process: Process) -> Callable[[jax.Array], Any]:
-    """Returns time -> the weight of the mean squared error of the network's output, as `config.loss.weighting` says.
+def make_weight(name: str, kind: str, process: Process) -> Callable[[jax.Array], Any]:
+    """Returns time -> the weight of the mean squared error of what a network returns.
+
+    Args:
+      name: none, simple, min_snr, p2, edm or vlb.
+      kind: of the network's prediction.
+      process: of the times.
 
     Raises:
       ValueError: an unknown name, or one that this process does not have.
     """
-    kind, schedule = config.loss.prediction, process.schedule
+    schedule = process.schedule
 
     def by_level(weight: Callable[..., jax.Array]) -> Callable[[jax.Array], Any]:
         return lambda time: weight(kind, *process.at(time))
@@ -177,6 +182,6 @@ def make_weight(config: Config, process: Process) -> Callable[[jax.Array], Any]:
         "edm": by_level(weightings.edm),
         "vlb": vlb,
     }
-    if config.loss.weighting == "vlb" and schedule is None:
+    if name == "vlb" and schedule is None:
         raise ValueError("loss.weighting=vlb weighs the steps of a chain: it needs process.name=ddpm")
-    return of_name(weights, config.loss.weighting, "loss.weighting")
+    return of_name(weights, name, "loss.weighting")

@@ -10,6 +10,7 @@ import numpy as np
 from diffusion import grids, guidance, samplers, schedules
 from diffusion.model.choices import pick
 from diffusion.model.config import Config
+from diffusion.model.objectives import make_objective
 from diffusion.model.processes import Process
 from diffusion.samplers import Denoise
 
@@ -155,7 +156,8 @@ def make_sampling(config: Config, process: Process) -> Sampling:
         that was not learned, or a prediction that holds no image where the grid begins.
     """
     settings = config.sampling
-    if settings.sampler.get("variance") == "learned" and not config.loss.learned_variance:
+    objective = make_objective(config, process)
+    if settings.sampler.get("variance") == "learned" and not objective.learned_variance:
         raise ValueError(
             "sampling.sampler.variance=learned needs a network trained with loss.learned_variance=True: "
             "use large or small"
@@ -165,7 +167,7 @@ def make_sampling(config: Config, process: Process) -> Sampling:
     if settings.batch_size < 1:
         raise ValueError(f"sampling.batch_size is {settings.batch_size}: it has to be at least 1")
     grid = pick(GRIDS, settings.grid, "sampling.grid")(process, settings.num_steps)
-    if config.loss.prediction == "eps" and grid.signal[0] == 0:
+    if objective.prediction == "eps" and grid.signal[0] == 0:
         raise ValueError(
             "loss.prediction=eps holds no image where sampling begins, for there the signal is 0: predict v, velocity "
             "or x_0"

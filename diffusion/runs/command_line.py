@@ -15,7 +15,7 @@ from ml_collections import config_flags
 from diffusion.files import cache_folder, check_file, check_folder
 from diffusion.model import formats
 from diffusion.model.config import Config, check_ranges, from_plain, plain
-from diffusion.model.fields import CHOICES, check_field, check_items, choose, load, nearest
+from diffusion.model.fields import check_field, check_items, choose, is_choice, load, nearest
 from diffusion.runs.begin import asked_origin, settle
 from diffusion.runs.call import Call, Task
 from diffusion.runs.run import check_changes, read_description
@@ -195,7 +195,7 @@ def override(config: Config, arguments: list[str], known: flags.FlagValues) -> C
       RunError: a field or flag that does not exist (names the nearest), or a value that is not of the field's type.
     """
     config = from_plain(plain(config))
-    named = {argument: place_named(argument) for argument in arguments if place_named(argument)}
+    named = {argument: place for argument in arguments if (place := place_named(argument, config))}
     for argument, place in named.items():
         choose(config, place, argument.partition("=")[2])
     arguments = [argument for argument in arguments if argument not in named]
@@ -232,11 +232,11 @@ def override(config: Config, arguments: list[str], known: flags.FlagValues) -> C
     return config
 
 
-def place_named(argument: str) -> str:
+def place_named(argument: str, config: Config) -> str:
     """Returns the place of the choice that --config.PLACE=NAME or --config.PLACE.name=NAME names; "" for others."""
     name, equals, _ = argument.partition("=")
     place = name.lstrip("-").removeprefix("config.").removesuffix(".name")
-    return place if equals and name.lstrip("-").startswith("config.") and place in CHOICES else ""
+    return place if equals and name.lstrip("-").startswith("config.") and is_choice(config, place) else ""
 
 
 def whole(argument: str, fields: dict[str, Any]) -> str:

@@ -3,22 +3,24 @@
     python -m experiments.cifar10 --mode=export --workdir=runs/ddpm --weights=my-ddpm
     python -m experiments.sd3 --mode=export --workdir=runs/mine --weights=my-sd3
 
-`--weights` is a new folder: a DDPMPipeline of a U-Net, a StableDiffusion3Pipeline of an MM-DiT that was trained whole,
-pytorch_lora_weights.safetensors of adapters.
+`--weights` is a new folder: a DDPMPipeline of a U-Net, a StableDiffusion3Pipeline or Flux2KleinPipeline of such a model
+that was trained whole, pytorch_lora_weights.safetensors of adapters.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from diffusion.model import flux2_text
 from diffusion.model.autoencoders import restore
 from diffusion.model.choices import fields_of
 from diffusion.model.processes import PROCESSES
 from diffusion.model.sampling import SAMPLERS
 from diffusion.model.sd3_text import towers_of
 from diffusion.networks.mmdit import MMDiT
-from diffusion.pretrained import lora, pipeline, sd3
+from diffusion.pretrained import klein, lora, pipeline, sd3
 from diffusion.pretrained.scheduler import Chain
 from diffusion.pretrained.vae import PublishedAutoencoder
 from diffusion.runs.call import Call
@@ -32,11 +34,9 @@ def export_weights(call: Call) -> None:
     published, run = published_folder(call), call.open()
     if run.model.lora is not None:
         what = export_lora(published, run)
-    elif run.config.condition.name == "sd3" and run.config.space.name == "latents":
-        export_sd3(published, run)
-        what = "the averaged weights"
     else:
-        export_chain(published, run)
+        kind = run.config.condition.name if run.config.space.name == "latents" else ""
+        PIPELINES.get(kind, export_chain)(published, run)
         what = "the averaged weights"
     print(f"{published}: {what} of {run.workdir} after {run.step} steps")
 
@@ -51,18 +51,37 @@ def export_lora(published: Path, run: Run) -> str:
 def export_sd3(published: Path, run: Run) -> None:
     """Writes the folder of a `StableDiffusion3Pipeline`, in the dtypes of the run's parameters."""
     model = run.model
-    assert model.condition.description is not None and model.space.description is not None
+    assert model.condition.description is not None
     params = jax.device_get(run.params)
-    space, codec = params["space"], restore(model.space.description)
-    autoencoder = PublishedAutoencoder(
-        codec.module, space["autoencoder"], space["shift"], space["scale"], codec.patch, run.config.space.sample
-    )
     towers = towers_of(model.condition.description, params["text"])
     network: MMDiT = model.network
     whole = sd3.StableDiffusion3(
-        network, params["network"], autoencoder, towers, run.config.sampling.grid.get("shift", 1.0)
+        network, params["network"], autoencoder_of(run), towers, run.config.sampling.grid.get("shift", 1.0)
     )
     sd3.save_pipeline(published, whole)
+
+
+def export_klein(published: Path, run: Run) -> None:
+    """Writes the folder of a `Flux2KleinPipeline`, in the dtypes of the run's parameters.
+
+    It is a distilled one where the run is sampled without guidance.
+    """
+    model = run.model
+    assert model.condition.description is not None
+    params = jax.device_get(run.params)
+    encoder = flux2_text.published(model.condition.description, params["text"])
+    distilled = run.config.sampling.guidance == 1.0
+    whole = klein.Klein(model.network, params["network"], autoencoder_of(run), *encoder, distilled)
+    klein.save_pipeline(published, whole)
+
+
+def autoencoder_of(run: Run) -> PublishedAutoencoder:
+    """Returns the autoencoder of a run in latents as it is published."""
+    assert run.model.space.description is not None
+    space, codec = jax.device_get(run.params["space"]), restore(run.model.space.description)
+    return PublishedAutoencoder(
+        codec.module, space["autoencoder"], space["shift"], space["scale"], codec.patch, run.config.space.sample
+    )
 
 
 def export_chain(published: Path, run: Run) -> None:
@@ -86,8 +105,8 @@ def export_chain(published: Path, run: Run) -> None:
     of_process: dict[str, Any] = {field: config.process[field] for field in fields_of(PROCESSES["ddpm"])}
     chain = Chain(
         **of_process,
-        prediction=config.loss.prediction,
-        variance="learned" if config.loss.learned_variance else variance,
+        prediction=run.model.objective.prediction,
+        variance="learned" if run.model.objective.learned_variance else variance,
         clip=threshold.name == "clip",
         clip_range=threshold.get("high", 1.0),
         steps_offset=grid.get("steps_offset", 0),
@@ -96,3 +115,6 @@ def export_chain(published: Path, run: Run) -> None:
     )
     params = jax.device_get(run.params["params"])
     pipeline.save_pipeline(published, network, params, run.model.space.image_shape[:2], chain)
+
+
+PIPELINES: dict[str, Callable[[Path, Run], None]] = {"sd3": export_sd3, "flux2": export_klein}  # of conditions

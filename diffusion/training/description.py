@@ -9,7 +9,7 @@ from diffusion.training.errors import RunError
 Description = dict[str, Any]
 Migrate = Callable[[Description], Description]  # an older stored description -> one of the present FORMAT
 
-FORMAT = 3  # raised when the meaning of a description changes; one without "format" is of format 1
+FORMAT = 4  # raised when the meaning of a description changes; one without "format" is of format 1
 TYPES = {"experiment": str, "config": dict}
 
 

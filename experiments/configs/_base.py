@@ -1,8 +1,8 @@
 """Every field of a config, once, with what it means; the files beside this one change what their data needs.
 
-A choice (`process`, `network`, `condition`, `optimizer`, `sampling.sampler`) has a `name` and the fields of that name
-alone: `--config.process.name=flow` replaces DDPM's fields by a flow's. `METHODS` are the published changes that apply
-to any data: `--config=experiments/configs/digits.py:flow,class_conditional`.
+A choice (`process`, `network`, `condition`, `loss`, `optimizer`, `sampling.sampler`) has a `name` and the fields of that
+name alone: `--config.process.name=flow` replaces DDPM's fields by a flow's. `METHODS` are the published changes that
+apply to any data: `--config=experiments/configs/digits.py:flow,class_conditional`.
 """
 
 from collections.abc import Callable, Mapping
@@ -72,6 +72,7 @@ def image_config() -> ConfigDict:
     config.process = ConfigDict(dict(name="ddpm", beta="linear", first=1e-4, last=0.02, num_steps=1000))
     config.loss = ConfigDict(
         dict(
+            name="denoising",
             prediction="eps",  # what the network returns: eps, x_0, v, velocity or F
             weighting="simple",  # of noise levels: none, simple, min_snr, p2, edm or vlb
             draw="uniform",  # of training times; or stratified over the batch
