@@ -12,6 +12,7 @@ from diffusion.model import vae
 from diffusion.model.choices import fields_of
 from diffusion.networks.tiny_vae import TinyAutoencoder
 from diffusion.networks.vae import Autoencoder, fold, unfold
+from diffusion.pretrained import taef2
 from diffusion.pretrained.autoencoders import load_autoencoder
 from diffusion.pretrained.vae import PublishedAutoencoder
 
@@ -93,14 +94,15 @@ def open_autoencoder(folder: str | Path, patch: int = 0) -> Trained:
     Of a work folder it is the newest checkpoint's, with averaged weights.
 
     Args:
-      folder: of one of those.
+      folder: of one of those; "taef2", where no folder has that name: FLUX.2's tiny one, fetched once.
       patch: side of the patches that become channels; 0: the published one.
 
     Raises:
       ValueError: there is none, it cannot be read, or its shift and scale differ within a patch.
       RunError: a work folder of another experiment, or one whose latents have not been fitted yet.
     """
-    folder = Path(folder).expanduser()
+    named = str(folder) == taef2.NAME and not Path(folder).exists()
+    folder = taef2.fetch_taef2() if named else Path(folder).expanduser()
     if (folder / "checkpoints").is_dir():
         return of_published(vae.open_published(folder), patch)
     return of_published(load_autoencoder(folder), patch)

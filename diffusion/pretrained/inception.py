@@ -1,19 +1,15 @@
 """The public weights of FID's Inception-v3, as pytorch-fid and torch-fidelity publish them (the same file)."""
 
 import functools
-import hashlib
 import os
-import urllib.request
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from diffusion.files import cache_folder, replacing
 from diffusion.networks.inception import Inception
+from diffusion.pretrained.public import PublicFile, obtain
 from diffusion.pretrained.strict import check_keys
 from diffusion.pretrained.torch_files import read_torch_file
 
@@ -30,13 +26,7 @@ def load_inception(path: str | os.PathLike | None = None) -> dict[str, dict[str,
     Raises:
       ValueError: there is no such file, it cannot be fetched, or it is not the public one to the last bit.
     """
-    file = Path(path) if path is not None else cache_folder() / "weights" / FILE
-    if path is not None and not file.is_file():
-        raise ValueError(f"{file} is not a file: give the path of {FILE}, which is at {ADDRESS}")
-    if not file.is_file():
-        _fetch(file)
-    _check(file, file)
-    return from_torch(read_torch_file(file))
+    return from_torch(read_torch_file(obtain(PublicFile(FILE, ADDRESS, SHA256), path)))
 
 
 def from_torch(weights: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
@@ -84,29 +74,3 @@ def _layer(weights: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray
         scale = gain / np.sqrt(variance + _EPS)
         kernel, bias = weights[f"{name}.conv.weight"].transpose(2, 3, 1, 0) * scale, shift - mean * scale
     return {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
-
-
-def _check(file: Path, place: Path):
-    """Raises ValueError unless `file`, which is at `place` or is to be moved there, is the public file."""
-    with open(file, "rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != SHA256:
-        raise ValueError(f"{place} is not {FILE}: its sha256 is {found}, not {SHA256}; move it away and get {ADDRESS}")
-
-
-def _fetch(file: Path):
-    """Downloads the public file to `file`, completely or not at all."""
-    try:
-        with (
-            replacing(file) as temporary,
-            urllib.request.urlopen(ADDRESS, timeout=30) as response,
-            open(temporary, "wb") as out,
-            tqdm(total=int(response.headers.get("Content-Length", 0)), unit="B", unit_scale=True, desc=FILE) as bar,
-        ):
-            while chunk := response.read(1 << 20):
-                out.write(chunk)
-                bar.update(len(chunk))
-            out.flush()
-            _check(temporary, file)
-    except OSError as error:
-        raise ValueError(f"cannot fetch {FILE} ({error}): put {ADDRESS} at {file}") from None
