@@ -161,7 +161,7 @@ def warnings_of(config: Config, model: Model) -> list[str]:
     return found
 
 
-def make_run_optimizer(config: Config, model: Model) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_run_optimizer(config: Config, model: Model) -> tuple[optax.GradientTransformation, optax.Schedule | None]:
     """Returns the optimizer of `config`, which leaves a frozen condition's parameters alone, and its learning rate."""
     optimizer, learning_rate = make_optimizer(config)
     if model.condition.frozen and "text" not in model.frozen:  # as runs of format 2 have it

@@ -318,6 +318,7 @@ def load(
     settings = make_settings(config)
     learner = make_learner(config, model)
     abstract = training.abstract_train_state(learner, settings, mesh, abstract_batch(config, model))
+    abstract = abstract._replace(opt_state=None)  # which nobody reads who only uses the weights
     make = partial(Run, stored["experiment"], workdir, config, mesh, model, programs={}, stored=stored)
     if ema_length is None:
         with open_existing(workdir, step) as checkpoints:

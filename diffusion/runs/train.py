@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from diffusion import training
 from diffusion.data.captions import with_text
 from diffusion.data.sources import Source, each_part
 from diffusion.model import formats, prompts
-from diffusion.model.config import Config, make_settings, plain
+from diffusion.model.config import Config, from_plain, make_settings, plain
 from diffusion.model.experiment import make_experiment, make_model, stored_of, warnings_of
 from diffusion.model.model import Model
+from diffusion.model.optimizers import GIVEN
 from diffusion.model.space import with_latents
 from diffusion.runs.begin import Origin, asked_origin, check_fit, find_origin, first_weights, settle
 from diffusion.runs.call import TRAIN, Call, words_of_captions
@@ -24,6 +27,7 @@ from diffusion.runs.published import is_published
 from diffusion.runs.run import Run, load, model_of
 from diffusion.training import Experiment, RunError, make_mesh
 from diffusion.training.checkpoints import open_existing, steps_in
+from diffusion.training.writers import MakeWriter, tensorboard
 
 NUM_EXAMPLES = 24  # captions of the training set that previews show where the experiment has no examples
 
@@ -53,6 +57,8 @@ def train_run(
     init_from: str | Path | None = None,
     init_only: Sequence[str] = (),
     init_raw: bool = False,
+    optimizer: optax.GradientTransformation | None = None,
+    writers: Sequence[MakeWriter] = (tensorboard,),
 ) -> Run:
     """Trains a model of `config` on `source` in a new or existing work folder, and returns the run.
 
@@ -65,22 +71,34 @@ def train_run(
       init_from: work folder, or FOLDER:STEP, of a run whose weights a new one begins with; see `diffusion.runs.begin`.
       init_only: of "network", "text" and "space", the parts that are taken of it; (): all that it has.
       init_raw: its raw weights, not the averaged ones.
+      optimizer: any optax transformation, in place of `config.optimizer`: its own rate, nothing is clipped. The run
+        records that it was given, as optimizer.name=given; to resume, pass it again.
+      writers: of what is reported, beside metrics.jsonl; see `diffusion.training.writers`.
 
     Raises:
       RunError: settings that cannot run, a folder of another run, or weights that do not fit.
-      ValueError: a config that cannot be built.
+      ValueError: a config that cannot be built, or an optimizer that has to be given.
 
     Example:
       config = diffusion.load_config("digits:flow", {"training.num_steps": 100})
       run = diffusion.train(config, digits("train"), "runs/mine")
     """
     workdir = Path(workdir).expanduser()
+    if optimizer is not None:
+        config = with_given(config)
     stored = stored_in(workdir)
     origin = find_origin(init_from, init_only, init_raw) if init_from is not None and stored is None else None
     config = settle(config, workdir, stored, init_from, origin)
     vocabulary = words_of_captions(config, source) if source.captions and not stored else []
     mesh = make_mesh(num_devices, config.training.get("mesh", ""))
-    return train_on(name, config, source, workdir, mesh, stored, vocabulary, (), origin)
+    return train_on(name, config, source, workdir, mesh, stored, vocabulary, (), origin, optimizer, writers)
+
+
+def with_given(config: Config) -> Config:
+    """Returns a config whose optimizer is not in it, but given from Python."""
+    config = from_plain(plain(config)).unlock()
+    config.optimizer = ConfigDict(dict(name=GIVEN))
+    return config.lock()
 
 
 def stored_in(workdir: Path) -> dict[str, Any] | None:
@@ -103,11 +121,15 @@ def train_on(
     vocabulary: Sequence[str],
     examples: Sequence[str],
     origin: Origin | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    writers: Sequence[MakeWriter] = (tensorboard,),
 ) -> Run:
     """Trains `config` on `source` in `workdir`.
 
     `stored` is the description of the run there, None for a new one, which begins with the weights of `origin`.
     """
+    if (config.optimizer.name == GIVEN) != (optimizer is not None):
+        raise ValueError("optimizer.name=given is one that Python passes: diffusion.train(..., optimizer=...)")
     model, description = describe(name, config, source, stored, vocabulary, origin)
     for line in warnings_of(config, model):
         logging.warning(line)
@@ -117,9 +139,17 @@ def train_on(
         begun, about = first_weights(config, model, origin, mesh)
         description |= about | ({"examples": list(examples)} if examples else {})
     experiment = prepare(config, model, source, workdir, mesh, stored, examples, begun)
+    if optimizer is not None:
+        experiment = experiment._replace(optimizer=optimizer)
     settings = make_settings(config)
     state = training.train(
-        experiment, settings, workdir=workdir, mesh=mesh, description=description, migrate=formats.current
+        experiment,
+        settings,
+        workdir=workdir,
+        mesh=mesh,
+        description=description,
+        migrate=formats.current,
+        writers=writers,
     )
     params = training.averaged(state.params, state.ema, model.frozen)
     run = Run(name, workdir, config, mesh, model, params, int(state.step), settings.ema_decay, {})

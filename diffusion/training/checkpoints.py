@@ -139,14 +139,21 @@ class Checkpoints:
     def restore(self, abstract_state: TrainState) -> TrainState:
         """Returns the newest state with the shapes, dtypes and shardings of `abstract_state`.
 
-        Any number of devices reads what any other number wrote.
+        Any number of devices reads what any other number wrote. Where `opt_state` is None, all but that is read.
 
         Raises:
           RunError: it does not fit `abstract_state`.
         """
         path = self._folder / str(self._newest)
+        wanted = {name: part for name, part in abstract_state._asdict().items() if part is not None}
+        partial = "opt_state" not in wanted
         try:
-            return ocp.load(str(path), abstract_state=abstract_state)
+            with _context(partial):
+                found = ocp.load(str(path), abstract_state=wanted if partial else abstract_state)
+            state = TrainState(**found, opt_state=None) if partial else found
+            if missing := [x for x in jax.tree.leaves(state) if isinstance(x, jax.ShapeDtypeStruct)]:
+                raise ValueError(f"{len(missing)} arrays are not there, as one of shape {missing[0].shape}")
+            return state
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} does not hold the state of this experiment: {one_line(error)}") from error
 
@@ -285,11 +292,13 @@ def failing_at(step: int, folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _context() -> ocp.Context:
+def _context(partial: bool = False) -> ocp.Context:
     """Returns orbax's options: devices that hold the same array share the work of saving it only if it is large.
 
-    Slicing an array for that compiles a program for each shape: with small ones the first save would take 20 s.
+    Slicing an array for that compiles a program for each shape: with small ones the first save would take 20 s. With
+    `partial`, what a checkpoint holds beside what is asked for is left out; what it lacks remains abstract.
     """
     context = ocp.Context()
+    context.pytree.loading.partial_load = partial
     context.array.saving.min_slice_bytes_for_replica_parallel = MIN_SLICE_BYTES
     return context
