@@ -147,12 +147,37 @@ def restore(description: Mapping[str, Any]) -> TextEncoder:
     """
     if "qwen3" not in description:
         raise ValueError("the stored text encoder is not of condition.name=flux2")
-    fields: dict[str, Any] = dict(description["qwen3"])
-    fields |= {"states": tuple(fields["states"]), "dtype": jnp.dtype(fields["dtype"])}
     return make_text_encoder(
-        Qwen3(**fields),
+        Qwen3(**restored_fields(description)),
         chat.from_json(description["tokenizer"]),
         description["padding"],
         length=description["length"],
         weights_dtype=jnp.dtype(description["weights_dtype"]),
     )
+
+
+def published(description: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[Qwen3, dict[str, Any], Tokenizer, int]:
+    """Returns the encoder of a run as it is published: network and parameters, `whole`, its tokenizer and padding.
+
+    A run holds no layer beyond the last state that is read. One that adds nothing is put there, and a norm of ones, for
+    transformers normalises what its last layer returns: it reads the same states, to the bit, and is no language model.
+
+    Args:
+      description: the encoder's.
+      params: its parameters.
+    """
+    encoder = Qwen3(**restored_fields(description))
+    last = encoder.states[-1]
+    encoder = encoder.clone(depth=last + 1, whole=True, tied=True)
+    own, like = params["params"], qwen3.shapes(encoder)
+    dtype = own["token_embedding"].dtype
+    layer = jax.tree.map(lambda leaf: np.zeros(leaf.shape, dtype), like[f"layer_{last}"])
+    norm = jax.tree.map(lambda leaf: np.ones(leaf.shape, dtype), like["norm_out"])
+    whole = {**own, f"layer_{last}": layer, "norm_out": norm}
+    return encoder, {"params": whole}, chat.from_json(description["tokenizer"]), description["padding"]
+
+
+def restored_fields(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of the network that a description holds as plain JSON."""
+    fields: dict[str, Any] = dict(description["qwen3"])
+    return fields | {"states": tuple(fields["states"]), "dtype": jnp.dtype(fields["dtype"])}
