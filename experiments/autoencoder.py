@@ -71,6 +71,7 @@ def train(call: Call) -> None:
         mesh=call.mesh,
         description={"experiment": call.task.name, "config": plain(config)},
         migrate=formats.current,
+        writers=call.writers,
     )
     trained = vae.make_trained(config, call.mesh, state)
     if jax.process_index() == 0:
@@ -198,7 +199,7 @@ def measure(call: Call, trained: vae.Trained) -> None:
     for name, values in latents._asdict().items():
         value = values[0] if len({*values}) == 1 else {f"channel {number}": one for number, one in enumerate(values)}
         measurements.append(Measurement(f"{name} to x_0", value, len(images), **made, note="x_0 = (z - shift) * scale"))
-    finish_run(call.workdir, call.task.name, trained.step, measurements, curves=("psnr",))
+    finish_run(call.workdir, call.task.name, trained.step, measurements, curves=("psnr",), writers=call.writers)
 
 
 def above(images: np.ndarray, reconstructions: np.ndarray, columns: int = 8) -> np.ndarray:

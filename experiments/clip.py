@@ -77,6 +77,7 @@ def train_clip(call: Call) -> None:
         mesh=call.mesh,
         description=description,
         migrate=formats.current,
+        writers=call.writers,
     )
     if config.evaluation.after_training:
         measure(call, contrastive_model.make_trained(config, clip, tokenizer, state))
@@ -142,7 +143,7 @@ def measure(call: Call, trained: contrastive_model.Trained) -> None:
                 name = f"zero-shot accuracy of the {what}, {split}"
                 made |= {"seeds": [1]}
                 measurements.append(Measurement(name, value, count, **made))
-    finish_run(call.workdir, call.task.name, trained.step, measurements)
+    finish_run(call.workdir, call.task.name, trained.step, measurements, writers=call.writers)
 
 
 def retrieval(encoder: Encoder, captioned: Source, count: int, seed: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ from diffusion.model import prompts
 from diffusion.model.config import Config
 from diffusion.runs.adapters import with_lora
 from diffusion.runs.run import Run, load
+from diffusion.training.writers import MakeWriter, named
 
 TRAIN, TEST = "train", "test"
 
@@ -37,6 +38,11 @@ class Call(NamedTuple):
     flags: flags.FlagValues
     stored: Mapping[str, Any] | None
     asked: tuple[str, ...] = ()
+
+    @property
+    def writers(self) -> list[MakeWriter]:
+        """What --writers names. Raises RunError where one is unknown or not installed."""
+        return named(self.flags.writers)
 
     def open(self, ema_length: float | None = None) -> Run:
         """Returns the trained run of this call: --checkpoint's and --ema_length's weights."""

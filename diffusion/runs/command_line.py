@@ -22,6 +22,7 @@ from diffusion.runs.run import check_changes, read_description
 from diffusion.runs.train import stored_in
 from diffusion.training import RunError, check_seed, make_mesh, processes, workdir
 from diffusion.training.errors import one_line
+from diffusion.training.writers import DEFAULT, WRITERS
 
 Mode = Callable[[Call], None]
 LONGEST = 560  # characters of an error
@@ -41,6 +42,7 @@ READ_BY = {
     "num_samples": (*DRAW, *SCORE, "likelihood", "reconstruct"),
     "out": (*DRAW, "train", "evaluate", "reconstruct"),
     "weights": ("import", "export"),
+    "writers": ("train", "evaluate"),
     **dict.fromkeys(("init_from", "init_only", "init_raw"), ("train", "check")),
     **dict.fromkeys(("variant", "tokenizers", "null_class", "new_attention_order"), ("import",)),
 }
@@ -92,6 +94,9 @@ def define_flags(values: flags.FlagValues, modes: dict[str, Mode]) -> None:
     flags.DEFINE_string("out", None, "samples as .npz (default: in the work folder)", flag_values=values)
     flags.DEFINE_string("sampler", None, "in place of config.sampling.sampler.name", flag_values=values)
     flags.DEFINE_integer("steps", None, "in place of config.sampling.num_steps", lower_bound=1, flag_values=values)
+    flags.DEFINE_list(
+        "writers", list(DEFAULT), f"of what is reported, beside metrics.jsonl: {', '.join(WRITERS)}", flag_values=values
+    )
     flags.DEFINE_bool("traceback", False, "show where an error comes from", flag_values=values)
 
 

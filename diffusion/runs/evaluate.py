@@ -32,10 +32,11 @@ def define_flags(values: flags.FlagValues) -> None:
 def evaluate(call: Call, run: Run | None = None) -> None:
     """Measures the run as its experiment asks, or as any images can be; writes report.json, report.md and pictures."""
     if run is None:
+        _ = call.writers  # refused now, where one is
         (call.task.ready or ready)(call)
         run = call.open()
     measurements = (call.task.evaluate or of_images)(call, run)
-    finish_run(run.workdir, run.experiment, run.step, measurements)
+    finish_run(run.workdir, run.experiment, run.step, measurements, writers=call.writers)
 
 
 def ready(call: Call) -> None:

@@ -1,6 +1,7 @@
 """What every evaluation ends in: report.json, report.md and the curves in the run's folder, and the report printed."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 
 from diffusion import evaluation
 from diffusion.evaluation import Measurement
+from diffusion.training.writers import MakeWriter
 
 
 def made_by(run: Any) -> dict[str, Any]:
@@ -34,7 +36,12 @@ def finish(folder: Path, title: str, measurements: Sequence[Measurement], about:
 
 
 def finish_run(
-    workdir: Path, experiment: str, step: int, measurements: Sequence[Measurement], curves: Sequence[str] = ()
+    workdir: Path,
+    experiment: str,
+    step: int,
+    measurements: Sequence[Measurement],
+    curves: Sequence[str] = (),
+    writers: Sequence[MakeWriter] = (),
 ) -> None:
     """Writes the report of a run after `step` steps, and the curves of its training where there was one.
 
@@ -44,6 +51,7 @@ def finish_run(
       step: see above.
       measurements: of the report.
       curves: metrics that are drawn beside the loss and the gradient's norm.
+      writers: are given the numbers too.
     """
     if jax.process_index() != 0:
         return
@@ -52,3 +60,15 @@ def finish_run(
         evaluation.draw_curves(course, workdir / "curves.png", curves)
     about = {"experiment": experiment, "steps trained": step, "device": jax.devices()[0].device_kind}
     finish(workdir, f"{experiment} after {step} steps", measurements, about)
+    for make in writers:
+        with contextlib.closing(make(workdir, None)) as writer:
+            writer.numbers(step, {f"evaluation/{name}": value for name, value in numbers_of(measurements).items()})
+
+
+def numbers_of(measurements: Sequence[Measurement]) -> dict[str, float]:
+    """Returns every measured number by its name; those of one measurement as "NAME, PART"."""
+    found = {}
+    for one in measurements:
+        parts = one.value if isinstance(one.value, Mapping) else {"": one.value}
+        found |= {f"{one.name}, {part}" if part else one.name: float(value) for part, value in parts.items()}
+    return found

@@ -34,6 +34,7 @@ NUM_EXAMPLES = 24  # captions of the training set that previews show where the e
 
 def run_training(call: Call) -> None:
     """Trains, then evaluates where the config says so."""
+    writers = call.writers
     if call.config.evaluation.after_training:
         (call.task.ready or ready)(call)
     source = call.task.read(call.config, TRAIN)
@@ -41,7 +42,16 @@ def run_training(call: Call) -> None:
     vocabulary = [] if call.stored else list(call.task.vocabulary(call.config, source))
     examples = list(call.task.examples(call.config))
     run = train_on(
-        call.task.name, call.config, source, call.workdir, call.mesh, call.stored, vocabulary, examples, origin
+        call.task.name,
+        call.config,
+        source,
+        call.workdir,
+        call.mesh,
+        call.stored,
+        vocabulary,
+        examples,
+        origin,
+        writers=writers,
     )
     if call.config.evaluation.after_training:
         evaluate(call, run)
