@@ -188,10 +188,32 @@ def flux2_grid(num_steps: int, num_tokens: int) -> Grid:
     check_num_steps(num_steps)
     if num_tokens < 1:
         raise ValueError(f"num_tokens is {num_tokens}: give the number of an image's tokens, at least 1")
-    mu_10, mu_200 = 8.73809524e-05 * num_tokens + 1.89833333, 0.00016927 * num_tokens + 0.45666666
+    mu_10, mu_200 = 8.73809524e-05 * num_tokens + 1.89833333, _flux_mu(num_tokens)
     mu = mu_200 if num_tokens > 4300 else mu_200 + (num_steps - 200) * (mu_200 - mu_10) / 190
     t = shift_time(np.linspace(1.0, 1.0 / num_steps, num_steps), math.exp(mu))
     return Grid(*(jnp.asarray(np.append(field, end)) for field, end in ((1 - t, 1), (t, 0), (t, 0))))
+
+
+def flux2_shift(num_tokens: int) -> float:
+    """Returns the shift of FLUX's training times towards noise: 1.65 for 256 tokens, 3.16 for 4096.
+
+    That of FLUX.1's schedule, whose mu is 0.5 and 1.15 there, and of `flux2_grid` for 200 steps: larger pictures need
+    more noise to be hidden as well.
+
+    Args:
+      num_tokens: of an image.
+
+    Source: Esser et al. 2024, section 5.3.2; diffusers 0.42, calculate_shift and compute_empirical_mu.
+
+    Example:
+      >>> round(flux2_shift(256), 2), round(flux2_shift(4096), 2)
+      (1.65, 3.16)
+    """
+    return math.exp(_flux_mu(num_tokens))
+
+
+def _flux_mu(num_tokens: int) -> float:
+    return 0.00016927 * num_tokens + 0.45666666
 
 
 def shift_time(t: Scalars, shift: Scalars) -> Any:

@@ -19,7 +19,7 @@ from diffusion.model.lora import LoRA, make_lora
 from diffusion.model.model import Model, init, make_generate, make_loss
 from diffusion.model.objectives import Objective, make_objective
 from diffusion.model.optimizers import make_optimizer
-from diffusion.model.processes import make_process
+from diffusion.model.processes import make_process, of_size
 from diffusion.model.sampling import make_sampling
 from diffusion.model.space import SPACES, Space
 from diffusion.networks import flux2, mmdit, unet
@@ -68,7 +68,7 @@ def make_model(
     facts = Facts(num_classes, of_condition or {}, vocabulary, config.network.get("null_class", True))
     condition = pick(CONDITIONS, config.condition, "condition")(facts)
     space = pick(SPACES, config.space, "space")(image_shape, of_space)
-    process = process._replace(num_tokens=math.prod(space.shape[:-1]))
+    process = of_size(process, math.prod(space.shape[:-1]))
     network = make_network(config, space.shape[-1], condition, process.time_scale, objective)
     adapters = make_lora(config.network.name, **config.lora)
     known = (stored or {}).get("frozen")

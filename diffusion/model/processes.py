@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion import chains, predictions, schedules, weightings
+from diffusion import chains, grids, predictions, schedules, weightings
 from diffusion.model.choices import of_name, pick
 from diffusion.model.config import Config
 
@@ -24,6 +24,7 @@ class Process(NamedTuple):
       time_scale: factor on time in the network's embedding.
       schedule: DDPM's chain; None for a process that is none.
       num_tokens: positions of one x_0, for grids that depend on them; 0: not known.
+      sized: num_tokens -> the quantile function, where it depends on them.
     """
 
     at: predictions.Process
@@ -33,6 +34,7 @@ class Process(NamedTuple):
     time_scale: float
     schedule: schedules.Schedule | None = None
     num_tokens: int = 0
+    sized: Callable[[int], Callable[[jax.Array], jax.Array]] | None = None
 
 
 def make_process(config: Config) -> Process:
@@ -96,11 +98,11 @@ def flow(*, times: str = "uniform", shift: float = 1.0) -> Process:
 
     Args:
       times: uniform, logit_normal, mode or cosmap (section 3.1).
-      shift: of these times towards noise (eq. 23); 1: none.
+      shift: of these times towards noise (eq. 23); 1: none; 0: FLUX's, by the size of images.
     """
     process = schedules.flow_process
-    if shift <= 0:
-        raise ValueError(f"process.shift is {shift}: it has to be positive")
+    if shift < 0:
+        raise ValueError(f"process.shift is {shift}: it has to be positive, or 0 for FLUX's by the size of images")
 
     def even(num_steps: int, power: float, shift: float) -> schedules.Grid:
         if power == 1.0:
@@ -115,7 +117,14 @@ def flow(*, times: str = "uniform", shift: float = 1.0) -> Process:
     }
     drawn = of_name(quantiles, times, "process.times")
     respaced = partial(schedules.respace, schedules.flow_grid(1000))
-    return Process(process, shifted(drawn, shift), even, respaced, time_scale=1000.0)
+    found = Process(process, shifted(drawn, shift or 1.0), even, respaced, time_scale=1000.0)
+    return found if shift else found._replace(sized=lambda num_tokens: shifted(drawn, grids.flux2_shift(num_tokens)))
+
+
+def of_size(process: Process, num_tokens: int) -> Process:
+    """Returns the process of images of so many positions."""
+    quantile = process.sized(num_tokens) if process.sized else process.quantile
+    return process._replace(num_tokens=num_tokens, quantile=quantile)
 
 
 def shifted(quantile: Callable[[jax.Array], jax.Array], shift: float) -> Callable[[jax.Array], jax.Array]:

@@ -5,8 +5,8 @@
 
 RUN is a work folder: of a training, or of a published pipeline. The new run has its weights, averaged or raw, and a new
 optimizer; its config has to fit them. What it leaves open, text encoders and an autoencoder without a `folder`, is
-RUN's, and then so are the network's settings and the shift of the times it is sampled at. Where the weights are from is
-stored with the new run.
+RUN's, and then so are the network's settings and those it is sampled with: steps, guidance, the shift of their times.
+Where the weights are from is stored with the new run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,6 +32,7 @@ OWN = {
     "condition": ("folder", "precomputed", "dropout", "null"),
     "space": ("folder", "precomputed", "sample", "fitted"),
 }
+SAMPLED = ("num_steps", "guidance")  # fields of sampling that belong to the network
 NAMED = 3  # arrays in a message
 
 
@@ -157,6 +158,8 @@ def adopt(config: Config, origin: Origin, asked: Sequence[str] = ()) -> Config:
                     f"--config.{block}.{field}={config[block].get(field)}: {origin.folder} has {value}: leave it out"
                 )
         config[block] = ConfigDict({**theirs[block], **fixed, **own})
+    own = {field: theirs.sampling[field] for field in SAMPLED if f"sampling.{field}" not in asked}
+    config.sampling.update(own)
     grid = config.sampling.grid
     if grid.name == theirs.sampling.grid.name:
         shared = {name: value for name, value in theirs.sampling.grid.items() if f"sampling.grid.{name}" not in asked}

@@ -21,6 +21,8 @@ from diffusion.runs.call import Call, Task
 from diffusion.runs.run import check_changes, read_description
 from diffusion.runs.train import stored_in
 from diffusion.training import RunError, check_seed, make_mesh, processes, workdir
+from diffusion.training.ahead import target_mesh
+from diffusion.training.chips import parse_target
 from diffusion.training.errors import one_line
 from diffusion.training.writers import DEFAULT, WRITERS
 
@@ -42,6 +44,7 @@ READ_BY = {
     "num_samples": (*DRAW, *SCORE, "likelihood", "reconstruct"),
     "out": (*DRAW, "train", "evaluate", "reconstruct"),
     "weights": ("import", "export"),
+    "target": ("check",),
     "writers": ("train", "evaluate"),
     **dict.fromkeys(("init_from", "init_only", "init_raw"), ("train", "check")),
     **dict.fromkeys(("variant", "tokenizers", "null_class", "new_attention_order"), ("import",)),
@@ -155,7 +158,8 @@ def parse(
         if values.mode != "import":  # which refuses any folder that exists
             if "init_from" in values:
                 origin = asked_origin(values) if stored is None else None
-                config = settle(config, folder, stored, values.init_from, origin, fields_asked(rest))
+                asked = (*fields_asked(rest), *(("sampling.num_steps",) if values.steps is not None else ()))
+                config = settle(config, folder, stored, values.init_from, origin, asked)
             workdir.check(folder, task.name, plain(config), formats.current)
     else:
         stored = read_description(folder, values.checkpoint)
@@ -169,7 +173,10 @@ def parse(
     check_ranges(config)
     use_compilation_cache()
     processes.join()
-    mesh = make_mesh(spec=config.training.mesh)
+    if "target" in values and values.target:
+        mesh = target_mesh(parse_target(values.target), config.training.mesh)
+    else:
+        mesh = make_mesh(spec=config.training.mesh)
     return Call(task, config, folder, mesh, values, stored, fields_asked(rest)), values.mode
 
 

@@ -39,6 +39,7 @@ def get_config(methods: str = "") -> ConfigDict:
             dropout=0.1,  # share of the captions that training replaces by the empty one
         )
     )
+    config.process.shift = 0.0  # of training times towards noise: FLUX's, by the size of the pictures
     _base.fine_tune(config, sample=False)
     config.sampling = ConfigDict(
         dict(
