@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import matplotlib.figure
 import numpy as np
 from jaxtyping import Int
 
@@ -17,6 +15,8 @@ from diffusion.files import replacing
 
 
 def _figure(panels: int, width: float = 5.0) -> tuple[Any, list[Any]]:
+    import matplotlib.figure  # 0.4 s that only figures need to spend
+
     matplotlib.use("agg")
     figure = matplotlib.figure.Figure(figsize=(width * panels, 4), layout="constrained")
     return figure, list(np.atleast_1d(figure.subplots(1, panels)))
