@@ -1,7 +1,8 @@
-"""Files that are written completely or not at all, and the cache folder."""
+"""Files and folders that are written completely or not at all, and the cache folder."""
 
 import contextlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,26 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary folder beside `path` to fill; it becomes `path` when the block ends well, else it is removed.
+
+    Raises:
+      ValueError: `path` is there already.
+    """
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{path} is there already: name another folder, or move that one away")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_folder(folder: str | os.PathLike, flag: str) -> None:

@@ -5,14 +5,11 @@ read_json(path)        settings
 read_weights(folder)   arrays by name: one file or shards, safetensors or PyTorch's, read one array at a time
 """
 
-import contextlib
 import json
 import math
 import os
 import re
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from diffusion.files import new_folder as new_folder  # where its readers look for it
 from diffusion.pretrained.strict import few
 from diffusion.pretrained.torch_files import read_torch_file
 
@@ -231,23 +229,3 @@ def write_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file, with the mark by which its readers know that layouts are PyTorch's."""
     # Not ascontiguousarray, which gives a scalar an axis.
     save_file({name: np.array(weight, order="C") for name, weight in weights.items()}, path, {"format": "pt"})
-
-
-@contextlib.contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary folder beside `path` to fill; it becomes `path` when the block ends well, else it is removed.
-
-    Raises:
-      ValueError: `path` is there already.
-    """
-    path = Path(path)
-    if path.exists():
-        raise ValueError(f"{path} is there already: name another folder, or move that one away")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,91 @@
+"""Text to image on the emoji set (64x64), in FLUX.2's latents: an MM-DiT of 3.8 million parameters, words learned.
+
+    ./launch.sh emoji
+    ./launch.sh emoji --config=experiments/configs/emoji.py:clip      # after ./launch.sh clip on these captions
+
+A picture is 8x8 latents of 32 channels, 64 tokens. A caption has one picture, and x_t reveals which of all it is below
+t = 0.94 or so, and which tone of a person below 0.7 to 0.85: what the network reads of the caption it learns above. So
+training times are shifted towards noise, and it predicts v, which is -x_0 at t = 1 where velocity holds all the noise.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import _base
+
+
+def get_config(methods: str = "") -> ConfigDict:
+    """Returns the config with `clip` applied."""
+    config = _base.text_config()
+    config.data = ConfigDict(
+        dict(
+            name="emoji",
+            dir="",  # with train/ and held_out/, each of captions.jsonl and pictures; empty: made once, in the cache
+            package="",  # the packed file or unpacked folder that it is made of; empty: got by npm pack
+            image_size=64,
+            batch_size=32,
+            flip=False,  # hands point to the right or left
+        )
+    )
+    config.space = ConfigDict(
+        dict(
+            name="latents",
+            folder="taef2",  # the autoencoder's; taef2: FLUX.2's tiny one, fetched once
+            sample=False,
+            precomputed=True,
+            fitted=True,
+            patch=1,  # published: 2, which would leave 16 tokens
+        )
+    )
+    config.process = ConfigDict(dict(name="flow", times="uniform", shift=3.0))
+    config.loss.prediction = "v"
+    config.network.update(width=128, depth=6, num_heads=4, patch=1)
+    config.condition.update(width=128)
+    config.optimizer = ConfigDict(
+        dict(
+            name="muon",
+            learning_rate=1e-3,
+            warmup_steps=100,
+            cooldown_steps=1500,
+            clip_norm=1.0,
+            b1=0.9,
+            b2=0.99,
+            muon_rate=3.0,
+        )
+    )
+    config.training.update(
+        num_steps=6000,
+        ema_decay=0.999,
+        ema_profiles=(0.05, 0.1),
+        snapshot_every=250,
+        log_every=50,
+        checkpoint_every=250,
+        keep_every=1000,
+        preview_every=1000,
+        num_previews=24,
+    )
+    config.sampling.update(num_steps=24, guidance=3.0, batch_size=64)
+    config.sampling.grid.shift = 3.0
+    config.evaluation = ConfigDict(
+        dict(
+            num_samples=1000,  # held-out captions, at most; there are 316
+            num_drawings=4,  # of each
+            features="latents",  # by which the nearest true picture is found; or pixels, inception, clip
+            weights="",  # Inception's file where it is not to be fetched; clip: a published CLIP's folder
+            likelihood_images=100,
+            ode_steps=50,
+            after_training=True,
+        )
+    )
+    return _base.apply(config, methods, {"clip": clip})
+
+
+def clip(config: ConfigDict) -> None:
+    """Prompts read by the frozen text tower of a trained CLIP."""
+    config.condition = ConfigDict(
+        dict(
+            name="clip",
+            folder="runs/clip",  # work folder of a run of experiments.clip
+            precomputed=True,  # the features of all captions are made once and kept on disk
+            dropout=0.1,
+        )
+    )
