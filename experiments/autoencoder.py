@@ -29,7 +29,7 @@ from diffusion.data.sources import Source, array_source
 from diffusion.evaluation import Measurement
 from diffusion.model import formats, vae
 from diffusion.model.config import Config, make_settings, plain
-from diffusion.runs import vae_weights, weights
+from diffusion.runs import target, vae_weights, weights
 from diffusion.runs.call import TEST, TRAIN, Call, Task, refuse_flags
 from diffusion.runs.check import try_out
 from diffusion.runs.modes import main
@@ -240,9 +240,10 @@ def export(call: Call) -> None:
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Defines the flags of --mode=reconstruct, import and export."""
+    """Defines the flags of --mode=reconstruct, import, export and check."""
     flags.DEFINE_list("images", [], "reconstruct: pictures, in place of test images", flag_values=values)
     weights.define_flags(values)
+    target.define_flags(values)
 
 
 MODES = {

@@ -1,4 +1,7 @@
-"""--mode=check: what a run would need and whether its parts work, in under a minute and without beginning it."""
+"""--mode=check: what a run would need and whether its parts work, in under a minute and without beginning it.
+
+With --target=MACHINE the same is asked of a machine that is not there; see `target`.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -10,6 +13,7 @@ from diffusion.model.config import make_settings
 from diffusion.model.experiment import warnings_of
 from diffusion.runs.begin import asked_origin, first_weights
 from diffusion.runs.call import TRAIN, Call
+from diffusion.runs.target import check_target, is_asked, report_target
 from diffusion.runs.train import describe, prepare
 from diffusion.training import Experiment
 from diffusion.training.dry_run import dry_run
@@ -18,6 +22,8 @@ from diffusion.training.loop import draw_previews
 
 def check(call: Call) -> None:
     """Prints the findings of a dry run; pictures of samples after one step remain in its check/."""
+    if is_asked(call):
+        return check_target(call)
     config = call.config
     source = call.task.read(config, TRAIN)
     vocabulary = [] if call.stored else list(call.task.vocabulary(config, source))
@@ -31,6 +37,11 @@ def check(call: Call) -> None:
 
 def try_out(call: Call, experiment: Experiment, source: Source, warnings: Sequence[str] = ()) -> None:
     """Prints the findings of a dry run of `experiment` on `source`, and the warnings beside its own."""
+    if is_asked(call):
+        batches = experiment.batches(0)
+        rows = next(batches)
+        batches.close()
+        return report_target(call, experiment, rows, [])
     folder = call.workdir / "check"
     found = dry_run(
         experiment,

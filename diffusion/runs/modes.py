@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from absl import flags
 
-from diffusion.runs import begin, command_line, edit, evaluate, export, sample, sweep, weights
+from diffusion.runs import begin, command_line, edit, evaluate, export, sample, sweep, target, weights
 from diffusion.runs.call import Task
 from diffusion.runs.check import check
 from diffusion.runs.command_line import Mode
@@ -28,7 +28,7 @@ MODES: dict[str, Mode] = {
     "import": weights.import_weights,
     "export": export.export_weights,
 }
-FLAGS = (begin, sample, evaluate, sweep, edit, weights)  # modules that define flags of their modes
+FLAGS = (begin, target, sample, evaluate, sweep, edit, weights)  # modules that define flags of their modes
 
 
 def define_flags(values: flags.FlagValues) -> None:

@@ -59,15 +59,12 @@ def dry_run(experiment: Experiment, settings: Settings, *, mesh: Mesh, num_examp
     batches.close()
     batch = place_batch(mesh, rows)
     abstract = abstract_train_state(experiment, settings, mesh, batch)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     lines += parameter_lines(abstract) + sharding_lines(abstract)
 
     state = first_state(experiment, settings, abstract, batch)
     alike = same_noise(experiment, state, rows, mesh)
     begun = time.perf_counter()
-    step = on_mesh(mesh, make_step(experiment, settings))
-    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    step = step.lower(state, batch).compile()
+    step = jit_step(experiment, settings, mesh, abstract).lower(state, batch).compile()
     compiled = time.perf_counter()
     memory = step.memory_analysis()
     needed = memory_per_device(memory)
@@ -84,6 +81,13 @@ def dry_run(experiment: Experiment, settings: Settings, *, mesh: Mesh, num_examp
     if report.bad:
         warnings.append(f"the first step is bad: {describe(jax.device_get(report))}")
     return Findings(lines, warnings, state)
+
+
+def jit_step(experiment: Experiment, settings: Settings, mesh: Mesh, abstract: TrainState) -> Any:
+    """Returns the jitted train step of a run, (state, batch) -> (state, report), with the state donated."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    step = on_mesh(mesh, make_step(experiment, settings))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def parameter_lines(state: TrainState) -> list[str]:

@@ -39,12 +39,13 @@ def find_devices() -> list[Any]:
         raise RunError(f"{where}{why}: set JAX_PLATFORMS=cpu, or install JAX for the device") from error
 
 
-def make_mesh(num_devices: int | None = None, spec: str = "") -> Mesh:
+def make_mesh(num_devices: int | None = None, spec: str = "", devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh with the axes `AXES` over all devices, or the first `num_devices`.
 
     Args:
       num_devices: how many; None: all.
       spec: sizes of axes, see `mesh_sizes`.
+      devices: of another machine; None: of this one.
 
     Raises:
       RunError: JAX finds no device, or the mesh does not fit the devices.
@@ -52,7 +53,7 @@ def make_mesh(num_devices: int | None = None, spec: str = "") -> Mesh:
     Example:
       make_mesh(spec="fsdp:4,tensor:2")
     """
-    devices = find_devices()[:num_devices]
+    devices = (find_devices() if devices is None else devices)[:num_devices]
     sizes = mesh_sizes(spec, len(devices))
     placed = np.asarray(devices).reshape(tuple(sizes.values()))
     for row in placed.reshape(-1, sizes["tensor"]):
@@ -60,7 +61,8 @@ def make_mesh(num_devices: int | None = None, spec: str = "") -> Mesh:
         if len({device.process_index for device in row}) > 1:
             raise RunError(
                 f"training.mesh={spec}: tensor:{sizes['tensor']} reaches over several processes, of "
-                f"{jax.local_device_count()} devices each: make it a divisor of that"
+                f"{sum(device.process_index == row[0].process_index for device in devices)} devices each: "
+                "make it a divisor of that"
             )
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
