@@ -4,10 +4,12 @@ load("digits:flow", folder)                    # a file of the folder with metho
 change(config, {"process.name": "vp", "training.num_steps": 100})
 """
 
+import contextlib
 import difflib
 import inspect
 import runpy
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,8 @@ def load(spec: str, folder: Path) -> tuple[Config, str]:
             )
         path, methods = folder / f"{stem}.py", ",".join(filter(None, (name[len(stem) + 1 :], methods)))
     try:
-        get_config = runpy.run_path(str(path)).get("get_config")
+        with importing_from(folder.resolve().parent.parent):  # config files share experiments/configs/_base.py
+            get_config = runpy.run_path(str(path)).get("get_config")
         if get_config is None:
             raise RunError(f"{path} has no function get_config: it is not a config file")
         if methods and not inspect.signature(get_config).parameters:
@@ -80,6 +83,16 @@ def load(spec: str, folder: Path) -> tuple[Config, str]:
     if not isinstance(config, ConfigDict) or "seed" not in config:
         raise RunError(f"{path}: get_config returns no config of a run, a ConfigDict as _base.image_config makes it")
     return complete(config), "_".join([path.stem, *filter(None, methods.split(","))])
+
+
+@contextlib.contextmanager
+def importing_from(folder: Path) -> Iterator[None]:
+    """Modules in `folder` can be imported within the block, as when Python was started there."""
+    sys.path.append(str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
 
 
 def load_config(
