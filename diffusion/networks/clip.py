@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from diffusion.networks.layers import merged_dot_general
+from diffusion.networks.layers import attention, merged_dot_general
 
 normal = nn.initializers.normal
 Dense = partial(nn.Dense, dot_general=merged_dot_general)
@@ -75,7 +75,7 @@ class Block(nn.Module):
         h = LayerNorm(dtype=self.dtype, name="norm_1")(x)
         heads = (*x.shape[:2], self.num_heads, width // self.num_heads)
         query, key, value = (dense(name, width, into)(h).reshape(heads) for name in ("query", "key", "value"))
-        h = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal).reshape(x.shape)
+        h = attention(query, key, value, is_causal=self.causal).reshape(x.shape)
         x = x + dense("out", width, out)(h)
         h = LayerNorm(dtype=self.dtype, name="norm_2")(x)
         h = ACTIVATIONS[self.activation](dense("mlp_1", self.mlp_width, (2 * width) ** -0.5)(h))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from diffusion.networks.layers import merged_dot_general, sinusoidal_embedding
+from diffusion.networks.layers import attention, merged_dot_general, sinusoidal_embedding
 from diffusion.networks.mmdit import layer_norm, modulate
 
 zeros = nn.initializers.zeros_init()
@@ -246,7 +246,7 @@ def rms_norm(name: str) -> nn.RMSNorm:
 def attend(query: Heads, key: Heads, value: Heads, rotation: Rotation, dtype: Any) -> Heads:
     """Returns attention over all tokens, of queries and keys that are rotated by their tokens' coordinates."""
     query, key = rotate(query, *rotation), rotate(key, *rotation)
-    return jax.nn.dot_product_attention(*(x.astype(dtype) for x in (query, key, value)))
+    return attention(*(x.astype(dtype) for x in (query, key, value)))
 
 
 def rotate(x: Heads, cosine: Float[Any, "L half"], sine: Float[Any, "L half"]) -> Heads:

@@ -190,6 +190,17 @@ class ResidualBlock(nn.Module):
         return x + h
 
 
+def attention(
+    query: Float[Array, "B T heads head"], key: Array, value: Array, bias: Array | None = None, **options: Any
+) -> Float[Array, "B T heads head"]:
+    """Returns `jax.nn.dot_product_attention`: all networks' one way to attend.
+
+    XLA's is taken on every device, as it is what JAX defaults to, and has a derivative in forward mode, which flow maps
+    are trained by (`flow_map.total_derivative`); cuDNN's kernel has none.
+    """
+    return jax.nn.dot_product_attention(query, key, value, bias, implementation="xla", **options)
+
+
 class Attention(nn.Module):
     """Applies self-attention over all pixels, with its normalisation and residual; starts as the identity.
 
@@ -217,8 +228,26 @@ class Attention(nn.Module):
         query, key, value = (
             Dense(channels, dtype=self.dtype, name=name)(h).reshape(heads) for name in ("query", "key", "value")
         )
-        h = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
+        h = attention(query, key, value).reshape(x.shape)
         return x + Dense(channels, dtype=self.dtype, kernel_init=zeros_init, name="out")(h)
+
+
+def interval_embedding(
+    embed: Callable[[Array], Array], dense: Callable[..., nn.Module], time: Float[Array, "B"], next_time: Any
+) -> Float[Array, "B E"]:
+    """Returns what is added to the embedding of `time` for a step from there to `next_time`: 0 at first.
+
+    So a network of one time, with these layers added, begins as what it was: as a flow model, u(z, r, t) = v(z, t).
+
+    Args:
+      embed: an interval -> its sines and cosines.
+      dense: (name=..., **options) -> a dense layer of the embedding's width.
+      time: where the step begins.
+      next_time: where it ends, [B]; None: there too, where an average velocity is the velocity.
+    """
+    interval = jnp.zeros_like(time) if next_time is None else time - next_time
+    h = nn.silu(dense(name="interval_1")(embed(interval)))
+    return dense(name="interval_2", kernel_init=zeros_init)(h)
 
 
 def upsample(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diffusion.networks.layers import cut_along_batch, merged_dot_general
+from diffusion.networks.layers import attention, cut_along_batch, interval_embedding, merged_dot_general
 
 xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros_init()
@@ -77,13 +77,13 @@ class Block(nn.Module):
         if not self.last:
             query = jnp.concatenate([query, text_query], axis=1)
         key, value = jnp.concatenate([key, text_key], axis=1), jnp.concatenate([value, text_value], axis=1)
-        joint = jax.nn.dot_product_attention(query, key, value)
+        joint = attention(query, key, value)
 
         length = image.shape[1]
         image = image + gate * self._out("image", joint[:, :length])
         if self.dual_attention:
             *of_mlp, dual_shift, dual_scale, dual_gate = of_mlp
-            alone = jax.nn.dot_product_attention(*self._heads("dual", modulate(normal, dual_shift, dual_scale)))
+            alone = attention(*self._heads("dual", modulate(normal, dual_shift, dual_scale)))
             image = image + dual_gate * self._out("dual", alone)
         image = self._mlp("image", image, *of_mlp)
         if text_gate is None:
@@ -124,8 +124,9 @@ class MMDiT(nn.Module):
     that stands for `base_size`^2 of them. `qk_norm` is 3.5's; `dual_attention` is the number of blocks, from the
     first, that have image attention of their own.
 
-    `time_scale` multiplies `time` before its embedding: 1000 for a flow's time in [0, 1]. Products are computed in
-    `dtype`; parameters, normalisation, softmax, residuals, the last layer and the output stay float32. `remat`
+    `time_scale` multiplies `time` before its embedding: 1000 for a flow's time in [0, 1]. With `two_times` it is told,
+    too, the time at which a step ends, as a flow map is. `out_channels` are those of the output. Products are computed
+    in `dtype`; parameters, normalisation, softmax, residuals, the last layer and the output stay float32. `remat`
     recomputes every block's activations in the backward pass. `scan` compiles blocks of one kind once, however many:
     they are a loop over parameters that are stacked inside the program. The tree of the parameters is the same, and the
     price in memory is a copy of the blocks' parameters and one of their gradients; a loop also keeps every activation,
@@ -147,6 +148,7 @@ class MMDiT(nn.Module):
     qk_norm: bool = False
     dual_attention: int = 0
     time_scale: float = 1000.0
+    two_times: bool = False
     dtype: Any = jnp.float32
     remat: bool = False
     scan: bool = False
@@ -159,19 +161,24 @@ class MMDiT(nn.Module):
         context: Float[Array, "B L D"],
         pooled: Float[Array, "B P"],
         *,
+        next_time: Float[Array, "B"] | None = None,
         train: bool = False,
         skip: Sequence[int] = (),
-    ) -> Float[Array, "B H W C"]:
+    ) -> Float[Array, "B H W out"]:
         """The network's output, float32; `context` holds the features of the prompt's tokens, `pooled` those of all.
 
-        `train` changes nothing: there is no dropout. Both streams pass by the blocks whose numbers are in `skip`.
+        A network of `two_times` may be told `next_time`, where a step from `time` ends; None: at `time`. `train`
+        changes nothing: there is no dropout. Both streams pass by the blocks whose numbers are in `skip`.
         """
-        self._check(x_t, context, pooled)
+        self._check(x_t, context, pooled, next_time)
         batch, height, width, channels = x_t.shape
         rows, columns = height // self.patch, width // self.patch
 
         def dense(features: int, name: str, dtype: Any = self.dtype, kernel_init: Any = xavier) -> nn.Dense:
             return Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
+
+        def embed(time: Float[Array, "B"]) -> Float[Array, "B E"]:
+            return time_embedding(time * self.time_scale)
 
         def mlp(x: Float[Array, "B _"], name: str) -> Float[Array, "B W"]:
             return dense(self.width, f"{name}_2")(nn.silu(dense(self.width, f"{name}_1")(x)))
@@ -180,7 +187,10 @@ class MMDiT(nn.Module):
         positions = position_table(rows, columns, self.width, self.table_size, self.base_size)
         image = dense(self.width, "patch_in")(patches.reshape(batch, rows * columns, -1)) + positions
         text = dense(self.width, "context_in")(context).astype(jnp.float32)
-        conditioning = nn.silu(mlp(time_embedding(time * self.time_scale), "time") + mlp(pooled, "pooled"))
+        vectors = mlp(embed(time), "time") + mlp(pooled, "pooled")
+        if self.two_times:
+            vectors = vectors + interval_embedding(embed, partial(dense, self.width), time, next_time)
+        conditioning = nn.silu(vectors)
 
         streams = image, text
         for kind in self._kinds():
@@ -194,11 +204,11 @@ class MMDiT(nn.Module):
 
         modulation = dense(2 * self.width, "modulation_out", kernel_init=zeros)(conditioning)[:, None]
         scale, shift = jnp.split(modulation, 2, axis=-1)
-        patches = dense(self.patch**2 * channels, "patch_out", jnp.float32, zeros)(
+        patches = dense(self.patch**2 * self.out_channels, "patch_out", jnp.float32, zeros)(
             modulate(layer_norm(image), shift, scale)
         )
-        patches = patches.reshape(batch, rows, columns, self.patch, self.patch, channels).swapaxes(2, 3)
-        return patches.reshape(x_t.shape)
+        patches = patches.reshape(batch, rows, columns, self.patch, self.patch, self.out_channels).swapaxes(2, 3)
+        return patches.reshape(batch, height, width, self.out_channels)
 
     def _kinds(self) -> list[range]:
         """Returns the blocks' numbers, those of one kind after the other: with dual attention, without, the last."""
@@ -229,7 +239,9 @@ class MMDiT(nn.Module):
 
         return jax.lax.scan(step, streams, jax.tree.map(lambda *leaves: jnp.stack(leaves), *own))[0]
 
-    def _check(self, x_t: Array, context: Array, pooled: Array) -> None:
+    def _check(self, x_t: Array, context: Array, pooled: Array, next_time: Array | None) -> None:
+        if next_time is not None and not self.two_times:
+            raise ValueError("next_time was given to an MM-DiT of one time: set two_times")
         height, width = x_t.shape[1:3]
         if height % self.patch or width % self.patch:
             raise ValueError(

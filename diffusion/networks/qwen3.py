@@ -8,12 +8,11 @@ from itertools import pairwise
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from diffusion.networks.layers import cut_along_batch, merged_dot_general
+from diffusion.networks.layers import attention, cut_along_batch, merged_dot_general
 
 normal = nn.initializers.normal(0.02)
 # Sums leave products in float32, see `networks.t5`: what is added to the residual is not rounded first.
@@ -57,7 +56,7 @@ class Layer(nn.Module):
         query = rotate(norm(dtype=jnp.float32, name="norm_query")(query), *rotation)
         key = rotate(norm(dtype=jnp.float32, name="norm_key")(key), *rotation)
         heads = (array.astype(self.dtype) for array in (query, key, value))
-        h = jax.nn.dot_product_attention(*heads, mask=mask)
+        h = attention(*heads, mask=mask)
         x = x + Dense(x.shape[-1], axis=(-2, -1), dtype=self.dtype, name="out")(h)
         h = norm(dtype=self.dtype, name="norm_2")(x)
         gate, h = (Dense(self.mlp_width, dtype=self.dtype, name=name)(h) for name in ("mlp_gate", "mlp_1"))

@@ -7,12 +7,11 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from diffusion.networks.layers import merged_dot_general
+from diffusion.networks.layers import attention, merged_dot_general
 
 normal = nn.initializers.normal
 # Sums leave products in float32. What is added to the residual is so not rounded first; and on CPUs XLA multiplies
@@ -49,7 +48,7 @@ class Block(nn.Module):
         heads = (*x.shape[:2], self.num_heads, self.head_width)
         query, key, value = (array.astype(self.dtype).reshape(heads) for array in (query, key, value))
         # No 1 / sqrt(head_width): T5 has it in the initial weights of the query.
-        h = jax.nn.dot_product_attention(query, key, value, bias, scale=1.0).reshape(*x.shape[:2], inner)
+        h = attention(query, key, value, bias, scale=1.0).reshape(*x.shape[:2], inner)
         x = x + dense("out", width, inner**-0.5)(h)
         h = RMSNorm(dtype=self.dtype, name="norm_2")(x)
         gate, h = (dense(name, self.mlp_width, width**-0.5)(h) for name in ("mlp_gate", "mlp_1"))

@@ -4,10 +4,10 @@ They are what published networks differ in: those of diffusers' `UNet2DModel`, a
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -17,7 +17,9 @@ from diffusion.networks.layers import (
     Dense,
     GroupNorm,
     ResidualBlock,
+    attention,
     average_pool,
+    interval_embedding,
     sinusoidal_embedding,
     upsample,
     zeros_init,
@@ -54,7 +56,7 @@ class CrossAttention(nn.Module):
             Dense(channels, dtype=self.dtype, name=name)(tokens).reshape(heads)
             for name, tokens in (("query", h), ("key", context), ("value", context))
         )
-        h = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
+        h = attention(query, key, value).reshape(x.shape)
         return x + Dense(channels, dtype=self.dtype, kernel_init=zeros_init, name="out")(h)
 
 
@@ -82,6 +84,7 @@ class UNet(nn.Module):
       out_channels: None or 0 for as many as the image has.
       norm_eps: epsilon of the normalisations; 1e-5 in PyTorch and ADM.
       time_scale: multiplies `time` before its embedding: 1 for DDPM's t - 1, 1000 for a time in [0, 1].
+      two_times: whether it is told the time at which a step ends, too, as a flow map is.
       freq_shift, flip_sin_to_cos: of the time embedding, see `sinusoidal_embedding`; 0 and True in ADM.
       downsample_padding: of the convolutions with stride 2: 0 pads below and to the right only, 1 on every side.
       scale_shift: see `ResidualBlock`; ADM's `use_scale_shift_norm`.
@@ -114,6 +117,7 @@ class UNet(nn.Module):
     num_groups: int = 32
     norm_eps: float = 1e-6
     time_scale: float = 1.0
+    two_times: bool = False
     freq_shift: int = 1
     flip_sin_to_cos: bool = False
     downsample_padding: int = 0
@@ -132,16 +136,20 @@ class UNet(nn.Module):
         *,
         context: Float[Array, "B L D"] | None = None,
         pooled: Float[Array, "B P"] | None = None,
+        next_time: Float[Array, "B"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B H W out"]:
-        """Returns the output, float32; `train` turns dropout on (pass `rngs={"dropout": key}` to apply)."""
+        """Returns the output, float32; `train` turns dropout on (pass `rngs={"dropout": key}` to apply).
+
+        A network of `two_times` may be told `next_time`, where a step from `time` ends; None: at `time`.
+        """
         widths, (down, up) = self.level_widths(), self.attention_heights()
         num_levels = len(widths)
-        self._check(x_t, label, num_levels, {*down, *up})
-        embedding = nn.silu(self._embedding(time, label, pooled))
+        self._check(x_t, label, num_levels, {*down, *up}, next_time)
+        embedding = nn.silu(self._embedding(time, label, pooled, next_time))
 
         residual_block = nn.remat(ResidualBlock, static_argnums=(3,)) if self.remat else ResidualBlock
-        attention = nn.remat(Attention) if self.remat else Attention
+        self_attention = nn.remat(Attention) if self.remat else Attention
         cross_attention = nn.remat(CrossAttention) if self.remat else CrossAttention
 
         def block(h, level: int, name: str, resample=None):
@@ -151,7 +159,7 @@ class UNet(nn.Module):
         def attend(h, level: int, name: str, groups: int = self.num_groups):
             head_channels = self.head_channels or h.shape[-1] // self.num_heads
             head_channels = head_channels if isinstance(head_channels, int) else head_channels[level]
-            h = attention(head_channels, groups, self.dtype, self.norm_eps, name=name)(h)
+            h = self_attention(head_channels, groups, self.dtype, self.norm_eps, name=name)(h)
             if context is None:
                 return h
             text = cross_attention(head_channels, self.num_groups, self.dtype, self.norm_eps, name=f"{name}_text")
@@ -209,17 +217,25 @@ class UNet(nn.Module):
         return self.attention_resolutions, up if isinstance(up, Sequence) else self.attention_resolutions
 
     def _embedding(
-        self, time: Float[Array, "B"], label: Int[Array, "B"] | None, pooled: Float[Array, "B P"] | None
+        self,
+        time: Float[Array, "B"],
+        label: Int[Array, "B"] | None,
+        pooled: Float[Array, "B P"] | None,
+        next_time: Float[Array, "B"] | None,
     ) -> Float[Array, "B E"]:
-        """Returns the time embedding through two dense layers, plus those of the pooled text and of the class."""
+        """Returns the time embedding through two dense layers, plus those of the step, the text and the class."""
         width = 4 * self.channels
-        embedding = sinusoidal_embedding(
-            time * self.time_scale, self.channels, freq_shift=self.freq_shift, flip_sin_to_cos=self.flip_sin_to_cos
-        )
-        embedding = nn.silu(Dense(width, dtype=self.dtype, name="time_1")(embedding))
-        embedding = Dense(width, dtype=self.dtype, name="time_2")(embedding)
+        dense = partial(Dense, width, dtype=self.dtype)
+
+        def embed(time: Float[Array, "B"]) -> Float[Array, "B C"]:
+            options = {"freq_shift": self.freq_shift, "flip_sin_to_cos": self.flip_sin_to_cos}
+            return sinusoidal_embedding(time * self.time_scale, self.channels, **options)
+
+        embedding = dense(name="time_2")(nn.silu(dense(name="time_1")(embed(time))))
+        if self.two_times:
+            embedding = embedding + interval_embedding(embed, dense, time, next_time)
         if pooled is not None:
-            embedding = embedding + Dense(width, dtype=self.dtype, name="pooled")(pooled)
+            embedding = embedding + dense(name="pooled")(pooled)
         if self.num_classes is None:
             return embedding
         if label is None:
@@ -233,7 +249,16 @@ class UNet(nn.Module):
         )
         return embedding + table(label)
 
-    def _check(self, x_t: Array, label: Array | None, num_levels: int, attention_resolutions: set[int]) -> None:
+    def _check(
+        self,
+        x_t: Array,
+        label: Array | None,
+        num_levels: int,
+        attention_resolutions: set[int],
+        next_time: Array | None,
+    ) -> None:
+        if next_time is not None and not self.two_times:
+            raise ValueError("next_time was given to a U-Net of one time: set two_times")
         height, width = x_t.shape[1:3]
         divisor = 2 ** (num_levels - 1)
         if height % divisor or width % divisor:
