@@ -45,7 +45,7 @@ def decode(source: PictureFile, *, channels: int | None = None, size: Size | Non
     Raises:
       ValueError: in one line that names the file, if it cannot be read or has pixels of an unsupported kind.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     try:
         with _open(source) as picture:
@@ -55,12 +55,14 @@ def decode(source: PictureFile, *, channels: int | None = None, size: Size | Non
             image = _convert(picture, channels or _channels(picture.mode))
     except Exception as error:  # on damaged files Pillow's parsers raise errors of any kind
         raise _unreadable(source, error) from error
-    if size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
-        if image.size != (width, height):
-            image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    pixels = np.asarray(image)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+    return _pixels(image, size)
+
+
+def refit(pixels: UInt8[np.ndarray, "h w c"], *, channels: int, size: Size | None = None) -> UInt8[np.ndarray, "H W C"]:
+    """Returns decoded pixels as `decode` would have returned them with these channels and this size."""
+    from PIL import Image
+
+    return _pixels(_convert(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), channels), size)
 
 
 def shape_of(source: PictureFile) -> tuple[int, int, int]:
@@ -139,6 +141,18 @@ def _open(source: PictureFile) -> Any:
     from PIL import Image
 
     return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _pixels(picture: Any, size: Size | None) -> np.ndarray:
+    """Returns the pixels of a PIL image, cropped to the aspect ratio of `size` and resized to it."""
+    from PIL import Image, ImageOps
+
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        if picture.size != (width, height):
+            picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    pixels = np.asarray(picture)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _channels(mode: str) -> int:

@@ -50,7 +50,7 @@ def draw(
     *,
     images: Sequence[np.ndarray] = (),
     references: Sequence[np.ndarray] = (),
-    negative: str | None | Sequence[str | None] = None,
+    negative: str | Sequence[str | None] | None = None,
     use: Use = from_noise,
     folder: Path | None = None,
     progress: str = "sampling",
@@ -106,7 +106,7 @@ def draw(
     return np.concatenate(found)[: len(rows)]
 
 
-def warn_of_negative(config: Config, negative: str | None | Sequence[str | None]) -> None:
+def warn_of_negative(config: Config, negative: str | Sequence[str | None] | None) -> None:
     """Warns of a negative prompt that changes nothing."""
     prompts = [negative] if negative is None or isinstance(negative, str) else negative
     if any(prompts) and config.sampling.guidance == 1.0:

@@ -21,6 +21,7 @@ from diffusion.model.fields import change
 from diffusion.runs.call import Call
 from diffusion.runs.draw import draw, everywhere, remove_parts
 from diffusion.runs.pictures import read_references
+from diffusion.runs.provenance import pixels_digest
 from diffusion.runs.run import Run, model_of
 
 SHOWN = 100  # in the picture of many samples
@@ -136,11 +137,6 @@ def draw_samples(
         remove_parts(parts)
     say(f"{len(images)} samples: {out}\na picture of them: {out.with_suffix('.png')}")
     return images
-
-
-def pixels_digest(picture: np.ndarray) -> str:
-    """Returns the sha256 of a picture's shape and pixels."""
-    return f"sha256:{hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).hexdigest()}"
 
 
 def say(line: str) -> None:
