@@ -69,7 +69,9 @@ def docstring_of(choice: Any) -> dict[str, str]:
     text = inspect.getdoc(choice) or ""
     section = re.search(r"^(?:Args|Attributes):\n(.*?)(?=^\S|\Z)", text, flags=re.M | re.S)
     found = {}
-    for names, words in re.findall(r"^  (\w[\w, ]*): (.*?)(?=^  \S|\Z)", section[1] if section else "", flags=re.M | re.S):
+    for names, words in re.findall(
+        r"^  (\w[\w, ]*): (.*?)(?=^  \S|\Z)", section[1] if section else "", flags=re.M | re.S
+    ):
         found |= dict.fromkeys(names.split(", "), " ".join(words.split()).rstrip("."))
     return found
 
@@ -104,13 +106,14 @@ def read_blocks(source: str) -> list[Block]:
 def blocks_of(place: str, call: ast.Call, comments: "Comments", named: dict[str, ast.expr]) -> Iterator[Block]:
     """Yields the block of a call dict(field=value, ...), and those within it."""
     own, name = {}, ""
+    lines = [keyword.end_lineno for keyword in call.keywords]
     for keyword in call.keywords:
         if keyword.arg is None:
             continue
         if inner := dict_of(keyword.value, named):
             yield from blocks_of(f"{place}.{keyword.arg}", inner, comments, named)
             continue
-        own[keyword.arg] = comments.at(keyword)
+        own[keyword.arg] = comments.at(keyword) if lines.count(keyword.end_lineno) == 1 else ""  # of which is it?
         if keyword.arg == "name" and isinstance(keyword.value, ast.Constant):
             name = str(keyword.value.value)
     yield Block(place, name, own)

@@ -150,6 +150,11 @@ def muon(
 
     Muon's updates have the size of Adam's (Liu et al. 2025, section 2.2), times `muon_rate`.
 
+    Args:
+      rate: of the learning.
+      b1, b2: decays of Adam's running means.
+      muon_rate: learning rate of the matrices, in learning rates.
+
     Source: Jordan et al. (2024), "Muon".
     """
     return optax_muon(

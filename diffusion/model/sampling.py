@@ -4,19 +4,24 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from diffusion import grids, guidance, samplers, schedules
+from diffusion import consistency, flow_map, grids, guidance, samplers, schedules
 from diffusion.model.choices import pick
 from diffusion.model.config import Config
 from diffusion.model.objectives import make_objective
-from diffusion.model.processes import Process
+from diffusion.model.processes import Process, is_flow
 from diffusion.samplers import Denoise
 
 
 def uniform(process: Process, num_steps: int, *, shift: float = 1.0) -> schedules.Grid:
-    """Returns steps even in time, of a flow shifted towards noise."""
+    """Returns steps even in time, of a flow shifted towards noise.
+
+    Args:
+      process: whose times they are.
+      num_steps: of the sampler.
+      shift: of a flow's times towards noise (Esser et al. 2024, eq. 23); 1: none.
+    """
     return process.even(num_steps, 1.0, shift)
 
 
@@ -31,7 +36,13 @@ def log_snr(process: Process, num_steps: int) -> schedules.Grid:
 
 
 def karras(process: Process, num_steps: int, *, rho: float = 7.0) -> schedules.Grid:
-    """Returns Karras et al.'s spacing of noise / signal."""
+    """Returns Karras et al.'s spacing of noise / signal.
+
+    Args:
+      process: whose times they are.
+      num_steps: of the sampler.
+      rho: 1: steps even in noise / signal; the larger, the more of them near the data.
+    """
     return process.respaced(num_steps, rho)
 
 
@@ -60,7 +71,13 @@ def chain_of(process: Process, spacing: str) -> schedules.Schedule:
 
 
 def released_flow(process: Process, num_steps: int, *, shift: float = 1.0) -> schedules.Grid:
-    """Returns the times of Stable Diffusion 3's released code and of diffusers (`grids.released_flow_grid`)."""
+    """Returns the times of Stable Diffusion 3's released code and of diffusers (`grids.released_flow_grid`).
+
+    Args:
+      process: a flow.
+      num_steps: of the sampler.
+      shift: of the times towards noise.
+    """
     check_flow(process, "released_flow")
     return grids.released_flow_grid(num_steps, shift)
 
@@ -73,7 +90,7 @@ def flux2(process: Process, num_steps: int) -> schedules.Grid:
 
 def check_flow(process: Process, name: str) -> None:
     """Raises ValueError where a grid for a flow's straight lines from noise to data is asked of another process."""
-    if not np.isclose(sum(map(float, process.at(jnp.float32(0.25)))), 1):
+    if not is_flow(process):
         raise ValueError(f"sampling.grid.name={name} has the times of a flow: it needs process.name=flow")
 
 
@@ -97,7 +114,10 @@ SAMPLERS = {
     "heun": samplers.heun,
     "dpm_solver_pp": samplers.dpm_solver_pp,
     "unipc": samplers.unipc,
+    "mean_flow": flow_map.mean_flow,
+    "multistep_consistency": consistency.multistep_consistency,
 }
+ASKS = {"mean_flow": "jump", "multistep_consistency": "end"}  # all others: "denoise"; see `Objective.gives`
 THRESHOLDS = {"clip": guidance.clip, "dynamic": guidance.dynamic_threshold, "none": lambda denoise: denoise}
 
 
@@ -126,6 +146,7 @@ class Sampling(NamedTuple):
       interval: (first, last) time, as the network is given it, at which guidance acts; None: always.
       threshold: of x_0_hat, a Denoise -> Denoise.
       skip: layers that are skipped for guidance; None: none are.
+      asks: what the sampler is given in place of a denoiser, see `Objective.gives`.
     """
 
     sampler: Callable[..., Any]
@@ -134,6 +155,7 @@ class Sampling(NamedTuple):
     interval: tuple[float, float] | None
     threshold: Callable[[Denoise], Denoise]
     skip: Skip | None = None
+    asks: str = "denoise"
 
     def guide(self, conditional: Denoise, pair: Callable[..., Any], without: Denoise | None = None) -> Denoise:
         """Returns `conditional` guided, with its x_0_hat bounded; `pair` and `without` are those of `skip_layer`."""
@@ -172,13 +194,22 @@ def make_sampling(config: Config, process: Process) -> Sampling:
             "loss.prediction=eps holds no image where sampling begins, for there the signal is 0: predict v, velocity "
             "or x_0"
         )
+    sampler = pick(SAMPLERS, settings.sampler, "sampling.sampler")
+    asks = ASKS.get(settings.sampler.name, "denoise")
+    if asks not in objective.gives:
+        fit = [name for name in SAMPLERS if ASKS.get(name, "denoise") in objective.gives]
+        raise ValueError(
+            f"sampling.sampler.name={settings.sampler.name} does not draw with what loss.name={config.loss.name} "
+            f"trains: choose from {', '.join(fit)}"
+        )
     return Sampling(
-        pick(SAMPLERS, settings.sampler, "sampling.sampler"),
+        sampler,
         grid,
         float(settings.guidance),
         guided_times(grid, tuple(settings.guidance_interval)),
         pick(THRESHOLDS, settings.threshold, "sampling.threshold"),
         skipped(config, grid),
+        asks,
     )
 
 

@@ -1,8 +1,8 @@
 """Every field of a config, once, with what it means; the files beside this one change what their data needs.
 
-A choice (`process`, `network`, `condition`, `loss`, `optimizer`, `sampling.sampler`) has a `name` and the fields of that
-name alone: `--config.process.name=flow` replaces DDPM's fields by a flow's. `METHODS` are the published changes that
-apply to any data: `--config=experiments/configs/digits.py:flow,class_conditional`.
+A choice (`process`, `network`, `condition`, `loss`, `optimizer`, `sampling.sampler`) has a `name` and the fields of
+that name alone: `--config.process.name=flow` replaces DDPM's fields by a flow's. `METHODS` are the published changes
+that apply to any data: `--config=digits:flow,class_conditional`.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ UNET = dict(
     multipliers=(1, 2, 2, 2),  # of those channels, one per level
     num_blocks=2,  # residual blocks per level
     attention_resolutions=(16,),  # heights at which self-attention follows each block
-    dropout=0.1,
+    dropout=0.1,  # share of the features that each residual block hides in training
     num_groups=32,  # of the group normalisation
     head_channels=0,  # of each attention head; 0: one head
     dtype="float32",  # of convolutions and products; parameters, statistics and output are float32
@@ -25,13 +25,13 @@ UNET = dict(
 )
 MMDIT = dict(
     name="mmdit",
-    width=96,
-    depth=4,
-    num_heads=3,
+    width=96,  # of each token
+    depth=4,  # blocks
+    num_heads=3,  # of attention, that divide the width
     patch=2,  # side of a patch, in pixels
     table_size=16,  # side of the position table, in patches
     base_size=16,  # the side that the table's positions span
-    qk_norm=True,
+    qk_norm=True,  # normalise queries and keys, as in Stable Diffusion 3.5
     dual_attention=0,  # of the blocks, from the first, how many have image attention of their own
     dtype="float32",
     remat=False,
@@ -49,7 +49,7 @@ WORDS = dict(
 def image_config() -> ConfigDict:
     """Returns DDPM with a U-Net on images without a condition: Ho, Jain & Abbeel (2020)."""
     config = ConfigDict()
-    config.seed = 0
+    config.seed = 0  # of weights, data order and noise; --seed is that of samples
     config.data = ConfigDict(
         dict(
             name="",  # which images
@@ -83,31 +83,31 @@ def image_config() -> ConfigDict:
     config.optimizer = ConfigDict(
         dict(
             name="adam",  # or adamw, muon, sgd, lion
-            learning_rate=2e-4,
+            learning_rate=2e-4,  # the highest
             schedule=ConfigDict(dict(name="wsd")),  # of the rate after its warm-up; or constant, linear, cosine
             warmup_steps=5000,  # the rate rises along a line
             cooldown_steps=0,  # wsd: and in the last steps falls along one
             clip_norm=1.0,  # of the gradient
-            b1=0.9,
-            b2=0.999,
-            eps=1e-8,
+            b1=0.9,  # decay of the running mean of gradients
+            b2=0.999,  # and of their squares
+            eps=1e-8,  # added to the root of the latter
         )
     )
     config.training = ConfigDict(
         dict(
-            num_steps=800_000,
+            num_steps=800_000,  # of the optimizer
             ema_decay=0.9999,  # of the average of the weights that samples are drawn with
             ema_profiles=(0.05, 0.1),  # power-function averages; any other length is made of these afterwards
             snapshot_every=0,  # steps; stores those averages, 0: never
             accumulate=1,  # micro-batches per step
             mesh="",  # sizes of data, fsdp and tensor, as data:2,fsdp:4; empty: every device on data
             sharding="replicated",  # of parameters and optimizer over data; or full: cut over it as over fsdp
-            log_every=100,
-            checkpoint_every=5_000,
-            keep_newest=2,
+            log_every=100,  # steps; the metrics
+            checkpoint_every=5_000,  # steps
+            keep_newest=2,  # checkpoints
             keep_every=0,  # keep the checkpoints of these steps for good, 0: none
-            preview_every=10_000,  # pictures of raw and averaged weights
-            num_previews=64,
+            preview_every=10_000,  # steps; pictures of raw and averaged weights
+            num_previews=64,  # pictures in each; 0: none
             skip_bad_steps=False,  # leave out, and count, steps whose loss or gradient is not finite
             spike_factor=0.0,  # stop at a loss so many times the usual one; 0: never
         )
@@ -115,26 +115,24 @@ def image_config() -> ConfigDict:
     config.sampling = ConfigDict(
         dict(
             sampler=ConfigDict(dict(name="ddim")),  # or ancestral, euler, heun, dpm_solver_pp, unipc
-            num_steps=50,
-            # In time, shift moves a flow's towards noise; or quadratic, log_snr, karras, or leading, trailing, linspace
-            # as in diffusers.
-            grid=ConfigDict(dict(name="uniform", shift=1.0)),
+            num_steps=50,  # of the sampler
+            grid=ConfigDict(dict(name="uniform", shift=1.0)),  # where it steps; shift: of a flow, towards noise
             threshold=ConfigDict(dict(name="clip")),  # of x_0_hat; or dynamic, none
             guidance=1.0,  # scale of classifier-free guidance; 1: none
             guidance_interval=(),  # (least, largest) noise / signal at which guidance acts; (): always
             size=(),  # (height, width) of what is drawn, where the network can; (): that of the training
-            batch_size=500,
+            batch_size=500,  # samples drawn at a time
         )
     )
     config.evaluation = ConfigDict(
         dict(
-            num_samples=50_000,
+            num_samples=50_000,  # that are drawn and scored
             features="inception",  # or pixels, clip
             weights="",  # Inception's file where it is not to be fetched; clip: a published CLIP's folder
-            metrics=("fid", "kid", "inception_score", "precision_recall", "bits_per_dim"),
-            likelihood_images=10_000,
+            metrics=("fid", "kid", "inception_score", "precision_recall", "bits_per_dim"),  # names of scores
+            likelihood_images=10_000,  # held-out ones whose bits/dim are computed
             bound_terms=0,  # of the bound's steps, for each image others; 0: all
-            ode_steps=200,
+            ode_steps=200,  # of the likelihood by the ODE
             after_training=False,  # evaluate when training ends
         )
     )
@@ -254,14 +252,86 @@ def flow(config: ConfigDict) -> None:
     config.sampling.threshold = ConfigDict(dict(name="none"))
 
 
+def mean_flow(config: ConfigDict) -> None:
+    """Geng et al. (2025), "Mean Flows": the average velocity of a step, trained from scratch, for 1 to 4 steps.
+
+    As "Improved Mean Flows" has it with --config.loss.tangent=predicted --config.loss.share=0.5.
+    """
+    config.process = ConfigDict(dict(name="flow", time_scale=1.0))  # of the network's derivative by time
+    config.loss = ConfigDict(
+        dict(
+            name="mean_flow",
+            mean=-0.4,  # of the logit of times
+            std=1.0,
+            share=0.75,  # of the batch whose step has no length: flow matching
+            tangent="conditional",  # or predicted
+            p=1.0,  # exponent of the adaptive weight
+            c=1e-2,
+            omega=1.0,  # guidance of scale omega / (1 - kappa) is trained in; 1 and 0: none
+            kappa=0.0,
+        )
+    )
+    config.sampling.sampler = ConfigDict(dict(name="mean_flow"))
+    config.sampling.num_steps = 2
+    config.sampling.guidance = 1.0
+    config.sampling.threshold = ConfigDict(dict(name="none"))
+
+
+def consistency(config: ConfigDict) -> None:
+    """Geng et al. (2024), "Consistency Models Made Easy": EDM's network becomes a consistency model in stages.
+
+    Begin with a run of `edm`: --init_from=RUN.
+    """
+    edm(config)
+    config.loss = ConfigDict(
+        dict(
+            name="consistency",
+            prediction="F",
+            mean=-1.1,  # of ln sigma
+            std=2.0,
+            q=2.0,  # the pair's distance is divided by it at each stage
+            stage_steps=50_000,
+            num_stages=8,
+        )
+    )
+    config.sampling.sampler = ConfigDict(dict(name="multistep_consistency"))
+    config.sampling.num_steps = 2
+    no_likelihood(config)
+
+
+def continuous_consistency(config: ConfigDict) -> None:
+    """Lu & Song (2024): a consistency model in continuous time, from scratch or from a flow of the same time_scale."""
+    config.process = ConfigDict(dict(name="flow", time_scale=1.0))  # of the network's derivative by time
+    config.loss = ConfigDict(dict(name="continuous_consistency", mean=-1.0, std=1.4, c=0.1, warmup_steps=10_000))
+    config.sampling.sampler = ConfigDict(dict(name="multistep_consistency"))
+    config.sampling.num_steps = 2
+    config.sampling.guidance = 1.0
+    config.sampling.threshold = ConfigDict(dict(name="none"))
+    no_likelihood(config)
+
+
+def no_likelihood(config: ConfigDict) -> None:
+    """Leaves bits/dim out of the evaluation of a model that has no ODE."""
+    if "metrics" in config.evaluation:
+        config.evaluation.metrics = tuple(name for name in config.evaluation.metrics if name != "bits_per_dim")
+
+
 def class_conditional(config: ConfigDict) -> None:
     """Ho & Salimans (2022): classes, hidden in a tenth of the examples, and guidance towards them."""
     config.condition = ConfigDict(dict(name="classes", dropout=0.1))
     config.sampling.guidance = 1.5
 
 
+FEW_STEPS: dict[str, Change] = dict(
+    mean_flow=mean_flow, consistency=consistency, continuous_consistency=continuous_consistency
+)
 METHODS: dict[str, Change] = dict(
-    cosine_hybrid=cosine_hybrid, v_min_snr=v_min_snr, edm=edm, flow=flow, class_conditional=class_conditional
+    cosine_hybrid=cosine_hybrid,
+    v_min_snr=v_min_snr,
+    edm=edm,
+    flow=flow,
+    class_conditional=class_conditional,
+    **FEW_STEPS,
 )
 
 

@@ -27,13 +27,13 @@ def get_config() -> ConfigDict:
     )
     config.network = ConfigDict(
         dict(
-            latent_channels=4,
+            latent_channels=4,  # of the latents
             channels=(32, 64, 64),  # of each level; every level but the last halves height and width
-            blocks_per_level=1,
+            blocks_per_level=1,  # residual blocks
             groups=8,  # of the normalisations
-            middle_attention=True,
-            quant_conv=False,
-            post_quant_conv=False,
+            middle_attention=True,  # in the middle of encoder and decoder
+            quant_conv=False,  # a 1x1 convolution after the encoder, as in Stable Diffusion 1
+            post_quant_conv=False,  # and before the decoder
             dtype="float32",
         )
     )
@@ -44,7 +44,13 @@ def get_config() -> ConfigDict:
             adversarial_start=50_000,  # step from which it counts
         )
     )
-    config.discriminator = ConfigDict(dict(width=64, layers=3, groups=32))
+    config.discriminator = ConfigDict(
+        dict(
+            width=64,  # channels of its first convolution
+            layers=3,  # that halve height and width
+            groups=32,  # of the normalisations
+        )
+    )
     config.optimizer = ConfigDict(
         dict(
             name="adam",  # or muon
@@ -80,7 +86,7 @@ def get_config() -> ConfigDict:
             split="test",  # TFDS: the held-out one
             num_images=1000,  # of these, evenly spread
             num_latents=10_000,  # training images of whose latents shift and scale are fitted, evenly spread
-            batch_size=64,
+            batch_size=64,  # images encoded at a time
             features="pixels",  # or inception, clip
             weights="",  # Inception's file where it is not to be fetched; clip: a published CLIP's folder
             metrics=("fid",),  # of reconstructions against their images; (): none

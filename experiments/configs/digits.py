@@ -1,7 +1,7 @@
 """DDPM on scikit-learn's 1,797 handwritten digits (8x8): three minutes on 2 CPU cores.
 
     ./launch.sh digits
-    ./launch.sh digits --config=experiments/configs/digits.py:flow,class_conditional
+    ./launch.sh digits --config=digits:flow,class_conditional
 
 The same parts as the paper's CIFAR-10 experiment, each as small as these images allow.
 """

@@ -1,7 +1,7 @@
 """DDPM on a folder of your own pictures, of any sizes: cropped and resized to 32x32, a small U-Net.
 
     ./launch.sh folder --config.data.dir=DIR
-    ./launch.sh folder --config=experiments/configs/folder.py:class_conditional --config.data.classes=True ...
+    ./launch.sh folder --config=folder:class_conditional --config.data.classes=True ...
 
 Classes are the sub-folders of DIR. An hour on 2 CPU cores, minutes on an accelerator; --config.data.image_size=64 and
 more channels where there is one.

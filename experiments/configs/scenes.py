@@ -1,8 +1,8 @@
 """Text to image on captioned scenes (16x16): an MM-DiT (Esser et al. 2024) of 1.4 million parameters, words learned.
 
     ./launch.sh scenes
-    ./launch.sh scenes --config=experiments/configs/scenes.py:unet
-    ./launch.sh scenes --config=experiments/configs/scenes.py:clip      # after ./launch.sh clip
+    ./launch.sh scenes --config=scenes:unet
+    ./launch.sh scenes --config=scenes:clip      # after ./launch.sh clip
 
 Rectified flow with logit-normal times. 2 CPU cores, 51 minutes: 90% of never-seen prompts wholly satisfied, of 98%
 that the reader sees satisfied in real scenes.
@@ -20,7 +20,7 @@ def get_config(methods: str = "") -> ConfigDict:
         dict(
             name="scenes",
             image_size=16,
-            num_examples=100_000,
+            num_examples=100_000,  # scenes; each is drawn when it is read
             batch_size=32,
             flip=False,  # a mirrored scene is not what its caption says
         )
@@ -51,7 +51,7 @@ def get_config(methods: str = "") -> ConfigDict:
         dict(
             num_samples=600,  # prompts of each split, a sixth of each kind
             guidance=(1.0, 2.0, 4.0, 8.0),  # scales that are also measured, on num_swept prompts
-            num_swept=120,
+            num_swept=120,  # prompts of never-seen combinations
             likelihood_images=100,
             ode_steps=50,
             after_training=True,
