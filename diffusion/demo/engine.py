@@ -89,6 +89,11 @@ class Ticket:
         """Whether its last update is there."""
         return self._latest.last
 
+    @property
+    def newest(self) -> Update:
+        """The newest update."""
+        return self._latest
+
     def post(self, **fields: Any) -> None:
         """Replaces the newest update; after the last one, does nothing."""
         with self._changed:

@@ -21,6 +21,10 @@ MOST_GUIDANCE = 100.0
 MOST_PIXELS = 50_000_000  # of an upload
 
 
+class TooLarge(ValueError):
+    """An upload of more bytes or pixels than may be sent."""
+
+
 class Request(NamedTuple):
     """Pictures that a visitor asks for; "", 0, () and None are the run's own.
 
@@ -234,10 +238,10 @@ def read_upload(data: bytes, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
       ValueError: in one sentence, before it is decoded, where it is too large or no picture.
     """
     if len(data) > limits.upload_bytes:
-        raise ValueError(f"The upload has {len(data)} bytes: send at most {limits.upload_bytes}.")
+        raise TooLarge(f"The upload has {len(data)} bytes: send at most {limits.upload_bytes}.")
     height, width, _ = shape_of(data)
     if height * width > MOST_PIXELS:
-        raise ValueError(f"The picture has {width}x{height} pixels: send at most {MOST_PIXELS}.")
+        raise TooLarge(f"The picture has {width}x{height} pixels: send at most {MOST_PIXELS}.")
     return decode(data)
 
 

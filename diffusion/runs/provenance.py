@@ -59,13 +59,13 @@ def made_of(run: Run, plan: Plan, row: int = 0, batch: int = 1) -> dict[str, Any
 
 
 def write_png(
-    picture: np.ndarray, made: Mapping[str, Any], to: str | os.PathLike | IO[bytes], *, smallest_side: int = 1
+    picture: np.ndarray, made: Mapping[str, Any] | None, to: str | os.PathLike | IO[bytes], *, smallest_side: int = 1
 ) -> None:
     """Writes a picture as PNG with how it was made.
 
     Args:
       picture: uint8[H, W, C].
-      made: of `made_of`.
+      made: of `made_of`; None: nothing is said of it.
       to: a path or an open binary file.
       smallest_side: small pictures are enlarged by a whole factor to it.
     """
@@ -76,8 +76,9 @@ def write_png(
     factor = -(-smallest_side // min(picture.shape[:2]))
     picture = picture.repeat(factor, axis=0).repeat(factor, axis=1)
     info = PngInfo()
-    info.add_itxt(CHUNK, json.dumps(made))
-    info.add_itxt(READABLE, readable(made))
+    if made is not None:
+        info.add_itxt(CHUNK, json.dumps(made))
+        info.add_itxt(READABLE, readable(made))
     image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
     if isinstance(to, str | os.PathLike):
         with replacing(to) as temporary:
