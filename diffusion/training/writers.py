@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,7 +110,7 @@ def wandb(workdir: Path, start_step: int | None, **settings: Any) -> Writer:
     known = workdir / "wandb" / "run_id"
     if not known.exists():
         with replacing(known) as temporary:
-            temporary.write_text(module.util.generate_id())
+            temporary.write_text(uuid.uuid4().hex[:12])
     given = {"project": "diffusion", "name": workdir.name, **settings}
     run = module.init(id=known.read_text(), resume="allow", dir=str(workdir), **given)
     run.define_metric("*", step_metric="step")  # its own count never goes back, as a resumed run's may
