@@ -60,6 +60,15 @@ PROMPTS = (
     "ghost and a rocket",
 )
 
+ABOUT = f"""
+- Trained on the drawings of Google's Noto emoji (Apache-2.0), as {emoji.PACKAGE} {emoji.VERSION} packs them, 64x64 on
+  white, with their names in Unicode as captions. Of each person one skin tone is kept from training.
+- Its latents are those of TAEF2 (madebyollin/taesd, MIT licence, copyright 2023 Ollin Boer Bohan), whose weights are
+  in it.
+- It draws single emoji. A prompt of words that no caption has, or of a combination that is far from all captions, gives
+  a mixture of drawings.
+"""
+
 
 class Truth(NamedTuple):
     """The true pictures, those of training before the held-out ones.
@@ -230,7 +239,7 @@ def score(call: Call, run: Run) -> Measurement:
     return Measurement("held-out captions, right", value, len(image), extractor.name, None, **made)
 
 
-TASK = Task("emoji", read, evaluate, ready, score, examples)
+TASK = Task("emoji", read, evaluate, ready, score, examples, about=ABOUT)
 
 if __name__ == "__main__":
     main(__file__, __doc__, TASK, config="emoji")

@@ -79,6 +79,7 @@ class Task(NamedTuple):
       score: (call, run) -> the one measurement that sweeps draw; None: the first metric.
       examples: (config) -> prompts that previews show and that are drawn where none is given.
       vocabulary: (config, training images) -> words that a run which starts learns.
+      about: what the card of an exported model says of data and licences, Markdown.
     """
 
     name: str
@@ -88,3 +89,4 @@ class Task(NamedTuple):
     score: Callable[[Call, Run], Measurement] | None = None
     examples: Callable[[Config], Sequence[str]] = lambda config: ()
     vocabulary: Callable[[Config, Source], Iterable[str]] = words_of_captions
+    about: str = ""

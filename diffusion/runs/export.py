@@ -4,7 +4,8 @@
     python -m experiments.sd3 --mode=export --workdir=runs/mine --weights=my-sd3
 
 `--weights` is a new folder: a DDPMPipeline of a U-Net, a StableDiffusion3Pipeline or Flux2KleinPipeline of such a model
-that was trained whole, pytorch_lora_weights.safetensors of adapters.
+that was trained whole, pytorch_lora_weights.safetensors of adapters. Of any other model it has our own form, see
+`artefact`.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from diffusion.networks.mmdit import MMDiT
 from diffusion.pretrained import klein, lora, pipeline, sd3
 from diffusion.pretrained.scheduler import Chain
 from diffusion.pretrained.vae import PublishedAutoencoder
+from diffusion.runs.artefact import write_artefact
 from diffusion.runs.call import Call
 from diffusion.runs.run import Run
 from diffusion.runs.weights import published_folder
@@ -36,7 +38,12 @@ def export_weights(call: Call) -> None:
         what = export_lora(published, run)
     else:
         kind = run.config.condition.name if run.config.space.name == "latents" else ""
-        PIPELINES.get(kind, export_chain)(published, run)
+        if kind in PIPELINES:
+            PIPELINES[kind](published, run)
+        elif is_chain(run):
+            export_chain(published, run)
+        else:
+            write_artefact(published, run, call.task.about)
         what = "the averaged weights"
     print(f"{published}: {what} of {run.workdir} after {run.step} steps")
 
@@ -84,18 +91,20 @@ def autoencoder_of(run: Run) -> PublishedAutoencoder:
     )
 
 
+def is_chain(run: Run) -> bool:
+    """Returns whether a run is what a `DDPMPipeline` holds: a U-Net without prompts on DDPM's process, of pixels."""
+    config = run.config
+    names = config.process.name, config.network.name, config.space.name
+    return names == ("ddpm", "unet", "pixels") and run.model.condition.kind != "prompts"
+
+
 def export_chain(published: Path, run: Run) -> None:
     """Writes a U-Net and its chain as the folder of a `DDPMPipeline`.
 
     Raises:
-      RunError: the run is of another kind.
+      RunError: its samples are clipped in a way that such a pipeline has not.
     """
     config, network = run.config, run.model.network
-    if config.process.name != "ddpm" or config.network.name != "unet" or run.model.condition.kind == "prompts":
-        raise RunError(
-            f"{run.workdir} has process {config.process.name}, network {config.network.name} and condition "
-            f"{config.condition.name}: a DDPMPipeline holds a U-Net without prompts on process ddpm"
-        )
     threshold = config.sampling.threshold
     if threshold.name not in ("clip", "none") or threshold.get("low", 0) != -threshold.get("high", 0):
         raise RunError("a DDPMPipeline clips evenly or not: add --config.sampling.threshold=clip (or none)")

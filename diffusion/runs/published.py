@@ -1,4 +1,4 @@
-"""Published pipelines as runs: the work folder keeps their files as they are, and opening the run reads them.
+"""Published pipelines, and artefacts of ours, as runs: the work folder keeps their files, and opening it reads them.
 
 published.json   what a checkpoint stores beside its weights: experiment, config, and what the files are
 pipeline/        the files: hard links to those that were imported, or copies where a link cannot be made
@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,17 @@ from tqdm import tqdm
 from diffusion.model import formats
 from diffusion.model.config import Config, plain
 from diffusion.model.experiment import rules_of
-from diffusion.model.model import Model
+from diffusion.model.model import Model, init
 from diffusion.model.pipelines import PIPELINES
-from diffusion.pretrained.folder import new_folder
+from diffusion.pretrained.folder import new_folder, read_file
+from diffusion.pretrained.strict import check_keys
 from diffusion.training import RunError, workdir
 from diffusion.training.checkpoints import provenance
 from diffusion.training.description import FORMAT, check_description
 from diffusion.training.sharding import partition
 
 ABOUT, FILES = "published.json", "pipeline"
+OWN, WEIGHTS = "run", "model.safetensors"  # the kind, and the file of weights, of an artefact of ours
 
 
 def is_published(folder: Path) -> bool:
@@ -107,9 +110,30 @@ def load_params(folder: Path, stored: Mapping[str, Any], config: Config, model: 
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         return jax.device_put(array, NamedSharding(mesh, partition(name, array.shape, mesh.shape, rules)))
 
+    if stored["pipeline"] == OWN:
+        return load_own(folder / FILES / WEIGHTS, model, put)
     kind = PIPELINES[stored["pipeline"]]
     params = kind.load(folder / FILES, config, stored["variant"], put)
     return {**params, "space": jax.device_put(params["space"], NamedSharding(mesh, jax.sharding.PartitionSpec()))}
+
+
+def load_own(path: Path, model: Model, put: Callable[[Any, np.ndarray], jax.Array]) -> dict[str, Any]:
+    """Returns the parameters in the file of an artefact, see `artefact`; every array has to be there, and no other.
+
+    Raises:
+      ValueError: the file is missing or damaged, or holds another model's arrays.
+    """
+    like = jax.eval_shape(partial(init, model), jax.random.key(0))
+    weights = read_file(path, None)
+    leaves = jax.tree_util.tree_leaves_with_path(like)
+    named = {jax.tree_util.keystr(place, simple=True, separator="/"): leaf.shape for place, leaf in leaves}
+    check_keys(weights, named, "run")
+
+    def take(place: Any, leaf: Any) -> jax.Array:
+        del leaf
+        return put(place, np.asarray(weights[jax.tree_util.keystr(place, simple=True, separator="/")]))
+
+    return jax.tree_util.tree_map_with_path(take, like)
 
 
 def digest_of(stored: Mapping[str, Any]) -> str:

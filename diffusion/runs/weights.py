@@ -30,6 +30,7 @@ from diffusion.pretrained import adm, folder, pipeline, sd3, unet
 from diffusion.pretrained.pipeline import Published
 from diffusion.pretrained.scheduler import Chain
 from diffusion.runs.call import Call
+from diffusion.runs.published import FILES, is_published, read_about
 from diffusion.runs.published import write_run as write_published
 from diffusion.runs.run import model_of
 from diffusion.training import Checkpoints, Experiment, RunError, check_finite, init_state, workdir
@@ -93,6 +94,8 @@ def load_published(call: Call, path: Path) -> tuple[Published, list[Path]]:
 def import_weights(call: Call) -> None:
     """Makes --workdir a run at step 0 whose raw and averaged weights both are the published ones."""
     path = published_folder(call)
+    if is_published(path):
+        return import_run(call, path)
     if sd3.is_single_file(path):
         return import_single_file(call, path)
     if kind := pipelines.kind_of(path):
@@ -115,6 +118,16 @@ def import_weights(call: Call) -> None:
     facts = {"image_shape": list(shape), "num_classes": network.num_classes, **stored_of(model)}
     learner, batch = make_learner(config, model), abstract_batch(config, model)
     write_run(call.workdir, call.task.name, config, learner, batch, {"params": published.params}, files, facts)
+
+
+def import_run(call: Call, path: Path) -> None:
+    """Makes --workdir the same run as an artefact of --mode=export, or as the work folder of a published pipeline."""
+    about = read_about(path)
+    name, config = about.pop("experiment"), from_plain(about.pop("config"))
+    if name != call.task.name:
+        raise RunError(f"{path} holds a run of experiment {name}, not {call.task.name}")
+    write_published(call.workdir, path / FILES, name, asked_again(call, complete(config)), about)
+    print(f"{call.workdir} is now a run of experiments.{name} with the weights of {path}")
 
 
 def refuse_asked(call: Call, path: Path, config: Config) -> None:
