@@ -25,6 +25,7 @@ EXTRAS = {
         "tqdm",
     ),
     "digits": ("sklearn",),
+    "wandb": ("wandb",),
     "tfds": ("tensorflow_datasets", "array_record", "importlib_resources"),
 }
 

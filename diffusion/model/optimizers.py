@@ -83,13 +83,22 @@ def constant(course: Course) -> optax.Schedule:
 
 
 def linear(course: Course, *, end: float = 0.0) -> optax.Schedule:
-    """Returns a line from 1 after the warm-up to `end`, a share of the rate, after the last step."""
+    """Returns a line from 1 after the warm-up to `end` after the last step.
+
+    Args:
+      course: the steps.
+      end: share of the learning rate that is left after the last step.
+    """
     begin = course.warmup_steps
     return optax.linear_schedule(1.0, share_of(end), decay_steps(course), transition_begin=begin)
 
 
 def cosine(course: Course, *, end: float = 0.0) -> optax.Schedule:
-    """Returns half a cosine from 1 after the warm-up to `end`, a share of the rate, after the last step.
+    """Returns half a cosine from 1 after the warm-up to `end` after the last step.
+
+    Args:
+      course: the steps.
+      end: share of the learning rate that is left after the last step.
 
     Source: Loshchilov & Hutter (2017), "SGDR", eq. 5.
     """
@@ -127,19 +136,42 @@ def adam(
 def adamw(
     rate: optax.Schedule, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01
 ) -> optax.GradientTransformation:
-    """Returns Adam with decoupled weight decay of what is multiplied with (Loshchilov & Hutter 2019, Algorithm 2)."""
+    """Returns Adam with decoupled weight decay.
+
+    Args:
+      rate: of the learning.
+      b1, b2: decays of the running means.
+      eps: added to the root of the second.
+      weight_decay: share of a kernel, times the learning rate, that each step takes away; others keep theirs.
+
+    Source: Loshchilov & Hutter (2019), Algorithm 2.
+    """
     return optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=decayed)
 
 
 def lion(
     rate: optax.Schedule, *, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.1
 ) -> optax.GradientTransformation:
-    """Returns Lion (Chen et al. 2023, Algorithm 2), with a learning rate of a tenth to a third of Adam's."""
+    """Returns Lion, whose learning rate is a tenth to a third of Adam's.
+
+    Args:
+      rate: of the learning.
+      b1, b2: decays of the running mean, where it is used and where it is kept.
+      weight_decay: as AdamW's, three to ten times as large.
+
+    Source: Chen et al. (2023), Algorithm 2.
+    """
     return optax.lion(rate, b1, b2, weight_decay=weight_decay, mask=decayed)
 
 
 def sgd(rate: optax.Schedule, *, momentum: float = 0.9, nesterov: bool = False) -> optax.GradientTransformation:
-    """Returns stochastic gradient descent with momentum."""
+    """Returns stochastic gradient descent with momentum.
+
+    Args:
+      rate: of the learning.
+      momentum: decay of the sum of gradients.
+      nesterov: whether the step looks ahead.
+    """
     return optax.sgd(rate, momentum, nesterov)
 
 
