@@ -13,7 +13,7 @@ from diffusion.data.pictures import decode, refit, shape_of
 from diffusion.model.experiment import READ_REFERENCES
 from diffusion.model.sampling import SAMPLERS, make_sampling
 from diffusion.runs.pictures import fit_reference
-from diffusion.runs.plans import Plan
+from diffusion.runs.plans import Plan, fit_mask
 from diffusion.runs.run import Run
 from diffusion.training import check_seed
 
@@ -216,10 +216,7 @@ def check_pictures(request: Request, run: Run, limits: Limits) -> Request:
         mask = np.asarray(mask)
         if mask.dtype != bool or mask.shape[:2] != image.shape[:2] or mask.ndim > 3 or mask.size != image[..., 0].size:
             raise ValueError("The mask is not as large as the picture that it is of.")
-        grey = np.where(mask.reshape(image.shape[:2]), np.uint8(255), np.uint8(0))[..., None]
-        mask = refit(grey, channels=1, size=shape[:2])[..., 0] > 127
-        if not mask.any():
-            raise ValueError("The mask is empty: paint what is to be filled in.")
+        mask = fit_mask(mask.reshape(image.shape[:2]), shape[:2])
     return request._replace(image=refit(image, channels=channels, size=shape[:2]), mask=mask)
 
 

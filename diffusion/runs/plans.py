@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from diffusion import editing
-from diffusion.model.model import Use
+from diffusion.data.pictures import refit
+from diffusion.model.model import Use, from_noise
 from diffusion.runs.draw import draw
 from diffusion.runs.run import Run
 from diffusion.runs.watch import Watch
@@ -49,13 +50,14 @@ class Plan(NamedTuple):
         return self.kind, strength, tuple(picture.shape for picture in self.references)
 
 
-def draw_plans(run: Run, plans: Sequence[Plan], watch: Watch) -> np.ndarray:
+def draw_plans(run: Run, plans: Sequence[Plan], watch: Watch | None) -> np.ndarray:
     """Returns uint8[N, H, W, C], a picture of each plan.
 
     Args:
       run: of the pictures.
       plans: N of them that share a program, see `Plan.program`.
-      watch: is asked before and shown after each evaluation of the network.
+      watch: is asked before and shown after each evaluation of the network; None: the program of --mode=sample, for
+        plans without pictures to begin with.
 
     Raises:
       ValueError: prompts or labels that the run cannot read, or samples that are not finite.
@@ -73,7 +75,7 @@ def draw_plans(run: Run, plans: Sequence[Plan], watch: Watch) -> np.ndarray:
         images=images,
         references=[np.stack(pictures) for pictures in zip(*(plan.references for plan in plans), strict=True)],
         negative=[plan.negative for plan in plans],
-        use=make_use(first, run.config.sampling.num_steps, watch),
+        use=make_use(first, run.config.sampling.num_steps, watch) if watch else from_noise,
     )
 
 
@@ -91,3 +93,16 @@ def make_use(plan: Plan, num_steps: int, watch: Watch) -> Use:
 
     use.__qualname__ = f"watched by {id(watch)}: {kind} {strength}"  # by which `draw` keeps what it compiles
     return use
+
+
+def fit_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Returns a mask bool[h, w] fitted to (H, W) as the picture that it is of.
+
+    Raises:
+      ValueError: nothing is left to fill in.
+    """
+    grey = np.where(mask, np.uint8(255), np.uint8(0))[..., None]
+    fitted = refit(grey, channels=1, size=size)[..., 0] > 127
+    if not fitted.any():
+        raise ValueError("The mask is empty: paint what is to be filled in.")
+    return fitted

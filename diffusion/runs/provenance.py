@@ -22,7 +22,7 @@ FORMAT = 1
 CHUNK, READABLE = "diffusion", "parameters"  # keys of the PNG's text: ours, as JSON, and the field's habit
 
 
-def made_of(run: Run, plan: Plan, row: int = 0, batch: int = 1) -> dict[str, Any]:
+def made_of(run: Run, plan: Plan, row: int = 0, batch: int = 1, *, watched: bool = True) -> dict[str, Any]:
     """Returns how a picture was made, plain JSON without paths.
 
     Args:
@@ -30,6 +30,7 @@ def made_of(run: Run, plan: Plan, row: int = 0, batch: int = 1) -> dict[str, Any
       plan: of the picture.
       row: of the batch, where it was.
       batch: number of rows that were drawn at once; programs of other sizes may round otherwise.
+      watched: whether by a program that shows each step, see `runs.watch`.
     """
     kind = run.model.condition.kind
     sampling = {name: value for name, value in plain(run.config)["sampling"].items() if name != "batch_size"}
@@ -52,6 +53,7 @@ def made_of(run: Run, plan: Plan, row: int = 0, batch: int = 1) -> dict[str, Any
         **({"mask": pixels_digest(plan.mask)} if plan.mask is not None else {}),
         **({"references": [pixels_digest(picture) for picture in plan.references]} if plan.references else {}),
         "batch": [row, batch],
+        "watched": watched,
         "devices": [run.mesh.size, jax.devices()[0].device_kind],
         "versions": {"diffusion": __version__, "jax": jax.__version__},
     }

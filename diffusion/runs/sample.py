@@ -20,8 +20,10 @@ from diffusion.model.experiment import check_references
 from diffusion.model.fields import change
 from diffusion.runs.call import Call
 from diffusion.runs.draw import draw, everywhere, remove_parts
+from diffusion.runs.like import sample_like
 from diffusion.runs.pictures import read_references
-from diffusion.runs.provenance import pixels_digest
+from diffusion.runs.plans import Plan
+from diffusion.runs.provenance import made_of, pixels_digest, write_png
 from diffusion.runs.run import Run, model_of
 
 SHOWN = 100  # in the picture of many samples
@@ -33,6 +35,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("prompts", None, "a text file of prompts, one per line", flag_values=values)
     flags.DEFINE_string("lora", None, "adapters in diffusers' form, a file or its folder", flag_values=values)
     flags.DEFINE_string("negative_prompt", None, "what guidance leads away from", flag_values=values)
+    flags.DEFINE_string("like", None, "a PNG of sample or the prompt page: that picture again", flag_values=values)
     flags.DEFINE_list("label", [], "classes to draw, as --label=3,3,7", flag_values=values)
 
 
@@ -40,8 +43,14 @@ def sample(call: Call) -> None:
     """Writes --num_samples images as .npz (`arr_0`, uint8 [N, H, W, C]) and as a picture beside it.
 
     With prompts it is so many of each, prompt by prompt. --images are pictures that FLUX.2 edits: the first gives the
-    samples' size, unless config.sampling.size does.
+    samples' size, unless config.sampling.size does. --like draws one picture again.
     """
+    if call.flags.like:
+        sample_like(call)
+        return
+    for name in ("strength", "mask"):
+        if name in call.flags and call.flags[name].present:
+            raise ValueError(f"--{name} is read by --mode=sample with --like=PICTURE.png alone: leave it out")
     call, references = with_references(call)
     run, asked, count = call.open(), call.flags, call.flags.num_samples
     if run.model.condition.kind == "prompts":
@@ -127,7 +136,10 @@ def draw_samples(
     images = draw(run.painter, requests, index, seed, references=references, negative=negative, folder=parts)
     if jax.process_index() == 0:
         save_samples(out, images)
-        if prompts:
+        if len(images) == 1:
+            plan = Plan(requests[0], negative, seed, int(index[0]), references=tuple(references))
+            write_png(images[0], made_of(run, plan, watched=False), out.with_suffix(".png"), smallest_side=720)
+        elif prompts:
             rows = images.reshape(-1, count, *images.shape[1:])
             save_labelled_png(out.with_suffix(".png"), rows[:SHOWN], list(requests[::count])[:SHOWN])
         else:
