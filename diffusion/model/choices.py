@@ -9,16 +9,17 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-# What the house gives to a chosen function or network; never a field of a config.
-GIVEN = {"denoise", "x_T", "grid", "key", "trajectory", "parent"}
-GIVEN |= {"out_channels", "num_classes", "time_scale", "context_width", "pooled_width"}
+# What the house gives to a chosen function, and to a network; never a field of a config.
+GIVEN = {"denoise", "x_T", "grid", "key", "trajectory"}
+OF_NETWORKS = {"parent", "out_channels", "num_classes", "time_scale", "two_times", "context_width", "pooled_width"}
 
 
 def fields_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Returns the settings of a choice with their defaults: its keyword arguments, less those that are `GIVEN`."""
+    """Returns the settings of a choice with their defaults: its keyword arguments, less those that are given."""
     parameters = inspect.signature(function).parameters.values()
     found = {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
-    return {name: default for name, default in found.items() if name not in GIVEN | {"name"}}
+    given = GIVEN | {"name"} | (OF_NETWORKS if inspect.isclass(function) else set())
+    return {name: default for name, default in found.items() if name not in given}
 
 
 def pick(table: Mapping[str, Callable[..., Any]], block: Any, where: str) -> Callable[..., Any]:

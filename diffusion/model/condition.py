@@ -26,6 +26,7 @@ class Condition(NamedTuple):
       frozen: whether the parameters keep the values that `init` gave them.
       description: what makes it again beside the config and the parameters, plain JSON; None: nothing more.
       num_classes: of "classes".
+      hidden: (batch, key of the loss) -> bool[B], of which training examples `of_batch` hides the condition.
       optional: whether "no condition" can be asked for.
       rules: how a mesh cuts its parameters, see `training.sharding`.
     """
@@ -39,6 +40,9 @@ class Condition(NamedTuple):
     frozen: bool = False
     description: Mapping[str, Any] | None = None
     num_classes: int | None = None
+    hidden: Callable[[dict[str, jax.Array], jax.Array], jax.Array] = lambda batch, key: jnp.zeros(
+        len(batch["label"]), bool
+    )
     optional: bool = True
     rules: Rules = ()
 
@@ -109,6 +113,9 @@ def classes(facts: Facts, *, dropout: float = 0.1) -> Condition:
         label_key = jax.random.split(key, 4)[3]  # the other three are the loss's own
         return {"label": guidance.drop_labels(label_key, batch["label"], num_classes, dropout)}
 
+    def is_hidden(batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+        return of_batch(None, batch, key)["label"] == num_classes
+
     return Condition(
         kind="classes",
         read=read,
@@ -116,5 +123,6 @@ def classes(facts: Facts, *, dropout: float = 0.1) -> Condition:
         of_batch=of_batch,
         widths={"num_classes": num_classes},
         num_classes=num_classes,
+        hidden=is_hidden,
         optional=facts.null_class,
     )

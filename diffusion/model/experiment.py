@@ -1,7 +1,8 @@
 """From a config to a model, and with a source of images to what the trainer is given."""
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +31,9 @@ from diffusion.training import Experiment, Rules, run_key, state_shardings
 
 NETWORKS = {"unet": UNet, "mmdit": MMDiT, "flux2": Flux2}
 RULES = {"unet": unet.RULES, "mmdit": mmdit.RULES, "flux2": flux2.RULES}  # how a mesh cuts their parameters
+TWO_TIMES = ("unet", "mmdit")  # can be told where a step ends
 READ_REFERENCES = ("flux2",)  # are told of pictures to edit
+Batches = Generator[dict[str, Any], None, None]
 LARGEST_TERMINAL_SIGNAL = 1e-3  # alpha_bar_T; DDPM's own is 4e-5
 CONDITIONS = {
     "nothing": nothing,
@@ -105,9 +108,20 @@ def make_network(
     block = {**config.network, "dtype": dtype_of(config)}
     make = pick(NETWORKS, block, "network")
     outputs = channels * (1 + objective.learned_variance)
+    if objective.two_times and config.network.name not in TWO_TIMES:
+        raise ValueError(
+            f"loss.name={config.loss.name} tells the network a second time: network.name={config.network.name} takes "
+            f"one, choose from {', '.join(TWO_TIMES)}"
+        )
+    if objective.guided and not (condition.optional and condition.kind != "nothing"):
+        raise ValueError(
+            f"loss.name={config.loss.name} is guided, and condition.name={config.condition.name} has nothing to be "
+            "guided to: leave loss.omega at 1 and loss.kappa at 0"
+        )
+    second = {"two_times": True} if objective.two_times else {}
     if config.network.name == "unet":
         classes = {name: size for name, size in condition.widths.items() if name == "num_classes"}
-        return make(**classes, out_channels=outputs, time_scale=time_scale)
+        return make(**classes, **second, out_channels=outputs, time_scale=time_scale)
     if condition.kind != "prompts":
         name = config.network.name
         raise ValueError(f"network.name={name} reads prompts, and condition.name is {config.condition.name}: use unet")
@@ -116,7 +130,7 @@ def make_network(
     widths = dict(condition.widths)
     if config.network.name == "flux2":
         widths.pop("pooled_width")  # it reads no pooled text
-    network = make(**widths, out_channels=channels, time_scale=time_scale)
+    network = make(**widths, **second, out_channels=channels, time_scale=time_scale)
     if getattr(network, "guidance_embedding", False):
         raise ValueError("network.guidance_embedding is FLUX.2 [dev]'s, which is not drawn with here: use [klein]")
     return network
@@ -191,7 +205,18 @@ def abstract_batch(config: Config, model: Model) -> dict[str, jax.ShapeDtypeStru
     if model.condition.kind == "prompts":
         row = model.condition.read([None])[0]
         batch["text"] = jax.ShapeDtypeStruct((size, *row.shape), row.dtype)
+    if model.objective.by_step:
+        batch["step"] = jax.ShapeDtypeStruct((size,), np.int32)
     return batch
+
+
+def with_steps(
+    batches: Generator[dict[str, Any], None, None], start_step: int
+) -> Generator[dict[str, Any], None, None]:
+    """Yields the batches with "step", how many updates were made before, int32[B]; closes them."""
+    with contextlib.closing(batches):
+        for step, batch in enumerate(batches, start_step):
+            yield {**batch, "step": np.full(len(batch["label"]), step, np.int32)}
 
 
 def rules_of(config: Config, model: Model) -> Rules:
@@ -240,7 +265,7 @@ def make_experiment(
     num_previews = round_up(config.training.num_previews, mesh.size)
 
     def batches(start_step: int) -> Any:
-        return make_batches(
+        found = make_batches(
             source,
             config.seed,
             batch_size,
@@ -249,6 +274,7 @@ def make_experiment(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        return with_steps(found, start_step) if model.objective.by_step else found
 
     def preview(params: Any) -> jax.Array:
         return generate(params, rows, away, np.uint32(config.seed), np.arange(num_previews))[0]

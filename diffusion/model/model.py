@@ -117,7 +117,13 @@ def make_loss(model: Model) -> Loss:
             options = {"train": True, "rngs": {"dropout": dropout_key}}
             return network_of(model, params, {**told, **more}, **options)(x, time)
 
-        return model.objective.compute(Drawn(x_0, eps, draw_key, network))
+        def unconditional(x: jax.Array, time: jax.Array, **more: Any) -> Any:
+            nothing = model.condition.of_request(own.text, model.condition.read([None]))
+            return network(x, time, **jax.tree.map(lambda one: jnp.repeat(one, len(x), axis=0), nothing), **more)
+
+        hidden = model.condition.hidden(batch, key)
+        drawn = Drawn(x_0, eps, draw_key, network, unconditional, hidden, batch.get("step"))
+        return model.objective.compute(drawn)
 
     return loss
 
@@ -145,7 +151,7 @@ def guided(model: Model, sampling: Sampling, params: Any, rows: Any, away: Any) 
     check_guidance(model, sampling)
     text = parts(model, params).text
     told, fro = (model.condition.of_request(text, x) for x in (rows, away))
-    return steered(model, sampling, params, told, fro)
+    return steered(model, sampling._replace(asks="denoise"), params, told, fro)
 
 
 def check_guidance(model: Model, sampling: Sampling) -> None:
@@ -161,7 +167,25 @@ def check_guidance(model: Model, sampling: Sampling) -> None:
         )
 
 
-def steered(model: Model, sampling: Sampling, params: Any, told: Told, fro: Told) -> Denoise:
+def steered(model: Model, sampling: Sampling, params: Any, told: Told, fro: Told) -> Any:
+    """Returns what the sampler asks for, guided: of what the network is told, and of what it is led away from.
+
+    It is a denoiser (x_t, time) -> x_0_hat, where `sampling.asks` for a "jump" (x_t, time, next_time) -> x_0_hat of a
+    network that is told the next time, and for the "end" of a trajectory the jump to time 0.
+    """
+
+    def jump(x_t: jax.Array, time: jax.Array, next_time: jax.Array | float) -> Any:
+        more = {"next_time": jnp.broadcast_to(jnp.asarray(next_time, jnp.float32), x_t.shape[:1])}
+        return led(model, sampling, params, {**told, **more}, {**fro, **more})(x_t, time)
+
+    if sampling.asks == "jump":
+        return jump
+    if sampling.asks == "end" and model.objective.two_times:
+        return lambda x_t, time: jump(x_t, time, 0.0)
+    return led(model, sampling, params, told, fro)
+
+
+def led(model: Model, sampling: Sampling, params: Any, told: Told, fro: Told) -> Denoise:
     """Returns the guided denoiser of what the network is told, and of what it is led away from.
 
     Both evaluations are one call of the network on twice the images, each beside its own: on a mesh they are on the

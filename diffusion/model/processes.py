@@ -23,6 +23,7 @@ class Process(NamedTuple):
       respaced: (num_steps, rho) -> steps in Karras' spacing of noise / signal; rho = inf: even in log-SNR.
       time_scale: factor on time in the network's embedding.
       schedule: DDPM's chain; None for a process that is none.
+      time_of: noise / signal -> time; None for a process without it.
       num_tokens: positions of one x_0, for grids that depend on them; 0: not known.
       sized: num_tokens -> the quantile function, where it depends on them.
     """
@@ -33,6 +34,7 @@ class Process(NamedTuple):
     respaced: Callable[[int, float], schedules.Grid]
     time_scale: float
     schedule: schedules.Schedule | None = None
+    time_of: Callable[[jax.Array], jax.Array] | None = None
     num_tokens: int = 0
     sized: Callable[[int], Callable[[jax.Array], jax.Array]] | None = None
 
@@ -93,12 +95,13 @@ def vp() -> Process:
     return Process(process, lambda u: u, unshifted(even), partial(schedules.respace, even(1000)), time_scale=1000.0)
 
 
-def flow(*, times: str = "uniform", shift: float = 1.0) -> Process:
+def flow(*, times: str = "uniform", shift: float = 1.0, time_scale: float = 1000.0) -> Process:
     """Returns rectified flow with one of SD3's distributions over training times (Esser et al. 2024).
 
     Args:
       times: uniform, logit_normal, mode or cosmap (section 3.1).
       shift: of these times towards noise (eq. 23); 1: none; 0: FLUX's, by the size of images.
+      time_scale: factor on time in the network's embedding; 1 for losses that differentiate the network by time.
     """
     process = schedules.flow_process
     if shift < 0:
@@ -117,8 +120,14 @@ def flow(*, times: str = "uniform", shift: float = 1.0) -> Process:
     }
     drawn = of_name(quantiles, times, "process.times")
     respaced = partial(schedules.respace, schedules.flow_grid(1000))
-    found = Process(process, shifted(drawn, shift or 1.0), even, respaced, time_scale=1000.0)
+    found = Process(process, shifted(drawn, shift or 1.0), even, respaced, time_scale)
+    found = found._replace(time_of=lambda sigma: sigma / (1 + sigma))
     return found if shift else found._replace(sized=lambda num_tokens: shifted(drawn, grids.flux2_shift(num_tokens)))
+
+
+def is_flow(process: Process) -> bool:
+    """Returns whether a process goes along straight lines from noise to data, with time its noise."""
+    return bool(np.isclose(sum(map(float, process.at(jnp.float32(0.25)))), 1))
 
 
 def of_size(process: Process, num_tokens: int) -> Process:
@@ -141,7 +150,8 @@ def edm() -> Process:
     def respaced(num_steps: int, rho: float) -> schedules.Grid:
         return schedules.karras_grid(num_steps, rho=rho)
 
-    return Process(schedules.edm_process, weightings.log_normal_quantile, even, respaced, time_scale=1.0)
+    found = Process(schedules.edm_process, weightings.log_normal_quantile, even, respaced, time_scale=1.0)
+    return found._replace(time_of=lambda sigma: jnp.log(sigma) / 4)
 
 
 PROCESSES = {"ddpm": ddpm, "vp": vp, "flow": flow, "edm": edm}

@@ -111,9 +111,12 @@ def prompts(encoder: TextEncoder, dropout: float) -> Condition:
     def of_request(params: Any, ids: Any) -> Told:
         return encoder.encode(params, jnp.asarray(ids))._asdict()
 
-    def of_batch(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Told:
+    def hide(batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
         drop_key = jax.random.split(key, 4)[2]  # dropout's too, which Flax folds by module
-        hidden = jax.random.bernoulli(drop_key, dropout, (len(batch["label"]), 1))
+        return jax.random.bernoulli(drop_key, dropout, (len(batch["label"]), 1))[:, 0]
+
+    def of_batch(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Told:
+        hidden = hide(batch, key)[:, None]
         if "text" in batch:
             return of_request(params, jnp.where(hidden, empty, batch["text"]))
         none = encoder.encode(params, jnp.asarray(empty[None]))
@@ -131,6 +134,7 @@ def prompts(encoder: TextEncoder, dropout: float) -> Condition:
         init=encoder.init,
         frozen=encoder.frozen,
         description=encoder.description,
+        hidden=hide,
         rules=encoder.rules,
     )
 

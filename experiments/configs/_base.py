@@ -127,7 +127,7 @@ def image_config() -> ConfigDict:
     config.evaluation = ConfigDict(
         dict(
             num_samples=50_000,  # that are drawn and scored
-            features="inception",  # or pixels, clip
+            features="inception",  # inception, pixels or clip
             weights="",  # Inception's file where it is not to be fetched; clip: a published CLIP's folder
             metrics=("fid", "kid", "inception_score", "precision_recall", "bits_per_dim"),  # names of scores
             likelihood_images=10_000,  # held-out ones whose bits/dim are computed
@@ -178,7 +178,7 @@ def captioned_config(image_size: int, batch_size: int, num_samples: int) -> Conf
             dir="",  # folder: of held-out captions.jsonl and pictures
             split="val",  # tfds: the held-out one
             num_samples=num_samples,  # at most: one of each held-out caption
-            features="inception",  # or clip, pixels
+            features="inception",  # inception, pixels or clip
             weights="",  # Inception's file where it is not to be fetched; clip: a published CLIP's folder
             metrics=("fid", "kid"),
             judge="",  # folder of a CLIP, published or trained by experiments.clip, for the CLIP score
