@@ -8,6 +8,7 @@ usage() {
 ./launch.sh EXPERIMENT [flags]                  set up, then python -m experiments.EXPERIMENT [flags]
 ./launch.sh EXPERIMENT [flags] --processes N    the same as N processes on this host
 ./launch.sh test [pytest's flags]               set up, then run every test; test --quick: those that take 90 s
+./launch.sh demo --workdir=RUN                  set up, then serve trained runs on a page (docs/demo.md)
 ./launch.sh lint                                set up, then check style and types
 ./launch.sh EXPERIMENT --help                   the experiment's flags and config
 
@@ -171,6 +172,12 @@ esac
 # pages (glibc >= 2.35; an older one ignores this).
 if [ "$(jax_extra)" = cpu ]; then
   export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000}
+fi
+
+if [ "$1" = demo ]; then
+  shift
+  set_up demo
+  exec .venv/bin/python -m diffusion.demo "$@"
 fi
 
 name=$1

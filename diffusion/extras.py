@@ -26,6 +26,7 @@ EXTRAS = {
     ),
     "digits": ("sklearn",),
     "wandb": ("wandb",),
+    "demo": ("gradio", "fastapi", "starlette", "uvicorn", "anyio"),
     "tfds": ("tensorflow_datasets", "array_record", "importlib_resources"),
 }
 
