@@ -79,8 +79,8 @@ def docstring_of(choice: Any) -> dict[str, str]:
 def read_blocks(source: str) -> list[Block]:
     """Returns the blocks that a config file sets, from its source, in their order.
 
-    They are `config.PLACE = ConfigDict(dict(...))`, the same of a dict with a name of its own, `config.PLACE.update(...)`
-    and `config.PLACE.FIELD = value`.
+    They are `config.PLACE = ConfigDict(dict(...))`, the same of a dict with a name of its own,
+    `config.PLACE.update(...)` and `config.PLACE.FIELD = value`.
     """
     comments = Comments(source)
     tree = ast.parse(source)
@@ -97,9 +97,13 @@ def read_blocks(source: str) -> list[Block]:
             else:
                 before, _, field = place.rpartition(".")
                 found.append(Block(before, "", {field: comments.at(node)}))
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "update":
-            if place := place_of(node.func.value):
-                found += blocks_of(place, node, comments, named)
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "update"
+            and (place := place_of(node.func.value))
+        ):
+            found += blocks_of(place, node, comments, named)
     return found
 
 

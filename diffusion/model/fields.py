@@ -9,7 +9,7 @@ import difflib
 import inspect
 import runpy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ CHOICES: dict[str, Mapping[str, Any]] = {
 }
 ALWAYS = {"optimizer": SHARED}
 NAMES = ("evaluation.metrics", "condition.leave_out", "lora.targets")  # tuples of names; all others hold numbers
-NEAR = 0.6  # of difflib's ratio: a name less alike is not offered
+NEAR = 0.75  # of difflib's ratio: a name less alike is not offered
 
 
 def load(spec: str, folder: Path) -> tuple[Config, str]:
@@ -56,16 +56,7 @@ def load(spec: str, folder: Path) -> tuple[Config, str]:
     Raises:
       RunError: there is no such file, or it does not have these methods.
     """
-    name, _, methods = spec.partition(":")
-    there = sorted(path.stem for path in folder.glob("[!_]*.py"))
-    path = Path(name).expanduser()
-    if not path.is_file():
-        stem = next((stem for stem in there if name == stem or name.startswith(f"{stem}_")), None)
-        if stem is None or path.suffix:
-            raise RunError(
-                f"no config file {name}; those in {folder.parent.name}/{folder.name} are: {', '.join(there)}"
-            )
-        path, methods = folder / f"{stem}.py", ",".join(filter(None, (name[len(stem) + 1 :], methods)))
+    path, methods = find_file(spec, folder)
     try:
         with importing_from(folder.resolve().parent.parent):  # config files share experiments/configs/_base.py
             get_config = runpy.run_path(str(path)).get("get_config")
@@ -83,6 +74,27 @@ def load(spec: str, folder: Path) -> tuple[Config, str]:
     if not isinstance(config, ConfigDict) or "seed" not in config:
         raise RunError(f"{path}: get_config returns no config of a run, a ConfigDict as _base.image_config makes it")
     return complete(config), "_".join([path.stem, *filter(None, methods.split(","))])
+
+
+def find_file(spec: str, folder: Path) -> tuple[Path, str]:
+    """Returns the file that `spec` of `load` names, and its methods.
+
+    Raises:
+      RunError: there is no such file.
+    """
+    name, _, methods = spec.partition(":")
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path, methods
+    there = sorted(path.stem for path in folder.glob("[!_]*.py"))
+    stem = next((stem for stem in there if name == stem or name.startswith(f"{stem}_")), None)
+    if stem is None or path.suffix:
+        near = nearest(name, there) if not path.suffix else ""
+        where = f"{folder.parent.name}/{folder.name}"
+        raise RunError(
+            f"no config file {name}{near}{'; ' if not near else ' '}those in {where} are: {', '.join(there)}"
+        )
+    return folder / f"{stem}.py", ",".join(filter(None, (name[len(stem) + 1 :], methods)))
 
 
 @contextlib.contextmanager
@@ -217,12 +229,28 @@ def check_items(field: str, old: Any, value: Any) -> None:
         raise RunError(f"{field} is {tuple(value)}: {what} are needed{f', as {tuple(old)}' if old else ''}")
 
 
-def nearest(name: str, names: Any) -> str:
-    """Returns ": did you mean X?" for the most similar of `names`, "" where none is similar."""
-    last = {other.rpartition(".")[2]: other for other in names}
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=NEAR)
-    found = found or [last[one] for one in difflib.get_close_matches(name.rpartition(".")[2], list(last), 1, NEAR)]
-    return f": did you mean {found[0]}?" if found else ""
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Returns ": did you mean X?" for the names most like `name`, or ": did you mean X or Y?"; "" where none is near.
+
+    What counts is the last part: its words, as steps of num_steps, their initials, as lr of learning_rate, or its
+    letters. The block before it decides between equals.
+    """
+    block, _, last = name.rpartition(".")
+    words = set(last.split("_"))
+
+    def likeness(other: str) -> float:
+        place, _, field = other.rpartition(".")
+        others = field.split("_")
+        own = difflib.SequenceMatcher(None, last, field).ratio()
+        if len(last) > 1 and (last == "".join(word[:1] for word in others) or words <= {*others} or words >= {*others}):
+            own = 0.9 + 0.1 * own
+        same = difflib.SequenceMatcher(None, block, place).ratio() > NEAR
+        return own + 0.1 * same if own > NEAR else 0.0
+
+    found = {other: likeness(other) for other in names}
+    best = max(found.values(), default=0.0)
+    closest = [other for other, value in found.items() if value == best and best]
+    return f": did you mean {' or '.join(closest[:4])}?" if closest else ""
 
 
 def block_at(config: Config, place: str) -> Any:

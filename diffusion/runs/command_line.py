@@ -12,12 +12,14 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from diffusion.extras import MissingExtra
 from diffusion.files import cache_folder, check_file, check_folder
 from diffusion.model import formats
 from diffusion.model.config import Config, check_ranges, from_plain, plain
 from diffusion.model.fields import check_field, check_items, choose, is_choice, load, nearest
 from diffusion.runs.begin import asked_origin, settle
 from diffusion.runs.call import Call, Task
+from diffusion.runs.help import help_text
 from diffusion.runs.run import check_changes, read_description
 from diffusion.runs.train import stored_in
 from diffusion.training import RunError, check_seed, make_mesh, processes, workdir
@@ -32,6 +34,7 @@ BEGIN = ("train", "check", "import")  # modes that need no checkpoint
 DRAW = ("sample", "interpolate", "inpaint", "img2img", "progressive")
 SCORE = ("train", "evaluate", "sweep")
 MANY = 10**8  # samples are not meant
+HELP = {"--help", "-h"}
 # Which modes read a flag, of those that not all do.
 READ_BY = {
     **dict.fromkeys(("prompt", "negative_prompt", "label", "lora"), DRAW),
@@ -57,14 +60,16 @@ def run_to_end(work: Callable[[], None]) -> NoReturn:
     """Does `work` and exits: 0, or after what a user can mend one line and 1; --traceback shows where it came from."""
     try:
         work()
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe, as head, has what it wants
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         sys.exit(141)
-    except (RunError, ValueError, OSError, flags.Error) as error:
+    except (RunError, ValueError, OSError, MissingExtra, flags.Error) as error:
         if "--traceback" in sys.argv:
             traceback.print_exc()
         line = f"error: {one_line(error, LONGEST)}"
-        line += "" if isinstance(error, RunError) else " (--traceback shows where)"
+        line += "" if is_slip(error) else " (--traceback shows where)"
         processes.leave(1, line)
         sys.exit(line)
     except MemoryError as error:
@@ -82,9 +87,24 @@ def run_to_end(work: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
+def is_slip(error: Exception) -> bool:
+    """Returns whether the line of an error is all that its reader needs: a value or a file that we refuse by its name.
+
+    Others come from within a package that was called, and where from is what is to be known.
+    """
+    if isinstance(error, RunError | MissingExtra | flags.Error):
+        return True
+    if isinstance(error, OSError):
+        return error.filename is not None
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] in ("diffusion", "experiments", "__main__")
+
+
 def define_flags(values: flags.FlagValues, modes: dict[str, Mode]) -> None:
     """Defines the flags of every experiment."""
-    flags.DEFINE_string("config", None, "config file: FILE, NAME, with methods FILE:METHOD,METHOD", flag_values=values)
+    flags.DEFINE_string(
+        "config", None, "NAME in experiments/configs, or a FILE; with methods NAME:METHOD,METHOD", flag_values=values
+    )
     flags.DEFINE_string("workdir", None, "folder of the run; default: runs/CONFIG", flag_values=values)
     flags.DEFINE_enum("mode", "train", list(modes), "what to do", flag_values=values)
     flags.DEFINE_integer("num_samples", None, "how many samples", lower_bound=1, upper_bound=MANY, flag_values=values)
@@ -98,7 +118,10 @@ def define_flags(values: flags.FlagValues, modes: dict[str, Mode]) -> None:
     )
     flags.DEFINE_string("out", None, "samples as .npz (default: in the work folder)", flag_values=values)
     flags.DEFINE_string("sampler", None, "in place of config.sampling.sampler.name", flag_values=values)
-    flags.DEFINE_integer("steps", None, "in place of config.sampling.num_steps", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "sampling_steps", None, "in place of config.sampling.num_steps", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_alias("steps", "sampling_steps", flag_values=values)
     flags.DEFINE_list(
         "writers", list(DEFAULT), f"of what is reported, beside metrics.jsonl: {', '.join(WRITERS)}", flag_values=values
     )
@@ -129,13 +152,13 @@ def parse(
       RunError: unknown flag, config field or config file; a bad value; a work folder that does not fit.
     """
     define_flags(values, modes)
-    if {"--help", "-h"} & set(argv):
-        config, _ = load(default_config, configs)
-        print(f"{doc}\nFlags:\n{values.get_help()}\n\nConfig ({default_config}), --config.FIELD=VALUE:")
-        for name, value in workdir.flatten(plain(config)).items():
-            print(f"  {name} = {value}")
+    asked = HELP & set(argv)
+    rest = values([argument for argument in argv if argument not in HELP], known_only=True)
+    if asked:
+        spec = values.config or default_config
+        config = override(load(spec, configs)[0], rest, values)
+        print(help_text(doc or "", modes, values, READ_BY, config, spec, configs), flush=True)
         raise SystemExit(0)
-    rest = values(argv, known_only=True)
     if empty := [name for name in values if values[name].present and values[name].value in ("", [], [""])]:
         raise RunError(f"--{empty[0]}= is empty: give it a value, or leave it out")
     refuse_unread(values, modes)
@@ -201,7 +224,7 @@ def name_of(argument: str) -> str:
 
 
 def override(config: Config, arguments: list[str], known: flags.FlagValues) -> Config:
-    """Returns `config` changed by `--config.FIELD=VALUE` arguments, --sampler and --steps.
+    """Returns `config` changed by `--config.FIELD=VALUE` arguments, --sampler and --sampling_steps.
 
     A choice's name is applied first, so that the fields of that name can be given too.
 
@@ -216,7 +239,7 @@ def override(config: Config, arguments: list[str], known: flags.FlagValues) -> C
     fields = [argument for argument in arguments[1:] if argument.startswith("-")]  # not the value of the flag before
     samplers = [argument for argument, place in named.items() if place == "sampling.sampler"]
     steps = [argument for argument in arguments if name_of(argument) == "config.sampling.num_steps"]
-    for flag, said in (("sampler", samplers), ("steps", steps)):
+    for flag, said in (("sampler", samplers), ("sampling_steps", steps)):
         if known[flag].value is not None and said:
             raise RunError(f"--{flag} and --{name_of(said[0])} say the same: leave one out")
     if known.sampler is not None:
@@ -225,7 +248,7 @@ def override(config: Config, arguments: list[str], known: flags.FlagValues) -> C
         name = argument.lstrip("-").split("=")[0]
         if not name.startswith("config."):
             names = [*known, *(f"config.{field}" for field in workdir.flatten(plain(config)))]
-            near = nearest(name, names).replace("you mean ", "you mean --")
+            near = nearest(name, names).replace("you mean ", "you mean --").replace(" or ", " or --")
             raise RunError(f"unknown flag {argument.split('=')[0]}{near} (--help lists all)")
         check_field(config, name.removeprefix("config."))
     flat = workdir.flatten(plain(config))
@@ -240,9 +263,9 @@ def override(config: Config, arguments: list[str], known: flags.FlagValues) -> C
         check_items(field, flat[field], value)
     if unused:
         raise RunError(f"unexpected argument {unused[0]!r}: flags look like --name=value (--help lists all)")
-    if known.steps is not None:
+    if known.sampling_steps is not None:
         check_field(config, "sampling.num_steps")
-        config.sampling.num_steps = known.steps
+        config.sampling.num_steps = known.sampling_steps
     return config
 
 

@@ -87,7 +87,7 @@ def get_config() -> ConfigDict:
             num_images=1000,  # of these, evenly spread
             num_latents=10_000,  # training images of whose latents shift and scale are fitted, evenly spread
             batch_size=64,  # images encoded at a time
-            features="pixels",  # or inception, clip
+            features="pixels",  # pixels, inception or clip
             weights="",  # Inception's file where it is not to be fetched; clip: a published CLIP's folder
             metrics=("fid",),  # of reconstructions against their images; (): none
             after_training=True,
