@@ -17,11 +17,11 @@ from diffusion.runs.run import Run
 def likelihood(call: Call) -> None:
     """Writes likelihood/report.json, report.md and, for a chain, a picture of the bound's terms.
 
-    The first --num_samples test images (default 100). --steps are the ODE's; the bound takes every step of the chain,
+    The first --num_samples test images (default 100). --sampling_steps are the ODE's; the bound takes every step of the chain,
     and is left out for a process that is none.
     """
     run, source = call.open(), call.task.read(call.config, TEST)
-    measurements = measure(run, source, call.flags.num_samples or 100, 0, call.flags.steps or 200)
+    measurements = measure(run, source, call.flags.num_samples or 100, 0, call.flags.sampling_steps or 200)
     about = {"experiment": run.experiment, "steps trained": run.step}
     finish(run.workdir / "likelihood", f"Likelihood of {source.name} {source.split}", measurements, about)
 

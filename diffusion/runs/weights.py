@@ -171,7 +171,7 @@ def asked_again(call: Call, config: Config) -> Config:
     """Returns the config of a pipeline, with what the command line asks of its sampling in place of its own."""
     theirs = workdir.flatten(plain(call.config))
     fields = [field for field in call.asked if field.startswith("sampling.")]
-    fields += ["sampling.num_steps"] if call.flags.steps is not None else []
+    fields += ["sampling.num_steps"] if call.flags.sampling_steps is not None else []
     fields += ["sampling.sampler"] if call.flags.sampler is not None else []
     names = [field if field in theirs else f"{field}.name" for field in fields]
     return change(config, {name: from_plain({"it": theirs[name]}).it for name in names})
