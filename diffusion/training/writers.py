@@ -9,7 +9,6 @@ A writer is four functions; a new one is a function that returns them, and is pa
 """
 
 import importlib
-import importlib.util
 import json
 import os
 import time
@@ -23,6 +22,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
+from diffusion.extras import need
 from diffusion.files import replacing
 from diffusion.training.errors import RunError
 
@@ -129,8 +129,10 @@ def wandb(workdir: Path, start_step: int | None, **settings: Any) -> Writer:
 
 def check_wandb() -> None:
     """Raises RunError where Weights & Biases is not installed."""
-    if importlib.util.find_spec("wandb") is None:
-        raise RunError("writer wandb: Weights & Biases is not installed: pip install wandb, or leave it out")
+    try:
+        need("wandb")
+    except ImportError as error:
+        raise RunError(f"writer wandb: {error}") from error
 
 
 WRITERS: dict[str, MakeWriter] = {"tensorboard": tensorboard, "wandb": wandb}
