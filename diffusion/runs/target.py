@@ -24,10 +24,11 @@ from diffusion.model.model import Model, init
 from diffusion.runs.begin import asked_origin
 from diffusion.runs.call import TRAIN, Call
 from diffusion.runs.train import describe
-from diffusion.training import Experiment, RunError, hlo
+from diffusion.training import Experiment, RunError
 from diffusion.training.ahead import Ahead, compile_step
 from diffusion.training.chips import parse_target
 from diffusion.training.errors import one_line
+from diffusion.training.program import by_kind, heaviest
 from diffusion.training.sharding import describe_mesh
 
 RESERVED = 0.06  # of a GPU's memory, for its driver, the program and what is freed late: 5 of 80 GB
@@ -104,8 +105,8 @@ def report(found: Ahead, mesh: str, batch_size: int, notes: list[str]) -> list[s
     lines += [f"             {note}" for note in notes]
     lines.append(f"compiled     in {found.seconds[1]:.1f} s, after {found.seconds[0]:.1f} s of tracing")
     lines.append("memory       per device")
-    lines += [f"  {name:<16} {gigabytes(size):>12}" for name, size in found.memory.items()]
-    lines.append(f"  {'in all':<16} {gigabytes(found.needed):>12} of {gigabytes(chip.memory)}")
+    lines += [f"  {name:<16} {amount(size):>12}" for name, size in found.memory.items()]
+    lines.append(f"  {'in all':<16} {amount(found.needed):>12} of {amount(chip.memory)}")
     if found.program is not None:
         lines += [*work_lines(found, batch_size), *time_lines(found, batch_size)]
     return [*lines, verdict(found)]
@@ -118,16 +119,16 @@ def work_lines(found: Ahead, batch_size: int) -> Iterator[str]:
     for dtype, count in found.flops.most_common():
         yield f"  {dtype:<16} {count / found.target.count / 1e12:>12,.3f} TFLOP in products"
     yield f"  {'kernels':<16} {'number':>12} {'read':>12} {'written':>12}"
-    kinds = hlo.by_kind(found.program.kernels)
+    kinds = by_kind(found.program.kernels)
     for name, row in {**kinds, "in all": totals(kinds)}.items():
-        yield f"  {name:<16} {row['count']:>12,.0f} {gigabytes(row['read']):>12} {gigabytes(row['written']):>12}"
+        yield f"  {name:<16} {row['count']:>12,.0f} {amount(row['read']):>12} {amount(row['written']):>12}"
     for name, (count, size) in collectives(found).items():
-        yield f"  {name:<16} {count:>12,} {'':>12} {gigabytes(size):>12} of results"
+        yield f"  {name:<16} {count:>12,} {'':>12} {amount(size):>12} of results"
     if found.program.open_loops:
         yield f"  {found.program.open_loops} loops turn a number of times that is not known: they count once"
     yield f"most bytes   of the {SHOWN} first operations of the traced step"
-    for name, count, size in hlo.heaviest(found.program.kernels, SHOWN):
-        yield f"  {name[-66:]:<66} {count:>6,} {gigabytes(size):>12}"
+    for name, count, size in heaviest(found.program.kernels, SHOWN):
+        yield f"  {name.removeprefix('jit(train_step)/')[-66:]:<66} {count:>6,} {amount(size):>12}"
 
 
 def time_lines(found: Ahead, batch_size: int) -> Iterator[str]:
@@ -154,10 +155,10 @@ def verdict(found: Ahead) -> str:
     usable = chip.memory * (1 - RESERVED if chip.platform == "cuda" else 1)
     if needed > usable:
         return (
-            f"does not fit: {gigabytes(needed - usable)} too much per device; raise training.accumulate, lower "
+            f"does not fit: {amount(needed - usable)} too much per device; raise training.accumulate, lower "
             "data.batch_size, or cut over fsdp"
         )
-    line = f"fits: {gigabytes(usable - needed)} are left per device"
+    line = f"fits: {amount(usable - needed)} are left per device"
     if chip.platform == "cuda" and needed > SHARE * chip.memory:
         line += f", with XLA_PYTHON_CLIENT_MEM_FRACTION={1 - RESERVED:.2f}"
     return line
@@ -190,18 +191,18 @@ def to_json(found: Ahead, batch_size: int) -> dict[str, Any]:
     }
     if found.program is None or found.times is None:
         return result
-    kinds = hlo.by_kind(found.program.kernels)
+    kinds = by_kind(found.program.kernels)
     return result | {
         "kernels": {**kinds, "in all": totals(kinds)},
         "collectives": {name: {"count": count, "bytes": size} for name, (count, size) in collectives(found).items()},
         "milliseconds_at_least": {name: round(1e3 * value, 3) for name, value in found.times._asdict().items()},
         "most_bytes": [
             {"operation": name, "kernels": count, "bytes": size}
-            for name, count, size in hlo.heaviest(found.program.kernels, 24)
+            for name, count, size in heaviest(found.program.kernels, 24)
         ],
     }
 
 
-def gigabytes(count: float) -> str:
-    """Returns a number of bytes in gigabytes, for people."""
-    return f"{count / 1e9:,.3f} GB"
+def amount(count: float) -> str:
+    """Returns a number of bytes, for people."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"

@@ -18,14 +18,13 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from diffusion.extras import DISTRIBUTION
-from diffusion.training import hlo
 from diffusion.training.chips import Chip, Target, gpu_config
 from diffusion.training.dry_run import jit_step
 from diffusion.training.errors import RunError, one_line
 from diffusion.training.experiment import Experiment, TrainState
 from diffusion.training.flops import count_flops
-from diffusion.training.hlo import Program
 from diffusion.training.loop import abstract_train_state
+from diffusion.training.program import Collective, Program
 from diffusion.training.settings import Settings, check_settings
 from diffusion.training.sharding import batch_sharding, make_mesh
 
@@ -202,7 +201,7 @@ def rate_of(chip: Chip, dtype: str) -> float:
     return chip.bf16 if re.fullmatch("bfloat16|float16", dtype) else chip.f32
 
 
-def link_seconds(one: hlo.Collective, chip: Chip) -> float:
+def link_seconds(one: Collective, chip: Chip) -> float:
     """Returns what a collective takes at least: the bytes that a device sends in a ring, over its links."""
     others = one.group - 1
     sent = {"all-reduce": 2 * others / one.group, "reduce-scatter": others, "collective-permute": 1.0}
