@@ -180,12 +180,16 @@ def collectives(found: Ahead) -> dict[str, tuple[int, float]]:
 
 def to_json(found: Ahead, batch_size: int) -> dict[str, Any]:
     """Returns what was found as plain JSON, in bytes, FLOPs and seconds."""
+
+    def whole(row: dict[str, float]) -> dict[str, int]:
+        return {name: round(value) for name, value in row.items()}
+
     result: dict[str, Any] = {
         "target": found.target.spec,
         "chip": found.target.chip.kind,
         "batch_size": batch_size,
         "fits": verdict(found),
-        "memory_per_device": {**found.memory, "in all": found.needed},
+        "memory_per_device": whole({**found.memory, "in all": found.needed}),
         "flops": dict(found.flops),
         "seconds": {"tracing": round(found.seconds[0], 1), "compiling": round(found.seconds[1], 1)},
     }
@@ -193,11 +197,13 @@ def to_json(found: Ahead, batch_size: int) -> dict[str, Any]:
         return result
     kinds = by_kind(found.program.kernels)
     return result | {
-        "kernels": {**kinds, "in all": totals(kinds)},
-        "collectives": {name: {"count": count, "bytes": size} for name, (count, size) in collectives(found).items()},
+        "kernels": {name: whole(row) for name, row in {**kinds, "in all": totals(kinds)}.items()},
+        "collectives": {
+            name: whole({"count": count, "bytes": size}) for name, (count, size) in collectives(found).items()
+        },
         "milliseconds_at_least": {name: round(1e3 * value, 3) for name, value in found.times._asdict().items()},
         "most_bytes": [
-            {"operation": name, "kernels": count, "bytes": size}
+            {"operation": name, "kernels": count, "bytes": round(size)}
             for name, count, size in heaviest(found.program.kernels, 24)
         ],
     }
