@@ -7,6 +7,7 @@ usage() {
   cat <<TEXT
 ./launch.sh EXPERIMENT [flags]                  set up, then python -m experiments.EXPERIMENT [flags]
 ./launch.sh EXPERIMENT [flags] --processes N    the same as N processes on this host
+./launch.sh sweep EXPERIMENT --set FIELD=A,B    a run per value, then one table and one figure; sweep --help
 ./launch.sh test [pytest's flags]               set up, then run every test; test --quick: those that take 90 s
 ./launch.sh demo --workdir=RUN                  set up, then serve trained runs on a page (docs/demo.md)
 ./launch.sh lint                                set up, then check style and types
@@ -182,6 +183,10 @@ fi
 
 name=$1
 shift
+if [ "$name" = sweep ]; then
+  set_up
+  exec .venv/bin/python -m diffusion.runs.sweeps "$@"
+fi
 [ -n "$(experiments | awk -v name="$name" '$1 == name')" ] ||
   fail "unknown experiment '$name'; there are: $(experiments | awk '{printf "%s%s", sep, $1; sep = ", "}')"
 count=1

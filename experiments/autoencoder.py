@@ -29,7 +29,7 @@ from diffusion.data.sources import Source, array_source
 from diffusion.evaluation import Measurement
 from diffusion.model import formats, vae
 from diffusion.model.config import Config, make_settings, plain
-from diffusion.runs import target, vae_weights, weights
+from diffusion.runs import compare, target, vae_weights, weights
 from diffusion.runs.call import TEST, TRAIN, Call, Task, refuse_flags
 from diffusion.runs.check import try_out
 from diffusion.runs.modes import main
@@ -244,6 +244,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list("images", [], "reconstruct: pictures, in place of test images", flag_values=values)
     weights.define_flags(values)
     target.define_flags(values)
+    compare.define_flags(values)
 
 
 MODES = {
@@ -251,6 +252,7 @@ MODES = {
     "check": check,
     "evaluate": evaluate,
     "reconstruct": reconstruct,
+    "compare": compare.compare,
     "import": vae_weights.import_weights,
     "export": export,
 }

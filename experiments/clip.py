@@ -31,7 +31,7 @@ from diffusion.evaluation.clip_features import Encoder, normalised
 from diffusion.model import clip as contrastive_model
 from diffusion.model import formats
 from diffusion.model.config import Config, check_ranges, make_settings, plain
-from diffusion.runs import clip_weights, weights
+from diffusion.runs import clip_weights, compare, weights
 from diffusion.runs.call import Call, Task
 from diffusion.runs.modes import main
 from diffusion.runs.report import REAL, finish_run
@@ -225,12 +225,14 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list("images", [], "score: pictures", flag_values=values)
     flags.DEFINE_string("prompts", None, "score: prompts, with ; between them", flag_values=values)
     weights.define_flags(values)
+    compare.define_flags(values)
 
 
 MODES = {
     "train": train_clip,
     "evaluate": evaluate,
     "score": score,
+    "compare": compare.compare,
     "import": clip_weights.import_weights,
     "export": clip_weights.export_weights,
 }

@@ -21,7 +21,7 @@ from PIL import Image
 
 import diffusion
 from diffusion.model import fields
-from diffusion.runs import command_line, modes
+from diffusion.runs import command_line, compare, modes
 from diffusion.training.description import FORMAT
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +79,7 @@ def commands():
     for page in PAGES:
         text = re.sub(r"\n(?=--)", " ", page.read_text())
         for name, rest in re.findall(r"(?:\./launch\.sh|python -m experiments\.)\s*(\w+)([^`\n]*)", text):
-            if name not in ("test", "lint", "NAME", "squares", "EXPERIMENT"):
+            if name not in ("test", "lint", "sweep", "NAME", "squares", "EXPERIMENT"):
                 yield page.name, name, shlex.split(rest, comments=True)
 
 
@@ -93,7 +93,7 @@ def test_commands_parse(page, name, arguments):
     values = flags.FlagValues()
     getattr(module, "define_flags", modes.define_flags)(values)
     command_line.define_flags(values, getattr(module, "MODES", modes.MODES))
-    rest = values([name, *arguments], known_only=True)
+    rest = values(compare.named([name, *arguments]), known_only=True)
     config, _ = fields.load(values.config or name, ROOT / "experiments" / "configs")
     command_line.override(config, rest, values)
 

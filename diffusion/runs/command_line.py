@@ -51,6 +51,7 @@ READ_BY = {
     "weights": ("import", "export"),
     "target": ("check",),
     "writers": ("train", "evaluate"),
+    "with": ("compare",),
     **dict.fromkeys(("init_from", "init_only", "init_raw"), ("train", "check")),
     **dict.fromkeys(("variant", "tokenizers", "null_class", "new_attention_order"), ("import",)),
 }

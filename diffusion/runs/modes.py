@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from absl import flags
 
-from diffusion.runs import begin, command_line, edit, evaluate, export, sample, sweep, target, weights
+from diffusion.runs import begin, command_line, compare, edit, evaluate, export, sample, sweep, target, weights
 from diffusion.runs.call import Task
 from diffusion.runs.check import check
 from diffusion.runs.command_line import Mode
@@ -20,6 +20,7 @@ MODES: dict[str, Mode] = {
     "sample": sample.sample,
     "evaluate": evaluate.evaluate,
     "sweep": sweep.sweep,
+    "compare": compare.compare,
     "likelihood": likelihood,
     "interpolate": edit.interpolate,
     "inpaint": edit.inpaint,
@@ -28,7 +29,7 @@ MODES: dict[str, Mode] = {
     "import": weights.import_weights,
     "export": export.export_weights,
 }
-FLAGS = (begin, target, sample, evaluate, sweep, edit, weights)  # modules that define flags of their modes
+FLAGS = (begin, target, sample, evaluate, sweep, compare, edit, weights)  # modules that define flags of their modes
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -60,7 +61,7 @@ def main(
     def work() -> None:
         values = flags.FlagValues()
         extra_flags(values)
-        call, mode = command_line.parse(sys.argv, task, doc, Path(file).parent / "configs", config, modes, values)
+        call, mode = command_line.parse(compare.named(sys.argv), task, doc, Path(file).parent / "configs", config, modes, values)
         modes[mode](call)
 
     command_line.run_to_end(work)
