@@ -101,6 +101,7 @@ def test_commands_parse(page, name, arguments):
 def test_flags_exist():
     """Flags in the middle of a sentence are those of an experiment, of launch.sh, or of a program of ours."""
     programs = [*(ROOT / "benchmarks").glob("*.py"), ROOT / "diffusion" / "evaluation" / "__main__.py"]
+    programs.append(ROOT / "diffusion" / "runs" / "sweeps.py")
     known = set(re.findall(r"--[a-z_-]+", "".join(path.read_text() for path in [*programs, ROOT / "launch.sh"])))
     clip = importlib.import_module("experiments.clip")
     for define in (modes.define_flags, clip.define_flags):
