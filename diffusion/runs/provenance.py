@@ -1,12 +1,13 @@
 """How a picture was made, inside its PNG file, and a command that makes it again."""
 
 import hashlib
+import io
 import json
 import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -61,14 +62,14 @@ def made_of(run: Run, plan: Plan, row: int = 0, batch: int = 1, *, watched: bool
 
 
 def write_png(
-    picture: np.ndarray, made: Mapping[str, Any] | None, to: str | os.PathLike | IO[bytes], *, smallest_side: int = 1
+    picture: np.ndarray, made: Mapping[str, Any] | None, to: str | os.PathLike | io.BytesIO, *, smallest_side: int = 1
 ) -> None:
     """Writes a picture as PNG with how it was made.
 
     Args:
       picture: uint8[H, W, C].
       made: of `made_of`; None: nothing is said of it.
-      to: a path or an open binary file.
+      to: a path, or a buffer.
       smallest_side: small pictures are enlarged by a whole factor to it.
     """
     from PIL import Image
@@ -89,7 +90,7 @@ def write_png(
         image.save(to, "png", pnginfo=info)
 
 
-def read_png(source: str | os.PathLike | IO[bytes]) -> dict[str, Any]:
+def read_png(source: str | os.PathLike | io.BytesIO) -> dict[str, Any]:
     """Returns how the picture in a PNG file was made.
 
     Raises:
