@@ -216,7 +216,7 @@ def evaluate(call: Call, run: Run) -> list[Measurement]:
     def measured(
         name: str, value: Any, made: dict[str, Any], note: str = "", what: str = extractor.name
     ) -> Measurement:
-        return Measurement(name, value, len(true) if made is real else len(image), what, None, note=note, **made)
+        return Measurement(name, value, len(image) if made is drawn else len(true), what, None, note=note, **made)
 
     return [
         measured("held-out captions, right", identify.shares(found.row, wanted, gallery), drawn, note),

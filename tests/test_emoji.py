@@ -255,7 +255,7 @@ def test_an_exported_run_draws_the_same_pictures_wherever_it_is_opened(trained, 
         np.testing.assert_array_equal(other.sample(prompts=prompts), run.sample(prompts=prompts))
         assert other.step == 2 and other.average == 0.999
     card = (artefact / "README.md").read_text()
-    assert "Apache-2.0" in card and "held-out captions, right" in card and "x_0 has shape 16x16x4" in card
+    assert "Apache-2.0" in card and "held-out captions, right" in card and "x_0 has shape 16x16x16" in card
     stored = (artefact / "published.json").read_text()
     assert str(tmp_path.parent) not in stored and str(trained.parent.parent) not in stored
     do_call(
@@ -283,11 +283,13 @@ def test_an_artefact_of_other_arrays_or_of_another_experiment_is_refused(trained
         diffusion.open_run(artefact)
 
 
-def test_pictures_of_128_have_four_times_the_tokens(flags, tmp_path, monkeypatch):
+def test_pictures_of_128_are_trained_with_no_other_settings(flags, tmp_path, monkeypatch):
+    """16x16 latents, as FLUX.2's of 128x128: the 64 tokens of 64x64 are assumed nowhere."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "run"
-    do_call(experiment.TASK, "emoji", folder, *flags, "--config.data.image_size=128", "--config.network.table_size=32")
+    sizes = ("--config.data.image_size=128", "--config.space.patch=2")  # this autoencoder's cells are 4 pixels wide
+    do_call(experiment.TASK, "emoji", folder, *flags, *sizes, "--config.evaluation.num_drawings=1")
     run = diffusion.open_run(folder)
-    assert run.model.space.shape == (32, 32, 4)
+    assert run.model.space.shape == (16, 16, 64)
     assert run.sample(prompts=["red apple"]).shape == (1, 128, 128, 3)
     assert (folder / "report.md").exists()
