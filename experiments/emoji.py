@@ -205,7 +205,7 @@ def evaluate(call: Call, run: Run) -> list[Measurement]:
     itself = np.linalg.norm(again - gallery.features[truth.wanted], axis=1)
     reached = identify.shares(identify.nearest(again, gallery, truth.wanted).row, truth.wanted, gallery)
     decibels = {"drawings": psnr(np.tile(true, (times, 1, 1, 1)), image), "autoencoder": psnr(true, ceiling)}
-    drawn = made_by(run) | {"seeds": [call.flags.seed]}
+    drawn: dict[str, Any] = made_by(run) | {"seeds": [call.flags.seed]}
     real, random = ({**REAL, "sampler": f"true pictures{how}"} for how in (" through the autoencoder", " at random"))
     note = f"nearest of {len(gallery.seen)} true pictures; {times} drawings of each of {len(true)} captions"
     copies = (
@@ -235,8 +235,8 @@ def score(call: Call, run: Run) -> Measurement:
     image = draw_wanted(call, run, truth, 1)
     found = identify.nearest(extractor.extract(image).features, truth.gallery, truth.wanted)
     value = identify.shares(found.row, truth.wanted, truth.gallery)
-    made = made_by(run) | {"seeds": [call.flags.seed]}
-    return Measurement("held-out captions, right", value, len(image), extractor.name, None, **made)
+    made: dict[str, Any] = made_by(run) | {"seeds": [call.flags.seed]}
+    return Measurement("held-out captions, right, each drawn once", value, len(image), extractor.name, None, **made)
 
 
 TASK = Task("emoji", read, evaluate, ready, score, examples, about=ABOUT)
