@@ -47,6 +47,7 @@ def read(config: Config, split: str) -> Source:
         image_size=data.image_size,
         skip_broken=data.skip_broken,
         buckets=data.get("buckets", 0),
+        references=data.get("references", 0),
     )
 
 
@@ -57,7 +58,9 @@ def draw_held_out(call: Call, run: Run) -> tuple[Source, np.ndarray, list[str], 
     rows = np.sort(np.random.RandomState(0).permutation(source.num_examples)[:count])
     real = source.read(rows)
     prompts = [source.captions[label] for label in real["label"]]
-    return source, real["image"], prompts, draw(run.painter, prompts, np.arange(count), call.flags.seed)
+    references = list(real.get("reference_image", np.empty((0, 0))).swapaxes(0, 1))
+    images = draw(run.painter, prompts, np.arange(count), call.flags.seed, references=references)
+    return source, real["image"], prompts, images
 
 
 def metrics_of(call: Call) -> list[str]:

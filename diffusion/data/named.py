@@ -82,6 +82,7 @@ def named_captions(
     image_size: Size | None = None,
     skip_broken: bool = False,
     buckets: int = 0,
+    references: int = 0,
 ) -> Source:
     """Returns a split of the captioned images of that name.
 
@@ -95,6 +96,7 @@ def named_captions(
       image_size: side, or (H, W), to which pictures are cropped and resized; None or 0: as stored.
       skip_broken: folder: skip pictures that cannot be read.
       buckets: folder: of the training pairs; see `captions.caption_folder`.
+      references: folder: of every pair; see there.
 
     Raises:
       ValueError: in one line, an unknown name or split, a missing folder, or data that cannot be read.
@@ -106,7 +108,10 @@ def named_captions(
         folder, field = (data_dir, "data") if split == "train" else (held_out_dir, "evaluation")
         if not folder:
             raise ValueError(f"no folder of pictures and captions: name one by --config.{field}.dir=DIR")
-        return caption_folder(folder, image_size or None, split, skip_broken, buckets if split == "train" else 0)
+        buckets = buckets if split == "train" else 0
+        return caption_folder(folder, image_size or None, split, skip_broken, buckets, references)
+    if references:
+        raise ValueError(f"data.references={references} are of a folder of captions: {name} has none, set it to 0")
     if kind == "tfds" and buckets:
         raise ValueError(
             f"data.buckets={buckets} are of a folder of captions: {name} is read at one shape, set it to 0"

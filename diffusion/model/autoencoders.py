@@ -73,6 +73,32 @@ class Trained(NamedTuple):
     scale: np.ndarray
 
 
+def params_of(trained: Trained) -> dict[str, Any]:
+    """Returns the parameters of a space of its latents."""
+    return {"autoencoder": trained.params, "shift": jnp.asarray(trained.shift), "scale": jnp.asarray(trained.scale)}
+
+
+def decoder_of(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the same parameters without those that only encode."""
+    kept = {name: part for name, part in params["autoencoder"]["params"].items() if name not in ("encoder", "quant")}
+    return {**params, "autoencoder": {"params": kept}}
+
+
+def with_preview(codec: Codec, tiny: Codec) -> dict[str, Any]:
+    """Returns the description of a codec whose latents a tiny one decodes too, for previews.
+
+    Raises:
+      ValueError: their latents are of other shapes.
+    """
+    own, others = (codec.cell, codec.channels), (tiny.cell, tiny.channels)
+    if own != others:
+        raise ValueError(
+            f"space.preview has {others[1]} channels for each {others[0]} pixels, and the latents {own[1]} for each "
+            f"{own[0]}: use the tiny autoencoder of these latents, as TAEF2 of FLUX.2"
+        )
+    return {**codec.description, "preview": tiny.description}
+
+
 def restore(description: Mapping[str, Any]) -> Codec:
     """Returns the codec that a description was made of."""
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in description["fields"].items()}
@@ -101,11 +127,16 @@ def open_autoencoder(folder: str | Path, patch: int = 0) -> Trained:
       ValueError: there is none, it cannot be read, or its shift and scale differ within a patch.
       RunError: a work folder of another experiment, or one whose latents have not been fitted yet.
     """
-    named = str(folder) == taef2.NAME and not Path(folder).exists()
-    folder = taef2.fetch_taef2() if named else Path(folder).expanduser()
+    folder = find_folder(folder)
     if (folder / "checkpoints").is_dir():
         return of_published(vae.open_published(folder), patch)
     return of_published(load_autoencoder(folder), patch)
+
+
+def find_folder(folder: str | Path) -> Path:
+    """Returns the folder of an autoencoder; that of "taef2", where no folder has that name, is fetched once."""
+    named = str(folder) == taef2.NAME and not Path(folder).exists()
+    return taef2.fetch_taef2() if named else Path(folder).expanduser()
 
 
 def of_published(found: PublishedAutoencoder, patch: int = 0) -> Trained:

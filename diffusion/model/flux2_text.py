@@ -156,7 +156,9 @@ def restore(description: Mapping[str, Any]) -> TextEncoder:
     )
 
 
-def published(description: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[Qwen3, dict[str, Any], Tokenizer, int]:
+def published(
+    description: Mapping[str, Any], params: Mapping[str, Any]
+) -> tuple[Qwen3, dict[str, Any], Tokenizer, int]:
     """Returns the encoder of a run as it is published: network and parameters, `whole`, its tokenizer and padding.
 
     A run holds no layer beyond the last state that is read. One that adds nothing is put there, and a norm of ones, for

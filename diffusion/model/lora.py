@@ -71,7 +71,9 @@ def make_lora(network: str, *, rank: int = 0, alpha: float = 0.0, targets: Seque
     if not rank:
         return None
     if network not in ATTENTION:
-        raise ValueError(f"lora.rank={rank} adapts {' or '.join(ATTENTION)}, and network.name is {network}: set it to 0")
+        raise ValueError(
+            f"lora.rank={rank} adapts {' or '.join(ATTENTION)}, and network.name is {network}: set it to 0"
+        )
     return LoRA(rank, (alpha or rank) / rank, tuple(targets or ATTENTION[network]))
 
 
@@ -117,7 +119,7 @@ def shapes(module: str, kernel: tuple[int, ...], rank: int) -> tuple[tuple[int, 
 
 
 def num_inputs(module: str, kernel: tuple[int, ...]) -> int:
-    """Returns how many axes of a kernel are inputs: all but the last after heads, [heads, head, out], else the first."""
+    """Returns how many axes of a kernel are inputs: all but the last after heads, [heads, head, out], else one."""
     return len(kernel) - 1 if module.endswith("_out") else 1
 
 

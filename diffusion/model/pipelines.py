@@ -9,7 +9,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion.model import flux2_text, sd3_text
-from diffusion.model.autoencoders import of_published
+from diffusion.model.autoencoders import (
+    Codec,
+    decoder_of,
+    of_published,
+    open_autoencoder,
+    params_of,
+    with_preview,
+)
 from diffusion.model.choices import fields_of
 from diffusion.model.config import Config, dtype_of
 from diffusion.model.fields import choose
@@ -19,6 +26,7 @@ from diffusion.pretrained import flux2, klein, mmdit, sd3
 from diffusion.pretrained.folder import read_json, resolve
 from diffusion.pretrained.vae import load_vae
 
+PREVIEW = Path("preview")  # folder in a pipeline's, of a tiny autoencoder of its latents
 KLEIN_SIDE = 1024  # pixels, of FLUX.2 [klein]'s pictures where no size is asked for
 Put = Callable[[Any, np.ndarray], Any]  # (tree path, array) -> what is kept of it
 
@@ -82,7 +90,7 @@ def describe_sd3(folder: Path, config: Config, variant: str | None = None) -> di
         "image_shape": [side, side, 3],
         "num_classes": None,
         "condition": dict(encoder.description),
-        "space": codec.description,
+        "space": describe_space(folder, codec, config.space.get("preview", "")),
         "frozen": ["text", "space"],
     }
 
@@ -100,9 +108,26 @@ def load_sd3(folder: Path, config: Config, variant: str | None, put: Put) -> dic
 
 
 def load_space(folder: Path, variant: str | None) -> dict[str, Any]:
-    """Returns the parameters of `space.latents` of a pipeline's autoencoder."""
-    found = of_published(load_vae(folder, variant))
-    return {"autoencoder": found.params, "shift": jnp.asarray(found.shift), "scale": jnp.asarray(found.scale)}
+    """Returns the parameters of `space.latents` of a pipeline's autoencoder, and of the tiny one in preview/."""
+    params = params_of(of_published(load_vae(folder, variant)))
+    if (folder / PREVIEW).is_dir():
+        params["preview"] = decoder_of(params_of(open_autoencoder(folder / PREVIEW)))
+    return params
+
+
+def describe_space(folder: Path, codec: Codec, preview: str = "") -> dict[str, Any]:
+    """Returns the description of the latents of a pipeline's autoencoder.
+
+    Args:
+      folder: of the pipeline.
+      codec: of its autoencoder.
+      preview: of a tiny autoencoder that decodes previews; "": that in preview/, if there is one.
+
+    Raises:
+      ValueError: the tiny one is of other latents.
+    """
+    preview = preview or (str(folder / PREVIEW) if (folder / PREVIEW).is_dir() else "")
+    return with_preview(codec, open_autoencoder(preview).codec) if preview else codec.description
 
 
 def describe_klein(folder: Path, config: Config, variant: str | None = None) -> dict[str, Any]:
@@ -134,7 +159,7 @@ def describe_klein(folder: Path, config: Config, variant: str | None = None) -> 
         "image_shape": [KLEIN_SIDE, KLEIN_SIDE, 3],
         "num_classes": None,
         "condition": dict(encoder.description),
-        "space": codec.description,
+        "space": describe_space(folder, codec, config.space.get("preview", "")),
         "frozen": ["text", "space"],
     }
 

@@ -13,12 +13,22 @@ from diffusion.data.images import to_float, to_uint8
 from diffusion.data.precomputed import precomputed
 from diffusion.data.sources import Source, each_part
 from diffusion.files import cache_folder
-from diffusion.model.autoencoders import Trained, open_autoencoder, restore
+from diffusion.model.autoencoders import (
+    Codec,
+    Trained,
+    decoder_of,
+    open_autoencoder,
+    params_of,
+    restore,
+    with_preview,
+)
+from diffusion.model.condition import Told
 from diffusion.randomness import fold_in, normal_like
 from diffusion.training import digest
 
 Numbers = jax.Array | np.ndarray
 
+REFERENCE = "reference_"  # begins the names of what is read of pictures to edit
 MOMENTS_KEY = 4  # folded into the loss's key; its splits 0 to 3 are taken
 
 
@@ -36,6 +46,7 @@ class Space(NamedTuple):
       description: what makes it again beside the config and the parameters, plain JSON; None: nothing more.
       precomputed: (params, uint8 images) -> what `of_batch` reads in place of images, by name; None: images.
       fitted: whether its parameters depend on the training images; see `with_latents`.
+      draft: a cheaper `decode`, for pictures that are looked at while others are made; None: there is none.
     """
 
     image_shape: tuple[int, int, int]
@@ -48,6 +59,11 @@ class Space(NamedTuple):
     description: Mapping[str, Any] | None = None
     precomputed: Callable[[Any, jax.Array], dict[str, jax.Array]] | None = None
     fitted: bool = False
+    draft: Callable[[Any, jax.Array], jax.Array] | None = None
+
+    def preview(self, params: Any, x_0: jax.Array) -> jax.Array:
+        """Returns uint8 images of x_0 [..., *shape], such as x_0_hat, as cheaply as the space can."""
+        return (self.draft or self.decode)(params, x_0)
 
 
 def pixels(image_shape: tuple[int, int, int], stored: Mapping[str, Any] | None) -> Space:
@@ -71,10 +87,12 @@ def latents(
     precomputed: bool = True,
     fitted: bool = False,
     patch: int = 0,
+    preview: str = "",
 ) -> Space:
     """Returns the space of an autoencoder's latents z: x_0 = (z - shift) * scale, per channel.
 
-    Its parameters are {"autoencoder", "shift", "scale"}, none of them trained.
+    Its parameters are {"autoencoder", "shift", "scale"}, none of them trained, and "preview": the same of a tiny
+    autoencoder's decoder, where there is one.
 
     Args:
       image_shape: of images.
@@ -86,22 +104,30 @@ def latents(
       fitted: shift and scale are mean and 1 / standard deviation over the training images, not the published ones;
         needs `precomputed`.
       patch: side of the patches of z that are folded into channels; 0: as the autoencoder was published.
+      preview: folder of a tiny autoencoder of the same latents, as TAEF2 is FLUX.2's, that decodes previews.
 
     Raises:
-      ValueError: no folder is named, images that the autoencoder's cells do not divide, or of other channels.
+      ValueError: no folder is named, images that the autoencoder's cells do not divide, or of other channels, or a
+        preview's that are not these latents.
 
     Source: Rombach et al. (2022), section 3.1.
     """
     if fitted and not precomputed:
         raise ValueError("space.fitted needs the latents of all images: set space.precomputed=True")
+    if fitted and preview:
+        raise ValueError("space.preview decodes the published latents, which space.fitted changes: leave one out")
     found: Trained | None = None
+    tiny: Trained | None = None
     if stored is None:
         if not folder:
             raise ValueError(
                 "space.name=latents encodes with a trained autoencoder: name its folder, --config.space.folder=DIR"
             )
         found = open_autoencoder(folder, patch)
+        tiny = open_autoencoder(preview) if preview else None
     codec = found.codec if found else restore(stored or {})
+    description = with_preview(codec, tiny.codec) if tiny else codec.description
+    cheap = restore(description["preview"]) if "preview" in description else None
     height, width, channels = image_shape
     cell = codec.cell
     if channels != 3 or height % cell or width % cell:
@@ -118,10 +144,9 @@ def latents(
         mean, std = codec.encode(params["autoencoder"], to_float(images))
         return normal(params, mean + std * normal_like(fold_in(keys, MOMENTS_KEY), mean) if sample else mean)
 
-    def decode(params: Any, x_0: Numbers) -> jax.Array:
-        z = (x_0 / params["scale"] + params["shift"]).reshape(-1, *x_0.shape[-3:])
-        image = to_uint8(codec.decode(params["autoencoder"], z).astype(jnp.float32))
-        return image.reshape(*x_0.shape[:-3], *image.shape[-3:])
+    def draft(params: Any, x_0: Numbers) -> jax.Array:
+        assert cheap is not None
+        return decoded(cheap, params["preview"], x_0)
 
     def moments(params: Any, images: Numbers) -> dict[str, jax.Array]:
         mean, std = codec.encode(params["autoencoder"], to_float(images))
@@ -139,23 +164,51 @@ def latents(
         return np.asarray(cells.all(axis=(1, 3)))  # a cell of which a part is to be drawn is drawn
 
     def init(key: jax.Array) -> Any:
-        if found is None:  # a checkpoint's: only shapes are needed
-            of_channel = jnp.zeros(codec.channels)
-            return {"autoencoder": codec.init(key), "shift": of_channel, "scale": of_channel}
-        return {"autoencoder": found.params, "shift": jnp.asarray(found.shift), "scale": jnp.asarray(found.scale)}
+        params = params_of(found) if found else drawn_params(codec, key)
+        if cheap is not None:
+            params["preview"] = decoder_of(params_of(tiny) if tiny else drawn_params(cheap, key))
+        return params
 
     return Space(
         image_shape,
         shape,
         encode,
-        decode,
+        lambda params, x_0: decoded(codec, params, x_0),
         of_batch,
         mask,
         init,
-        codec.description,
+        description,
         moments if precomputed else None,
         fitted,
+        draft if cheap else None,
     )
+
+
+def references_of(space: Space, params: Any, batch: Mapping[str, Any], key: jax.Array) -> Told:
+    """Returns what a network is told of the pictures to edit in a batch, where it has some.
+
+    They are read as images are, by the names that `Space.of_batch` reads after `REFERENCE`: [B, R, ...] for R of them.
+    """
+    found = {name.removeprefix(REFERENCE): rows for name, rows in batch.items() if name.startswith(REFERENCE)}
+    count = next(iter(found.values())).shape[1] if found else 0
+    references = (
+        space.of_batch(params, {name: rows[:, i] for name, rows in found.items()}, jax.random.fold_in(key, i))
+        for i in range(count)
+    )
+    return {"references": tuple(references)} if found else {}
+
+
+def decoded(codec: Codec, params: Any, x_0: Numbers) -> jax.Array:
+    """Returns uint8 images of x_0 [..., h, w, c] by the parameters {"autoencoder", "shift", "scale"}."""
+    z = (x_0 / params["scale"] + params["shift"]).reshape(-1, *x_0.shape[-3:])
+    image = to_uint8(codec.decode(params["autoencoder"], z).astype(jnp.float32))
+    return image.reshape(*x_0.shape[:-3], *image.shape[-3:])
+
+
+def drawn_params(codec: Codec, key: jax.Array) -> dict[str, Any]:
+    """Returns parameters in the shapes of `params_of`, for a checkpoint to fill."""
+    of_channel = jnp.zeros(codec.channels)
+    return {"autoencoder": codec.init(key), "shift": of_channel, "scale": of_channel}
 
 
 SPACES: dict[str, Callable[..., Space]] = {"pixels": pixels, "latents": latents}
@@ -192,7 +245,8 @@ def with_latents(source: Source, space: Space, params: Any, batch_size: int = 64
     assert moments is not None
     encode = jax.jit(moments)
     names = sorted(jax.eval_shape(moments, params, jnp.zeros((1, *space.image_shape), jnp.uint8)))
-    codec = [space.description, digest(params["autoencoder"]), names]
+    described = {name: value for name, value in (space.description or {}).items() if name != "preview"}
+    codec = [described, digest(params["autoencoder"]), names]
     all_latents = []
 
     def encoded(part: Source) -> Source:
@@ -201,7 +255,10 @@ def with_latents(source: Source, space: Space, params: Any, batch_size: int = 64
 
         def compute(rows: np.ndarray) -> dict[str, np.ndarray]:
             batch = part.read(rows)
-            return {**jax.device_get(encode(params, batch["image"])), "label": batch["label"]}
+            seen = batch.get(f"{REFERENCE}image", np.empty((0, 0))).swapaxes(0, 1)
+            others = [jax.device_get(encode(params, images)) for images in seen]
+            beside = {REFERENCE + name: np.stack([one[name] for one in others], axis=1) for name in names if others}
+            return {**jax.device_get(encode(params, batch["image"])), "label": batch["label"], **beside}
 
         found = precomputed(folder, part.num_examples, compute, batch_size, "encoding images")
         all_latents.append(found["latent"])

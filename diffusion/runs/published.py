@@ -1,7 +1,8 @@
 """Published pipelines, and artefacts of ours, as runs: the work folder keeps their files, and opening it reads them.
 
 published.json   what a checkpoint stores beside its weights: experiment, config, and what the files are
-pipeline/        the files: hard links to those that were imported, or copies where a link cannot be made
+pipeline/        the files: hard links to those that were imported, or copies where a link cannot be made; in
+                 preview/, those of the tiny autoencoder that space.preview named
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from diffusion.model import formats
 from diffusion.model.config import Config, plain
 from diffusion.model.experiment import rules_of
 from diffusion.model.model import Model, init
-from diffusion.model.pipelines import PIPELINES
+from diffusion.model.pipelines import PIPELINES, PREVIEW
 from diffusion.pretrained.folder import new_folder, read_file
 from diffusion.pretrained.strict import check_keys
 from diffusion.training import RunError, workdir
@@ -53,7 +54,9 @@ def read_about(folder: Path) -> dict[str, Any]:
     return formats.current(check_description(stored, path))
 
 
-def write_run(folder: Path, source: Path, name: str, config: Config, about: Mapping[str, Any]) -> None:
+def write_run(
+    folder: Path, source: Path, name: str, config: Config, about: Mapping[str, Any], preview: Path | None = None
+) -> None:
     """Makes `folder` the work folder of a published pipeline.
 
     Args:
@@ -62,18 +65,29 @@ def write_run(folder: Path, source: Path, name: str, config: Config, about: Mapp
       name: of the experiment.
       config: of the pipeline.
       about: what else is stored of it, plain JSON.
+      preview: folder of a published tiny autoencoder for previews, in place of the source's; None: that of the source.
     """
+    if preview is not None and (preview / "checkpoints").is_dir():
+        raise RunError(f"space.preview={preview} is a run's work folder: export it, or name a published one")
     with new_folder(folder) as temporary:
-        origin = [{"file": str(path), "sha256": digest} for path, digest in _take(source, temporary / FILES)]
+        taken = list(_take(source, temporary / FILES, leave_out=PREVIEW if preview else None))
+        if preview is not None:
+            taken += [(PREVIEW / path, digest) for path, digest in _take(preview, temporary / FILES / PREVIEW)]
+        origin = [{"file": str(path), "sha256": digest} for path, digest in taken]
         described = {"experiment": name, "config": plain(config), **about, "format": FORMAT}
         described |= {"provenance": provenance(), "weights": origin}
         workdir.claim(temporary, name, plain(config))
         (temporary / ABOUT).write_text(json.dumps(described, indent=2) + "\n", "utf-8")
 
 
-def _take(source: Path, target: Path) -> Iterator[tuple[Path, str]]:
-    """Links every file of a pipeline, following links of a hub's cache; yields the names and digests of weights."""
+def _take(source: Path, target: Path, leave_out: Path | None = None) -> Iterator[tuple[Path, str]]:
+    """Links every file of a pipeline, following links of a hub's cache; yields the names and digests of weights.
+
+    What lies in its folder `leave_out` is left out.
+    """
     files = [path for path in sorted(source.rglob("*")) if path.is_file() and not _hidden(path.relative_to(source))]
+    if leave_out is not None:
+        files = [path for path in files if leave_out not in path.relative_to(source).parents]
     for path in tqdm(files, desc="reading files", unit="file", delay=5):
         name = path.relative_to(source)
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +96,7 @@ def _take(source: Path, target: Path) -> Iterator[tuple[Path, str]]:
             os.link(real, target / name)
         except OSError:  # another disk
             shutil.copy2(real, target / name)
-        if path.suffix in (".safetensors", ".bin"):
+        if path.suffix in (".safetensors", ".bin", ".pth"):
             with real.open("rb") as opened:
                 yield name, hashlib.file_digest(opened, "sha256").hexdigest()
 

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from diffusion.files import check_folder
 from diffusion.model import pipelines
+from diffusion.model.autoencoders import find_folder
 from diffusion.model.choices import fields_of
 from diffusion.model.config import Config, from_plain, make_settings, plain
 from diffusion.model.experiment import abstract_batch, make_learner, make_model, stored_of
@@ -163,7 +164,10 @@ def import_pipeline(call: Call, path: Path, kind: str) -> None:
     model = model_of(config, about)
     make_sampling(config, model.process)  # what cannot be sampled is refused now
     about |= {"pipeline": kind, "variant": call.flags.variant}
-    write_published(call.workdir, folder.resolve(path), call.task.name, config, about)
+    preview = config.space.get("preview")
+    write_published(
+        call.workdir, folder.resolve(path), call.task.name, config, about, find_folder(preview) if preview else None
+    )
     print(f"{call.workdir} is now a run of experiments.{call.task.name} with the files of {path}, a {kind}")
 
 

@@ -13,6 +13,7 @@ from experiments.configs import _base
 def get_config(methods: str = "") -> ConfigDict:
     """Returns the config; there are no methods to apply yet."""
     config = _base.captioned_config(image_size=1024, batch_size=4, num_samples=1000)
+    config.data.references = 0  # pictures to edit that every line of captions.jsonl names
     config.network = ConfigDict(
         dict(
             name="flux2",

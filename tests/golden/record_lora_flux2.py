@@ -1,10 +1,10 @@
 """Records lora_flux2.npz: adapters in diffusers' form, and what a tiny Flux2KleinPipeline draws with them.
 
-Run with PyTorch, diffusers, transformers and peft installed: `python tests/golden/record_lora_flux2.py`. The pipeline is
-that of record_flux2_pipeline.py, distilled, with a picture to edit. The adapters are made as diffusers' training script
-makes them, with alpha = 2 rank, but with drawn numbers in both factors.
-With a folder as an argument, it asserts of the pytorch_lora_weights.safetensors there what record_lora.py does:
-test_flux2_training.py leaves such a folder in its --basetemp.
+Run with PyTorch, diffusers, transformers and peft installed: `python tests/golden/record_lora_flux2.py`. The pipeline
+is that of record_flux2_pipeline.py, distilled, with a picture to edit. The adapters are made as diffusers' training
+script makes them, with alpha = 2 rank, but with drawn numbers in both factors.
+With a folder as an argument, it asserts that diffusers draws the picture.npy there, which is ours: with the pipeline in
+the folder, or with the adapters in it. test_flux2_training.py leaves both in its --basetemp: exported*/klein, */ours.
 """
 
 import pathlib
@@ -79,16 +79,20 @@ def main() -> None:
     np.savez_compressed(HERE / "lora_flux2.npz", adapters=written, picture=images, versions=versions)
 
 
-def compare(folder: str) -> None:
-    """Asserts that diffusers, with the adapters in a folder, draws the picture that is beside them."""
+def compare(folder: pathlib.Path) -> None:
+    """Asserts that diffusers draws the picture in a folder with the pipeline, or the adapters, beside it."""
     pipeline = tiny()
     without = picture(pipeline)
-    pipeline.load_lora_weights(folder, weight_name=FILE)
-    images, ours = picture(pipeline), np.load(pathlib.Path(folder) / "picture.npy")
-    print("the adapters change pictures by", np.abs(images - without).max())
+    if (folder / "model_index.json").exists():
+        pipeline = Flux2KleinPipeline.from_pretrained(folder, local_files_only=True)
+        pipeline.set_progress_bar_config(disable=True)
+    else:
+        pipeline.load_lora_weights(folder, weight_name=FILE)
+    images, ours = picture(pipeline), np.load(folder / "picture.npy")
+    print("pictures are changed by", np.abs(images - without).max())
     print("from ours:", np.abs(images - ours).max())
     np.testing.assert_allclose(images, ours, atol=1e-3)
 
 
 if __name__ == "__main__":
-    compare(sys.argv[1]) if sys.argv[1:] else main()
+    compare(pathlib.Path(sys.argv[1])) if sys.argv[1:] else main()
