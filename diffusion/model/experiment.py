@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Generator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -136,11 +137,11 @@ def make_network(
     return network
 
 
-def check_references(config: Config) -> None:
+def check_references(config: Config, given: str = "--images") -> None:
     """Raises ValueError where pictures to edit are given to a network that is not told of any."""
     if config.network.name not in READ_REFERENCES:
         raise ValueError(
-            f"--images: network.name={config.network.name} is not told of pictures to edit, as "
+            f"{given}: network.name={config.network.name} is not told of pictures to edit, as "
             f"{READ_REFERENCES[0]} is: use --mode=img2img, or leave them out"
         )
 
@@ -246,7 +247,12 @@ def make_learner(config: Config, model: Model) -> Experiment:
 
 
 def make_experiment(
-    config: Config, model: Model, source: Source, mesh: Mesh, examples: Sequence[str] = ()
+    config: Config,
+    model: Model,
+    source: Source,
+    mesh: Mesh,
+    examples: Sequence[str] = (),
+    references: Sequence[np.ndarray] = (),
 ) -> Experiment:
     """Returns the experiment of `config` on the images of `source`.
 
@@ -266,6 +272,7 @@ def make_experiment(
 
     def batches(start_step: int) -> Any:
         found = make_batches(
+      references: pictures that these edit, uint8 [len(examples), h, w, C] each.
             source,
             config.seed,
             batch_size,
@@ -277,7 +284,7 @@ def make_experiment(
         return with_steps(found, start_step) if model.objective.by_step else found
 
     def preview(params: Any) -> jax.Array:
-        return generate(params, rows, away, np.uint32(config.seed), np.arange(num_previews))[0]
+        return generate(params, rows, away, np.uint32(config.seed), np.arange(num_previews), references=seen)[0]
 
     # What does not fit together is found here, before anything is written: the data, the network, the sampler.
     batch_indices(config.seed, 0, batch_size, source.num_examples)
@@ -286,6 +293,7 @@ def make_experiment(
     away = model.condition.read([None] * len(rows))
     shapes = jax.eval_shape(learner.init, run_key(config.seed, "init"))
     state_shardings(mesh, shapes, learner.rules)
-    jax.eval_shape(generate, shapes, rows, away, np.uint32(0), np.arange(len(rows)))
+    seen = [picture[np.arange(len(rows)) % len(picture)] for picture in references]
+    jax.eval_shape(partial(generate, references=seen), shapes, rows, away, np.uint32(0), np.arange(len(rows)))
     num_shapes = max(1, len(source.parts))
     return learner._replace(batches=batches, preview=preview if num_previews else None, num_shapes=num_shapes)

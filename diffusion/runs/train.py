@@ -16,7 +16,7 @@ from diffusion.data.captions import with_text
 from diffusion.data.sources import Source, each_part
 from diffusion.model import formats, prompts
 from diffusion.model.config import Config, from_plain, make_settings, plain
-from diffusion.model.experiment import make_experiment, make_model, stored_of, warnings_of
+from diffusion.model.experiment import check_references, make_experiment, make_model, stored_of, warnings_of
 from diffusion.model.model import Model
 from diffusion.model.optimizers import GIVEN
 from diffusion.model.space import with_latents
@@ -217,6 +217,12 @@ def prepare(
         source, fitted = with_latents(source, model.space._replace(init=lambda key: own), own)
         assert fitted.init is not None
         begun = {**begun, "space": fitted.init(training.run_key(config.seed, "init"))} if stored is None else begun
+    references: Sequence[np.ndarray] = ()
+    if count := config.data.get("references", 0):
+        check_references(config, f"data.references={count}")
+        if config.data.flip:
+            raise ValueError("data.flip=True mirrors images, and references are not mirrored: leave one of them out")
+        examples, references = spread_edits(source)
     if model.condition.kind == "prompts":
         if not source.captions:
             raise ValueError(f"condition.name={config.condition.name} needs captions, and {source.name} has none")
@@ -226,7 +232,14 @@ def prepare(
             source = each_part(source, lambda part: prompts.with_features(part, model.condition, text))
         else:
             source = each_part(source, lambda part: with_text(part, model.condition.read))
-    return make_experiment(config, model, source, mesh, examples)._replace(begun=begun)
+    return make_experiment(config, model, source, mesh, examples, references)._replace(begun=begun)
+
+
+def spread_edits(source: Source) -> tuple[list[str], list[np.ndarray]]:
+    """Returns captions of pairs with references, spread over a source, and these, uint8 [N, h, w, C] each."""
+    part = (source.parts or (source,))[0]
+    pairs = part.read(np.linspace(0, part.num_examples - 1, NUM_EXAMPLES).astype(int))
+    return [part.captions[label] for label in pairs["label"]], list(pairs["reference_image"].swapaxes(0, 1))
 
 
 def spread_captions(source: Source, count: int) -> list[str]:

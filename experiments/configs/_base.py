@@ -205,6 +205,7 @@ def fine_tune(config: ConfigDict, sample: bool) -> None:
             precomputed=True,  # latents of all pictures are made once, before training
             fitted=False,
             patch=0,
+            preview="",  # of a tiny autoencoder that decodes previews, or taef2; empty: that of --init_from
         )
     )
     config.optimizer.update(learning_rate=1e-5, warmup_steps=500)

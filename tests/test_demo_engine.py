@@ -1,0 +1,374 @@
+"""The engine of the prompt page: bits of the command line, batches, cancelling, the queue, refusals."""
+
+import io
+import threading
+import zlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion.demo import engine as engines
+from diffusion.demo.engine import Engine, QueueFull
+from diffusion.demo.previews import make_linear, make_preview
+from diffusion.demo.requests import Limits, Request, TooLarge, check, read_upload
+from diffusion.model.space import Space
+from diffusion.runs.plans import Plan
+from diffusion.runs.run import open_run
+
+WAIT = 300  # seconds: compiling on a machine that does other things too
+PICTURE = np.random.RandomState(0).randint(0, 256, (20, 30, 3), np.uint8)
+
+
+def restless(run):
+    """The run with weights so large that all of them matter: those of six steps return hardly anything."""
+    random = np.random.RandomState(0)
+
+    def draw(leaf):
+        return jax.device_put(random.standard_normal(leaf.shape).astype(leaf.dtype) * 0.3, leaf.sharding)
+
+    return run._replace(params=jax.tree.map(draw, run.params), known_digest=None)
+
+
+@pytest.fixture(scope="module")
+def classes(trained):
+    return restless(open_run(trained("digits_classes"), num_devices=1))
+
+
+@pytest.fixture(scope="module")
+def scenes(trained):
+    return restless(open_run(trained("scenes"), num_devices=1))
+
+
+@pytest.fixture(scope="module")
+def engine(classes, scenes):
+    engine = Engine({"classes": classes, "scenes": scenes}, Limits(batch=4, num_pictures=6))
+    yield engine
+    engine.close()
+
+
+def last(ticket):
+    """The last update of a ticket that is drawn."""
+    update = list(ticket.updates(WAIT))[-1]
+    assert update.error is None, update.error
+    return update
+
+
+def hold(monkeypatch, *, in_step=False):
+    """Holds the worker before it draws, or in the first step: returns the events of being held and of going on."""
+    held, go, draw = threading.Event(), threading.Event(), engines.draw_plans
+
+    def wait():
+        held.set()
+        assert go.wait(WAIT)
+
+    def draw_held(run, plans, watch):
+        if in_step:
+            show = watch.show
+            watch.show = lambda x_0_hat, time: (show(x_0_hat, time), wait())
+        else:
+            wait()
+        return draw(run, plans, watch)
+
+    monkeypatch.setattr(engines, "draw_plans", draw_held)
+    return held, go
+
+
+def submit_behind(engine, monkeypatch, *requests):
+    """Tickets of requests that stand in the queue together, behind one that is thrown away."""
+    held, go = hold(monkeypatch)
+    first = engine.submit(Request(run="classes", label=0))
+    assert held.wait(WAIT)
+    tickets = [engine.submit(request) for request in requests]
+    first.cancel()
+    go.set()
+    return tickets
+
+
+def test_mixed_requests_are_one_batch_and_each_picture_is_its_own_samples(engine, classes, monkeypatch):
+    before = engine.batch_sizes.copy()
+    asked = [(3, 5, 1), (None, 5, 1), (3, 6, 2), (9, 2**32 - 1, 1), (0, 0, 2)]
+    requests = [Request(run="classes", label=label, seed=seed, num_pictures=n) for label, seed, n in asked]
+    other = Request(run="classes", label=1, guidance=1.0)
+    tickets = submit_behind(engine, monkeypatch, *requests[:2], other, *requests[2:])
+    for (label, seed, count), ticket in zip(asked, [*tickets[:2], *tickets[3:]], strict=True):
+        found = last(ticket)
+        expected = engines.draw_plans(  # one at a time, by the program of --mode=sample
+            classes, [Plan(label, None, seed, 0)], None
+        )
+        np.testing.assert_array_equal(found.pictures[0], expected[0])
+        assert len(found.pictures) == count == len(found.provenance)
+        assert [made["index"] for made in found.provenance] == list(range(count))
+    last(tickets[2])
+    # The four first pictures, the other guidance's, the three left: those are of two requests, padded to four.
+    assert engine.batch_sizes - before == {1: 2, 4: 1, 3: 1} or engine.batch_sizes - before == {1: 1, 4: 1, 3: 1}
+    same = classes.sample(labels=[0], num_samples=2, seed=0)
+    np.testing.assert_array_equal(last(tickets[-1]).pictures, same)
+
+
+def test_prompts_with_guidance_and_negative_prompts_of_their_own(engine, scenes, monkeypatch):
+    asked = [("a red three", "", 1), ("a blue seven above a green one", "red", 1), ("a green five", "", 2)]
+    requests = [Request("scenes", prompt, negative, seed=seed) for prompt, negative, seed in asked]
+    tickets = submit_behind(engine, monkeypatch, *requests)
+    for (prompt, negative, seed), ticket in zip(asked, tickets, strict=True):
+        expected = scenes.sample(prompts=[prompt], negative_prompt=negative or None, seed=seed)
+        np.testing.assert_array_equal(last(ticket).pictures, expected)
+        made = ticket.newest.provenance[0]
+        assert (made["prompt"], made["negative_prompt"]) == (prompt, negative or None)
+    assert scenes.config.sampling.guidance != 1
+    assert [ticket.newest.provenance[0]["batch"] for ticket in tickets] == [[0, 4], [1, 4], [2, 4]]
+
+
+def test_previews_are_x_0_hat_of_every_step(engine, classes):
+    ticket = engine.submit(Request(run="classes", label=2, seed=4))
+    seen = {}
+    for update in ticket.updates(WAIT):
+        if update.previews is not None:
+            seen[update.step] = update.previews
+    film = classes.sample(labels=[2], seed=4, trajectory=True)[0]
+    assert seen and ticket.newest.num_steps == 3 == ticket.newest.step
+    for step, previews in seen.items():  # a slow reader misses some; XLA's and NumPy's rounding may differ at a half
+        assert np.abs(previews[0].astype(int) - film[step - 1]).max() <= 1
+
+
+def test_cancel_of_one_leaves_the_others_and_the_last_stops_the_work(engine, classes, monkeypatch):
+    requests = [Request(run="classes", label=4, seed=seed, num_steps=7) for seed in (1, 2)]
+    expected = [last(engine.submit(request)).pictures for request in requests]
+    before = engine.statistics["evaluations"]
+
+    def cancelled(which):
+        held, go = hold(monkeypatch)
+        first = engine.submit(requests[0])
+        assert held.wait(WAIT)
+        tickets = [engine.submit(request) for request in requests]
+        first.cancel()
+        monkeypatch.undo()
+        in_step, on = hold(monkeypatch, in_step=True)
+        go.set()
+        assert in_step.wait(WAIT)
+        for number in which:
+            tickets[number].cancel()
+            assert tickets[number].newest.cancelled
+        on.set()
+        updates = [list(ticket.updates(WAIT))[-1] for ticket in tickets]
+        last(engine.submit(Request(run="classes", label=1)))  # the worker is done with the batch when this is drawn
+        monkeypatch.undo()
+        return updates
+
+    left = cancelled([0])
+    assert left[0].cancelled and left[0].pictures is None
+    np.testing.assert_array_equal(left[1].pictures, expected[1])
+    middle = engine.statistics["evaluations"]
+    assert middle - before == 0 + 7 + 3  # nobody waited for the first's, all steps of the second's, 3 of the last's
+    assert all(update.cancelled for update in cancelled([0, 1]))
+    assert engine.statistics["evaluations"] - middle == 0 + 1 + 3  # of 7 one, in which they cancelled
+
+
+def test_a_waiting_request_that_is_cancelled_is_never_drawn(engine, monkeypatch):
+    held, go = hold(monkeypatch)
+    first = engine.submit(Request(run="classes", label=0))
+    assert held.wait(WAIT)
+    second, third = (engine.submit(Request(run="classes", label=n, guidance=n)) for n in (2, 3))
+    assert (second.newest.position, third.newest.position) == (1, 2)
+    second.cancel()
+    assert third.newest.position == 1 and second.newest.cancelled
+    go.set()
+    assert last(first).position == last(third).position == 0
+    assert second.drawn == [] and second.begun == 0
+
+
+def test_fifty_at_once_are_all_drawn_in_few_batches(engine, classes):
+    sizes, lock, found = engine.batch_sizes.copy(), threading.Lock(), {}
+
+    def visit(number):
+        update = last(engine.submit(Request(run="classes", label=number % 10, seed=number)))
+        with lock:
+            found[number] = update.pictures
+
+    visitors = [threading.Thread(target=visit, args=(number,)) for number in range(50)]
+    for visitor in visitors:
+        visitor.start()
+    for visitor in visitors:
+        visitor.join()
+    assert sorted(found) == list(range(50))
+    batches = engine.batch_sizes - sizes
+    assert sum(size * count for size, count in batches.items()) == 50 and batches.total() <= 25
+    for number in (0, 17, 49):
+        np.testing.assert_array_equal(found[number], classes.sample(labels=[number % 10], seed=number, num_samples=1))
+
+
+def test_one_request_that_fails_fails_alone_and_the_engine_goes_on(engine, monkeypatch):
+    draw = engines.draw_plans
+
+    def draw_but_one(run, plans, watch):
+        if any(plan.seed == 13 for plan in plans):
+            raise RuntimeError("RESOURCE_EXHAUSTED: /secret/path")
+        return draw(run, plans, watch)
+
+    monkeypatch.setattr(engines, "draw_plans", draw_but_one)
+    tickets = submit_behind(engine, monkeypatch, *(Request(run="classes", label=1, seed=seed) for seed in (12, 13, 14)))
+    updates = [list(ticket.updates(WAIT))[-1] for ticket in tickets]
+    assert updates[1].error == "There is not enough memory: ask for fewer or smaller pictures."
+    assert updates[0].pictures is not None and updates[2].pictures is not None
+    assert engines.sentence(RuntimeError("x")).startswith("Drawing failed")
+
+
+def test_more_pictures_than_a_batch_takes_come_in_order(engine, classes):
+    ticket = engine.submit(Request(run="classes", label=7, seed=3, num_pictures=6))
+    np.testing.assert_array_equal(last(ticket).pictures, classes.sample(labels=[7], num_samples=6, seed=3))
+
+
+def test_two_devices_draw_the_same(classes, trained):
+    two = restless(open_run(trained("digits_classes"), num_devices=2))
+    engine = Engine({"two": two})
+    try:
+        found = last(engine.submit(Request(label=3, seed=5)))
+    finally:
+        engine.close()
+    np.testing.assert_array_equal(found.pictures, classes.sample(labels=[3], num_samples=1, seed=5))
+    assert engine.statistics["evaluations"] == 3
+
+
+def test_few_programs_are_kept(engine, classes, monkeypatch):
+    monkeypatch.setattr(engines, "PROGRAMS", 2)
+    for guidance in (1.1, 1.2, 1.3):
+        last(engine.submit(Request(run="classes", label=1, num_steps=1, guidance=guidance)))
+    assert len(engine.runs["classes"].programs) == 2 and not classes.programs.keys() & engine.runs["classes"].programs
+
+
+def test_a_full_queue_and_a_closed_engine_refuse(classes, monkeypatch):
+    engine = Engine({"classes": classes}, Limits(queue=1))
+    held, go = hold(monkeypatch)
+    first = engine.submit(Request(label=1))
+    assert held.wait(WAIT)
+    second = engine.submit(Request(label=1))
+    with pytest.raises(QueueFull, match="1 requests wait already"):
+        engine.submit(Request(label=1))
+    with pytest.raises(TimeoutError):
+        list(second.updates(0.01))
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    assert list(second.updates(WAIT))[-1].error == engines.CLOSING == list(first.updates(WAIT))[-1].error
+    go.set()
+    closing.join()
+    with pytest.raises(QueueFull, match="closing"):
+        engine.submit(Request(label=1))
+
+
+def test_ids_cannot_be_guessed(engine):
+    ids = {engine.submit(Request(run="classes", label=1, seed=seed)).id for seed in range(3)}
+    assert len(ids) == 3 and all(len(one) >= 20 for one in ids)
+
+
+@pytest.mark.parametrize(
+    "run, fields, sentence",
+    [
+        ("scenes", {}, "The prompt is empty"),
+        ("scenes", {"prompt": " \n"}, "The prompt is empty"),
+        ("scenes", {"prompt": "x" * 5000}, "has 5000 characters: use at most 2000"),
+        ("scenes", {"prompt": "a", "negative_prompt": "x" * 2001}, "negative prompt has 2001"),
+        ("scenes", {"prompt": "a", "label": 3}, "reads no classes"),
+        ("scenes", {"prompt": 3}, "no text"),
+        ("classes", {"prompt": "a"}, "reads no prompts"),
+        ("classes", {"negative_prompt": "a"}, "reads no prompts"),
+        ("classes", {"label": 10}, "class is 10: give a whole number from 0 to 9"),
+        ("classes", {"label": True}, "class is True"),
+        ("classes", {"seed": -1}, "seed is -1"),
+        ("classes", {"seed": 2**32}, "seed is 4294967296"),
+        ("classes", {"seed": "1"}, "seed is 1"),
+        ("classes", {"seed": 1.5}, "seed is 1.5"),
+        ("classes", {"num_pictures": 0}, "number of pictures is 0"),
+        ("classes", {"num_pictures": 17}, "from 1 to 16"),
+        ("classes", {"num_steps": 201}, "number of steps is 201"),
+        ("classes", {"num_steps": -1}, "number of steps is -1"),
+        ("classes", {"sampler": "magic"}, "no sampler 'magic': choose from ancestral, ddim"),
+        ("classes", {"guidance": float("nan")}, "guidance is nan"),
+        ("classes", {"guidance": 1e9}, "guidance is 1000000000.0"),
+        ("classes", {"guidance": "x"}, "guidance is x"),
+        ("classes", {"size": (0, 8)}, "height is 0"),
+        ("classes", {"size": (8, 100_000)}, "width is 100000"),
+        ("classes", {"size": (8,)}, "a height and a width"),
+        ("classes", {"strength": 0.0, "image": PICTURE}, "strength is 0"),
+        ("classes", {"strength": 1.5, "image": PICTURE}, "strength is 1.5"),
+        ("classes", {"mask": np.ones((20, 30), bool)}, "A mask needs the picture"),
+        ("classes", {"image": PICTURE, "mask": np.ones((3, 3), bool)}, "not as large"),
+        ("classes", {"image": PICTURE, "mask": np.zeros((20, 30), bool)}, "mask is empty"),
+        ("classes", {"image": PICTURE, "mask": PICTURE[..., 0]}, "not as large"),
+        ("classes", {"image": PICTURE / 255.0}, "are float64"),
+        ("classes", {"image": np.zeros((0, 3, 3), np.uint8)}, "nothing empty"),
+        ("classes", {"references": (PICTURE,)}, "not told of pictures to edit"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_sentence(classes, scenes, run, fields, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        check(Request(**fields), {"classes": classes, "scenes": scenes}[run])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_an_unknown_run_is_refused(engine):
+    for name in ("nothing", "../classes", ""):
+        with pytest.raises(ValueError, match=r"There is no run .*: choose from classes, scenes"):
+            engine.submit(Request(run=name, prompt="a"))
+
+
+def test_a_checked_request_is_explicit_and_stays_as_it_is(classes):
+    asked = Request(label=3, image=PICTURE, mask=np.arange(30)[None].repeat(20, 0) > 15)
+    found = check(asked, classes)
+    assert (found.num_steps, found.sampler, found.guidance, found.size) == (3, "ddim", 1.5, (8, 8))
+    assert found.image.shape == (8, 8, 1) and found.mask.shape == (8, 8) and found.mask[:, 5:].all()
+    again = check(found, classes)
+    assert again.image.tobytes() == found.image.tobytes() and again[:9] == found[:9]
+
+
+def png_header(width, height):
+    """A PNG that says how large it is, and holds nothing."""
+    chunk = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+
+
+def test_uploads_are_bounded_before_they_are_decoded(monkeypatch):
+    monkeypatch.setattr("diffusion.demo.requests.decode", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(TooLarge, match="has 11 bytes: send at most 10"):
+        read_upload(b"0" * 11, Limits(upload_bytes=10))
+    with pytest.raises(TooLarge, match="100000x9000 pixels"):
+        read_upload(png_header(100_000, 9_000) + bytes(100))
+    for broken in (b"", b"GIF89a", b"%PDF-1.4", png_header(10, 10)[:20]):
+        with pytest.raises(ValueError, match="cannot be read"):
+            read_upload(broken)
+
+
+def test_a_broken_upload_is_refused():
+    file = io.BytesIO()
+    Image.fromarray(PICTURE).save(file, "png")
+    np.testing.assert_array_equal(read_upload(file.getvalue()), PICTURE)
+    with pytest.raises(ValueError, match=r"a picture of \d+ bytes cannot be read"):
+        read_upload(file.getvalue()[:-200])
+
+
+@pytest.mark.parametrize("cell", [1, 4, 16])
+def test_previews_of_latents_show_the_colours_beneath(cell):
+    """Of an encoder that is linear in the colours, the preview is exact but for rounding."""
+    mix = np.random.RandomState(1).standard_normal((3 * max(1, cell // 8) ** 2, 12))
+
+    def encode(params, images, keys):
+        del keys
+        n, height, width, _ = images.shape
+        k = max(1, cell // 8)
+        colours = images.reshape(n, height // cell, k, cell // k, width // cell, k, cell // k, 3).mean((3, 6))
+        return params + colours.swapaxes(2, 3).reshape(n, height // cell, width // cell, -1) / 127.5 @ mix
+
+    none = [lambda *_: None] * 2
+    space = Space((2 * cell, 2 * cell, 3), (2, 2, 12), encode, *none)
+    image = np.random.RandomState(0).randint(0, 256, (1, 2 * cell, 3 * cell, 3), np.uint8)
+    shown = make_linear(space, 0.5)(np.asarray(encode(0.5, image, None)), (2 * cell, 3 * cell, 3))
+    side = cell // max(1, cell // 8)
+    small = image.reshape(1, 2 * cell // side, side, 3 * cell // side, side, 3).mean((2, 4))
+    assert shown.shape == image.shape
+    # The ridge of 1e-3 holds back what smooth colours hardly move, differences within a cell.
+    assert np.abs(shown[:, ::side, ::side].astype(float) - small).max() < (8 if cell > 8 else 3)
+
+
+def test_previews_of_pixels_are_their_levels(classes):
+    shown = make_preview(classes)(np.array([[[[-1.0], [1.0], [9.0], [np.nan]]]], np.float32), (1, 4, 1))
+    assert shown.ravel().tolist() == [0, 255, 255, 0]
