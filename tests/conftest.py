@@ -57,10 +57,10 @@ SLOW = (
 # `trained` are among them, as a run has the bits of another only where both were compiled alike.
 # fmt: off
 UNOPTIMIZED = (
-    "autoencoder_experiment", "benchmarks", "captions_experiment", "clip", "demo_api", "demo_engine", "distillation",
-    "docs", "edit", "evaluation_command", "experiments", "flux2_pipeline", "formats", "lora", "meshes", "mmdit",
-    "modes", "pretrained_sd3", "prompts", "provenance", "refusals", "run", "scenes_experiment", "sd3", "space", "spine",
-    "unet", "warm_start", "weights",
+    "autoencoder_experiment", "benchmarks", "captions_experiment", "clip", "demo_api", "demo_engine", "demo_page",
+    "distillation", "docs", "edit", "evaluation_command", "experiments", "flux2_pipeline", "formats", "lora",
+    "meshes", "mmdit", "modes", "pretrained_sd3", "prompts", "provenance", "refusals", "run", "scenes_experiment",
+    "sd3", "space", "spine", "unet", "warm_start", "weights",
 )
 # fmt: on
 # The dearest, of 30 and more seconds of CPU time: they come first, for one that came last would leave a core idle.
