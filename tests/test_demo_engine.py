@@ -324,16 +324,19 @@ def test_a_checked_request_is_explicit_and_stays_as_it_is(classes):
 def png_header(width, height):
     """A PNG that says how large it is, and holds nothing."""
     chunk = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
-    return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    head = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    return head + (1000).to_bytes(4, "big") + b"IDAT"
 
 
 def test_uploads_are_bounded_before_they_are_decoded(monkeypatch):
     monkeypatch.setattr("diffusion.demo.requests.decode", lambda *_: pytest.fail("it was decoded"))
     with pytest.raises(TooLarge, match="has 11 bytes: send at most 10"):
         read_upload(b"0" * 11, Limits(upload_bytes=10))
-    with pytest.raises(TooLarge, match="100000x9000 pixels"):
-        read_upload(png_header(100_000, 9_000) + bytes(100))
-    for broken in (b"", b"GIF89a", b"%PDF-1.4", png_header(10, 10)[:20]):
+    with pytest.raises(TooLarge, match="9000x8000 pixels"):
+        read_upload(png_header(9_000, 8_000) + bytes(100))
+    with pytest.raises(ValueError, match="cannot be read"):  # Pillow's own limit
+        read_upload(png_header(100_000, 100_000) + bytes(100))
+    for broken in (b"", b"GIF89a", b"%PDF-1.4", png_header(10, 10)[:20], png_header(0, 1)[:-8]):
         with pytest.raises(ValueError, match="cannot be read"):
             read_upload(broken)
 
@@ -365,8 +368,7 @@ def test_previews_of_latents_show_the_colours_beneath(cell):
     side = cell // max(1, cell // 8)
     small = image.reshape(1, 2 * cell // side, side, 3 * cell // side, side, 3).mean((2, 4))
     assert shown.shape == image.shape
-    # The ridge of 1e-3 holds back what smooth colours hardly move, differences within a cell.
-    assert np.abs(shown[:, ::side, ::side].astype(float) - small).max() < (8 if cell > 8 else 3)
+    assert np.abs(shown[:, ::side, ::side].astype(float) - small).max() < 0.51  # half a level, and float32
 
 
 def test_previews_of_pixels_are_their_levels(classes):

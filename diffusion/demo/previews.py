@@ -52,8 +52,8 @@ def make_linear(space: Space, params: Any) -> Preview:
     grouped = colours.reshape(FITTED, CELLS, parts_per_cell, CELLS, parts_per_cell, -1).swapaxes(2, 3)
     wanted = grouped.reshape(FITTED * CELLS**2, -1)
     known = with_one(x_0.reshape(len(wanted), -1))
-    ridge = 1e-3 * np.eye(known.shape[1])  # latents that no smooth colour moves are left out
-    weights = np.linalg.solve(known.T @ known / len(known) + ridge, known.T @ wanted / len(known)).astype(np.float32)
+    # Latents that smooth colours hardly move are left out.
+    weights = np.linalg.lstsq(known, wanted, rcond=1e-4)[0].astype(np.float32)
 
     def preview(x_0_hat: np.ndarray, shape: Shape) -> np.ndarray:
         number, height, width, _ = x_0_hat.shape
