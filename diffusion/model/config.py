@@ -69,6 +69,7 @@ RANGES = {
     "data.num_examples": (1, None),
     "data.batch_size": (1, None),
     "data.buckets": (0, None),
+    "data.references": (0, None),
     "data.image_size": (0, None),
     "data.std": (1e-300, math.inf),
     "training.num_previews": (0, None),
