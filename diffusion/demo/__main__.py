@@ -7,6 +7,7 @@ sends stays in memory, and the page needs no network.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -74,7 +75,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     return values
 
 
-def open_runs(folders: list[str]) -> dict[str, Run]:
+def open_runs(folders: Sequence[str | Path]) -> dict[str, Run]:
     """Returns runs by the names of their folders, on one device each.
 
     Raises:

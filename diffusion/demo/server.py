@@ -103,7 +103,7 @@ def bounded(app: App, most: int) -> App:
 
 
 def without_files(app: App) -> App:
-    """Returns an app without the routes of Gradio that write uploads to the disk, or read files from it or elsewhere."""
+    """Returns an app without the routes of Gradio that write uploads to the disk, or read files."""
 
     async def serve(scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"].startswith(SHUT):
