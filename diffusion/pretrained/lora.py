@@ -1,4 +1,4 @@
-"""Adapters of an MM-DiT or FLUX.2 <-> `pytorch_lora_weights.safetensors`, as diffusers' scripts write and its pipelines read it.
+"""Adapters of an MM-DiT or FLUX.2 <-> `pytorch_lora_weights.safetensors`, which diffusers writes and reads.
 
 transformer.transformer_blocks.0.attn.to_q.lora_A.weight  [rank, in]
 transformer.transformer_blocks.0.attn.to_q.lora_B.weight  [out, rank]
