@@ -65,7 +65,7 @@ def test_the_schedules_are_optaxs(end):
     }
     for name, rate in rates.items():
         np.testing.assert_allclose([rate(step) for step in range(4)], [0.125, 0.25, 0.375, 0.5], rtol=1e-6)
-        after = [expected[name](step) for step in range(17)]
+        after: Any = [expected[name](step) for step in range(17)]
         np.testing.assert_allclose([rate(4 + step) for step in range(17)], after, rtol=1e-6, atol=1e-9)
         assert rate(19) > 0
 

@@ -36,7 +36,7 @@ def test_any_optimizer_of_optax_trains_resumes_and_is_opened(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(run.params) for run in runs))
     assert runs[0].config.optimizer.to_dict() == {"name": "given"}
     images = [run.sample(4, num_steps=2) for run in runs]
-    assert np.array_equal(*images)
+    assert np.array_equal(images[0], images[1])
 
     refused = pytest.raises((RunError, ValueError), match=r"optimizer\.name: given -> adam")
     with refused:

@@ -4,10 +4,11 @@ import importlib.util
 import json
 import struct
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
 from diffusion.evaluation import Measurement
 from diffusion.extras import need
@@ -97,7 +98,7 @@ def test_tensorboard_has_numbers_pictures_and_the_config(tmp_path):
 
 def test_an_evaluation_is_written_and_supersedes_nothing(tmp_path):
     report(tmp_path, 0, tensorboard)
-    made = dict(features="pixels", reference=None, sampler="ddim", num_steps=3, seeds=[0], ema=None)
+    made: dict[str, Any] = dict(features="pixels", reference=None, sampler="ddim", num_steps=3, seeds=[0], ema=None)
     measured = [
         Measurement("FID", 7.0, 8, **made),
         Measurement("recall", {"at 1": 0.25, "at 5": 0.5}, 8, **made),

@@ -65,7 +65,7 @@ def draw_runs(
 
 def draw_scores(axes: Any, scores: Scores) -> None:
     """Draws a panel of `Scores`."""
-    every = [x for points in scores.lines.values() for x, _ in points]
+    every: list[Any] = [x for points in scores.lines.values() for x, _ in points]
     numeric = all(isinstance(x, int | float) for x in every)
     places = sorted(set(every)) if numeric else list(dict.fromkeys(every))
     for name, points in scores.lines.items():

@@ -44,7 +44,7 @@ def named(argv: Sequence[str]) -> list[str]:
 
 def compare(call: Call) -> None:
     """Compares the run in the work folder with those of --with; writes compare.md and compare.png, and prints it."""
-    others = [Path(folder).expanduser() for folder in call.flags["with"].value]
+    others = [Path(folder).expanduser() for folder in call.flags["with"].value or ()]
     if not others:
         raise ValueError("--mode=compare needs other runs: --mode=compare runs/a runs/b, or --with=runs/b")
     folders = [call.workdir, *others]

@@ -61,7 +61,9 @@ def finish_run(
     about = {"experiment": experiment, "steps trained": step, "device": jax.devices()[0].device_kind}
     finish(workdir, f"{experiment} after {step} steps", measurements, about)
     for make in writers:
-        with contextlib.closing(make(workdir, None)) as writer:
+        writer = make(workdir, None)
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(writer.close)
             writer.numbers(step, {f"evaluation/{name}": value for name, value in numbers_of(measurements).items()})
 
 

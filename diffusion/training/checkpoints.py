@@ -150,7 +150,7 @@ class Checkpoints:
         try:
             with _context(partial):
                 found = ocp.load(str(path), abstract_state=wanted if partial else abstract_state)
-            state = TrainState(**found, opt_state=None) if partial else found
+            state = abstract_state._replace(**found) if partial else found
             if missing := [x for x in jax.tree.leaves(state) if isinstance(x, jax.ShapeDtypeStruct)]:
                 raise ValueError(f"{len(missing)} arrays are not there, as one of shape {missing[0].shape}")
             return state

@@ -91,7 +91,11 @@ def tensorboard(workdir: Path, start_step: int | None) -> Writer:
 
     if start_step is not None:
         write(start_step + 1, session_log=SessionLog(status=SessionLog.START))  # TensorBoard drops what is later
-    return Writer(numbers, picture, config, board.close)
+
+    def close() -> None:
+        board.close()
+
+    return Writer(numbers, picture, config, close)
 
 
 def wandb(workdir: Path, start_step: int | None, **settings: Any) -> Writer:
