@@ -18,7 +18,8 @@ from diffusion.model import flux2_text, pipelines
 from diffusion.model.autoencoders import restore
 from diffusion.model.experiment import check_references, make_model
 from diffusion.model.fields import change, load
-from diffusion.model.model import init, make_generate, make_loss, parts, steered
+from diffusion.model.loss import make_loss
+from diffusion.model.model import init, make_generate, parts, steered
 from diffusion.model.sampling import make_sampling
 from diffusion.pretrained import flux2, klein, qwen3, vae
 from diffusion.runs import sample, weights

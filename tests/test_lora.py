@@ -17,7 +17,8 @@ from test_sd3 import draw, import_into
 
 from diffusion.model import lora
 from diffusion.model.lora import LoRA, make_lora
-from diffusion.model.model import make_loss, parts
+from diffusion.model.loss import make_loss
+from diffusion.model.model import parts
 from diffusion.networks.mmdit import MMDiT
 from diffusion.pretrained.lora import FILE, load_lora, save_lora
 from diffusion.pretrained.mmdit import shapes

@@ -14,7 +14,8 @@ from diffusion.data.images import to_float, to_uint8
 from diffusion.data.precomputed import precomputed
 from diffusion.model.experiment import make_model, stored_of
 from diffusion.model.fields import change, load
-from diffusion.model.model import init, make_loss, parts
+from diffusion.model.loss import make_loss
+from diffusion.model.model import init, parts
 from diffusion.model.space import fit, latents, mean_and_std, pixels, with_latents
 from diffusion.pretrained.vae import load_vae
 from diffusion.runs.run import open_run

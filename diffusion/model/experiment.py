@@ -16,14 +16,17 @@ from diffusion.data.sources import Source
 from diffusion.model import flux2_text, lora, prompts, sd3_text
 from diffusion.model.choices import pick
 from diffusion.model.condition import Condition, Facts, classes, nothing
-from diffusion.model.config import Config, check_ranges, dtype_of, round_up
+from diffusion.model.config import Config, check_ranges, dtype_of, from_plain, round_up
 from diffusion.model.lora import LoRA, make_lora
-from diffusion.model.model import Model, init, make_generate, make_loss
-from diffusion.model.objectives import Objective, make_objective
+from diffusion.model.loss import make_loss
+from diffusion.model.losses import make_objective
+from diffusion.model.model import Model, init, make_generate
+from diffusion.model.objectives import Objective
 from diffusion.model.optimizers import make_optimizer
 from diffusion.model.processes import make_process, of_size
 from diffusion.model.sampling import make_sampling
 from diffusion.model.space import SPACES, Space
+from diffusion.model.teacher import make_teacher
 from diffusion.networks import flux2, mmdit, unet
 from diffusion.networks.flux2 import Flux2
 from diffusion.networks.mmdit import MMDiT
@@ -77,7 +80,13 @@ def make_model(
     adapters = make_lora(config.network.name, **config.lora)
     known = (stored or {}).get("frozen")
     frozen = frozen_groups(condition, space, adapters) if known is None else tuple(known)
-    return Model(process, objective, network, condition, space, frozen, adapters)
+    model = Model(process, objective, network, condition, space, frozen, adapters)
+    about = (stored or {}).get("teacher")
+    if not objective.teacher or about is None:
+        return model
+    theirs = make_model(from_plain(about["config"]), image_shape, about["num_classes"], about)
+    frozen = (*frozen, *(("teacher",) if "teacher" not in frozen else ()))
+    return model._replace(frozen=frozen, teacher=make_teacher(model, theirs, about))
 
 
 def frozen_groups(condition: Condition, space: Space, adapters: LoRA | None = None) -> tuple[str, ...]:
@@ -108,7 +117,7 @@ def make_network(
     """
     block = {**config.network, "dtype": dtype_of(config)}
     make = pick(NETWORKS, block, "network")
-    outputs = channels * (1 + objective.learned_variance)
+    outputs = channels * (1 + objective.learned_variance) * objective.num_values
     if objective.two_times and config.network.name not in TWO_TIMES:
         raise ValueError(
             f"loss.name={config.loss.name} tells the network a second time: network.name={config.network.name} takes "
@@ -131,7 +140,7 @@ def make_network(
     widths = dict(condition.widths)
     if config.network.name == "flux2":
         widths.pop("pooled_width")  # it reads no pooled text
-    network = make(**widths, **second, out_channels=channels, time_scale=time_scale)
+    network = make(**widths, **second, out_channels=outputs, time_scale=time_scale)
     if getattr(network, "guidance_embedding", False):
         raise ValueError("network.guidance_embedding is FLUX.2 [dev]'s, which is not drawn with here: use [klein]")
     return network
@@ -152,6 +161,7 @@ def stored_of(model: Model) -> dict[str, Any]:
         "condition": dict(model.condition.description or {}),
         "space": dict(model.space.description or {}),
         "frozen": list(model.frozen),
+        **({"teacher": dict(model.teacher.description)} if model.teacher else {}),
     }
 
 
@@ -262,6 +272,7 @@ def make_experiment(
       source: of images, and of what the condition reads beside them.
       mesh: the devices.
       examples: prompts that the previews show in turn.
+      references: pictures that these edit, uint8 [len(examples), h, w, C] each.
 
     Raises:
       ValueError: whatever does not fit together; nothing has been allocated or written by then.
@@ -272,7 +283,6 @@ def make_experiment(
 
     def batches(start_step: int) -> Any:
         found = make_batches(
-      references: pictures that these edit, uint8 [len(examples), h, w, C] each.
             source,
             config.seed,
             batch_size,
@@ -288,7 +298,8 @@ def make_experiment(
 
     # What does not fit together is found here, before anything is written: the data, the network, the sampler.
     batch_indices(config.seed, 0, batch_size, source.num_examples)
-    generate = make_generate(model, make_sampling(config, model.process), mesh)
+    shown = model._replace(space=model.space._replace(decode=model.space.preview))
+    generate = make_generate(shown, make_sampling(config, model.process), mesh)
     rows = model.condition.read(preview_requests(model.condition, max(num_previews, mesh.size), examples))
     away = model.condition.read([None] * len(rows))
     shapes = jax.eval_shape(learner.init, run_key(config.seed, "init"))

@@ -19,7 +19,7 @@ from diffusion.model.choices import fields_of
 from diffusion.model.config import Config, from_plain, plain
 from diffusion.model.experiment import CONDITIONS, NETWORKS
 from diffusion.model.lora import make_lora
-from diffusion.model.objectives import LOSSES
+from diffusion.model.losses import LOSSES
 from diffusion.model.optimizers import OPTIMIZERS, SCHEDULES, SHARED
 from diffusion.model.processes import PROCESSES
 from diffusion.model.sampling import GRIDS, SAMPLERS, THRESHOLDS

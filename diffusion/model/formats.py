@@ -46,6 +46,8 @@ def current(description: Mapping[str, Any]) -> dict[str, Any]:
     if stored.get("format", 1) == 1:
         stored = from_format_1(stored)
     before = {"frozen": []} if stored.get("format", 1) < 3 else {}  # a frozen text encoder was averaged with the rest
+    if "teacher" in stored:
+        stored["teacher"] = current(stored["teacher"])
     return before | stored | {"config": plain(complete(from_plain(stored["config"])))}
 
 

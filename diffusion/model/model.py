@@ -5,7 +5,7 @@ its own, or the network has adapters. What is frozen, as a text encoder, an auto
 is among them without gradients: the loss is a function of its arguments alone, a checkpoint the whole experiment.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,16 +16,17 @@ from jax.sharding import Mesh
 from diffusion import predictions
 from diffusion.model import lora
 from diffusion.model.condition import Condition, Told
+from diffusion.model.distilled import policy_values
 from diffusion.model.lora import LoRA
-from diffusion.model.objectives import Drawn, Objective
+from diffusion.model.objectives import Objective
 from diffusion.model.processes import Process
 from diffusion.model.sampling import Sampling
 from diffusion.model.space import Space
 from diffusion.samplers import Denoise
-from diffusion.training import Loss, Mean, batch_sharding, on_mesh, run_key
+from diffusion.training import batch_sharding, on_mesh, run_key
 from diffusion.types import denoised
 
-SPACE_KEY, LORA_KEY = 2, 3  # folded into init's key; its splits 0 and 1 are taken
+SPACE_KEY, LORA_KEY, TEACHER_KEY = 2, 3, 4  # folded into init's key; its splits 0 and 1 are taken
 
 
 class Model(NamedTuple):
@@ -39,6 +40,7 @@ class Model(NamedTuple):
       space: of x_0.
       frozen: names of the groups of parameters that training leaves as they are and does not average.
       lora: adapters of the network's kernels; None where it has none.
+      teacher: the trained model that it learns from; None where it learns from images alone.
     """
 
     process: Process
@@ -48,11 +50,28 @@ class Model(NamedTuple):
     space: Space
     frozen: tuple[str, ...] = ()
     lora: LoRA | None = None
+    teacher: "Teacher | None" = None
 
     @property
     def grouped(self) -> bool:
         """Whether the parameters are groups, of which the network's is one."""
-        return any(part is not None for part in (self.condition.init, self.space.init, self.lora))
+        return any(part is not None for part in (self.condition.init, self.space.init, self.lora, self.teacher))
+
+
+class Teacher(NamedTuple):
+    """A trained model that another learns from, told what that is told.
+
+    Its parameters are the student's group "teacher", frozen: {"network"}, and "text" where the student's is learned.
+
+    Attributes:
+      model: of its network alone.
+      sampling: how it is guided.
+      description: what makes it again, plain JSON.
+    """
+
+    model: Model
+    sampling: Sampling
+    description: Mapping[str, Any]
 
 
 def init(model: Model, key: jax.Array) -> Any:
@@ -70,6 +89,11 @@ def init(model: Model, key: jax.Array) -> Any:
     network = model.network.init(network_key, x_0, time, **told)
     if model.lora is not None:
         others["lora"] = lora.init(model.lora, network, jax.random.fold_in(key, LORA_KEY))
+    if model.teacher is not None:
+        teacher_key = jax.random.fold_in(key, TEACHER_KEY)
+        others["teacher"] = {"network": model.teacher.model.network.init(teacher_key, x_0, time, **told)}
+        if model.condition.init is not None and not model.condition.frozen:
+            others["teacher"]["text"] = model.condition.init(teacher_key)
     return {"network": network, **others} if model.grouped else network
 
 
@@ -96,36 +120,11 @@ def network_of(model: Model, params: Any, told: Told, **options: Any) -> predict
     """Returns (scaled x_t, time) -> output, or (output, v): the one call of the network, of training and sampling."""
     own = parts(model, params).network
 
-    def network(x: jax.Array, time: jax.Array) -> Any:
-        output: Any = model.network.apply(own, x, time, **told, **options)
+    def network(x: jax.Array, time: jax.Array, **more: Any) -> Any:
+        output: Any = model.network.apply(own, x, time, **told, **options, **more)
         return tuple(jnp.split(output, 2, axis=-1)) if model.objective.learned_variance else output
 
     return network
-
-
-def make_loss(model: Model) -> Loss:
-    """Returns loss(params, batch, key) -> (float32[B], metrics): what the model's objective makes of a batch."""
-
-    def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, Mean]]:
-        draw_key, eps_key, dropout_key, _ = jax.random.split(key, 4)
-        own = parts(model, params)
-        x_0 = model.space.of_batch(own.space, batch, key)
-        eps = jax.random.normal(eps_key, x_0.shape)
-        told = model.condition.of_batch(own.text, batch, key)
-
-        def network(x: jax.Array, time: jax.Array, **more: Any) -> Any:
-            options = {"train": True, "rngs": {"dropout": dropout_key}}
-            return network_of(model, params, {**told, **more}, **options)(x, time)
-
-        def unconditional(x: jax.Array, time: jax.Array, **more: Any) -> Any:
-            nothing = model.condition.of_request(own.text, model.condition.read([None]))
-            return network(x, time, **jax.tree.map(lambda one: jnp.repeat(one, len(x), axis=0), nothing), **more)
-
-        hidden = model.condition.hidden(batch, key)
-        drawn = Drawn(x_0, eps, draw_key, network, unconditional, hidden, batch.get("step"))
-        return model.objective.compute(drawn)
-
-    return loss
 
 
 def make_denoise(model: Model, params: Any, told: Told, **options: Any) -> Denoise:
@@ -171,13 +170,21 @@ def steered(model: Model, sampling: Sampling, params: Any, told: Told, fro: Told
     """Returns what the sampler asks for, guided: of what the network is told, and of what it is led away from.
 
     It is a denoiser (x_t, time) -> x_0_hat, where `sampling.asks` for a "jump" (x_t, time, next_time) -> x_0_hat of a
-    network that is told the next time, and for the "end" of a trajectory the jump to time 0.
+    network that is told the next time, for the "end" of a trajectory the jump to time 0, and for a "policy"
+    (x_t, time, next_time) -> values of x_0, which are as guided as the teacher was.
     """
 
     def jump(x_t: jax.Array, time: jax.Array, next_time: jax.Array | float) -> Any:
         more = {"next_time": jnp.broadcast_to(jnp.asarray(next_time, jnp.float32), x_t.shape[:1])}
         return led(model, sampling, params, {**told, **more}, {**fro, **more})(x_t, time)
 
+    if sampling.asks == "policy":
+        network = network_of(model, params, told)
+
+        def values(x_t: jax.Array, time: jax.Array, next_time: jax.Array) -> jax.Array:
+            return policy_values(network(x_t, time, next_time=next_time), x_t, time)
+
+        return values
     if sampling.asks == "jump":
         return jump
     if sampling.asks == "end" and model.objective.two_times:

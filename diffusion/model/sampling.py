@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion import consistency, flow_map, grids, guidance, samplers, schedules
+from diffusion import consistency, distillation, flow_map, grids, guidance, samplers, schedules
 from diffusion.model.choices import pick
 from diffusion.model.config import Config
-from diffusion.model.objectives import make_objective
+from diffusion.model.losses import make_objective
+from diffusion.model.objectives import Objective
 from diffusion.model.processes import Process, is_flow
 from diffusion.samplers import Denoise
 
@@ -116,8 +117,13 @@ SAMPLERS = {
     "unipc": samplers.unipc,
     "mean_flow": flow_map.mean_flow,
     "multistep_consistency": consistency.multistep_consistency,
+    "policy": distillation.policy,
 }
-ASKS = {"mean_flow": "jump", "multistep_consistency": "end"}  # all others: "denoise"; see `Objective.gives`
+ASKS = {
+    "mean_flow": "jump",
+    "multistep_consistency": "end",
+    "policy": "policy",
+}  # all others: "denoise"; see `Objective.gives`
 THRESHOLDS = {"clip": guidance.clip, "dynamic": guidance.dynamic_threshold, "none": lambda denoise: denoise}
 
 
@@ -202,6 +208,8 @@ def make_sampling(config: Config, process: Process) -> Sampling:
             f"sampling.sampler.name={settings.sampler.name} does not draw with what loss.name={config.loss.name} "
             f"trains: choose from {', '.join(fit)}"
         )
+    if asks == "policy":
+        check_policy(config, grid, objective)
     return Sampling(
         sampler,
         grid,
@@ -211,6 +219,23 @@ def make_sampling(config: Config, process: Process) -> Sampling:
         skipped(config, grid),
         asks,
     )
+
+
+def check_policy(config: Config, grid: schedules.Grid, objective: Objective) -> None:
+    """Raises ValueError where a policy is to be drawn with otherwise than it was trained."""
+    settings, loss = config.sampling, config.loss
+    trained = [np.asarray(one.time) for one in objective.grids]
+    if not any(len(time) == len(grid.time) and np.allclose(time, grid.time, atol=1e-6) for time in trained):
+        raise ValueError(
+            f"sampling.num_steps={settings.num_steps} on this grid: the policy was trained for "
+            f"{' or '.join(map(str, loss.num_steps))} steps of sampling.grid.name=uniform with shift {loss.shift:g}"
+        )
+    if settings.sampler.shift != loss.shift:
+        raise ValueError(
+            f"sampling.sampler.shift={settings.sampler.shift:g}: the policy was trained with loss.shift={loss.shift:g}"
+        )
+    if settings.guidance != 1.0:
+        raise ValueError(f"sampling.guidance={settings.guidance:g}: a policy has its teacher's already, leave it at 1")
 
 
 def skipped(config: Config, grid: schedules.Grid) -> Skip | None:

@@ -9,6 +9,7 @@ RUN's, and then so are the network's settings and those it is sampled with: step
 Where the weights are from is stored with the new run.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from ml_collections import ConfigDict
 
 from diffusion.model.config import Config, from_plain, plain
 from diffusion.model.model import Model, init, parts
+from diffusion.model.teacher import fit_network
 from diffusion.runs.published import is_published
 from diffusion.runs.run import load, model_of, read_description
 from diffusion.training import RunError, run_key
@@ -66,32 +68,44 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("init_raw", False, "the raw weights, not the averaged ones", flag_values=values)
 
 
-def asked_origin(values: flags.FlagValues) -> Origin | None:
-    """Returns the run that --init_from names; None where it is not given."""
+def asked_origin(values: flags.FlagValues, config: Config) -> Origin | None:
+    """Returns the run that --init_from names, else the teacher of a config; None where there is neither."""
     if values.init_from is None:
         if values.init_only or values.init_raw:
             raise RunError(f"--{'init_only' if values.init_only else 'init_raw'} is of --init_from=RUN: give that too")
-        return None
+        return teacher_of(config)
     return find_origin(values.init_from, values.init_only, values.init_raw)
 
 
-def find_origin(spec: str | Path, only: Sequence[str] = (), raw: bool = False) -> Origin:
+def teacher_of(config: Config) -> Origin | None:
+    """Returns the run that a config's loss learns from; None where it learns from images alone."""
+    if "teacher" not in config.get("loss", {}):
+        return None
+    if not config.loss.teacher:
+        raise RunError(
+            f"loss.name={config.loss.name} learns from a trained model: name its work folder, --config.loss.teacher=RUN"
+        )
+    return find_origin(config.loss.teacher, flag="config.loss.teacher")
+
+
+def find_origin(spec: str | Path, only: Sequence[str] = (), raw: bool = False, flag: str = "init_from") -> Origin:
     """Returns the run that another is to begin with; no weights are read.
 
     Args:
       spec: its work folder, or FOLDER:STEP.
       only: of "network", "text" and "space", the parts that are taken; (): all that it has.
       raw: see `Origin`.
+      flag: that names it, for messages.
 
     Raises:
       RunError: there is no such run or step, it draws no pictures, or it has no such part.
     """
     folder, step = split(spec)
     if not is_published(folder) and not steps_in(folder / "checkpoints"):
-        raise RunError(f"--init_from={spec}: {folder} holds no checkpoint: name the work folder of a trained run")
+        raise RunError(f"--{flag}={spec}: {folder} holds no checkpoint: name the work folder of a trained run")
     stored = read_description(folder, step)
     if "image_shape" not in stored:
-        raise RunError(f"--init_from={spec}: it holds experiment {stored['experiment']}, which draws no pictures")
+        raise RunError(f"--{flag}={spec}: it holds experiment {stored['experiment']}, which draws no pictures")
     model = model_of(from_plain(stored["config"]), stored)
     has = {"network": True, "text": model.condition.init is not None, "space": model.space.init is not None}
     there = tuple(name for name, is_there in has.items() if is_there)
@@ -169,8 +183,13 @@ def adopt(config: Config, origin: Origin, asked: Sequence[str] = ()) -> Config:
 
 def check_fit(origin: Origin, model: Model) -> None:
     """Raises RunError, naming the first arrays, where the weights of `origin` are not those of `model`."""
-    there = shapes_of(model_of(from_plain(origin.stored["config"]), origin.stored), origin.parts)
-    here = shapes_of(model, origin.parts)
+    theirs = model_of(from_plain(origin.stored["config"]), origin.stored)
+    there, here = shapes_of(theirs, origin.parts, model), shapes_of(model, origin.parts, model)
+    if "network" in origin.parts and theirs.process.time_scale != model.process.time_scale:
+        logging.warning(
+            f"the network of {origin.folder} learned with process.time_scale={theirs.process.time_scale:g}, and this "
+            f"run has {model.process.time_scale:g}: what it learned of times is lost"
+        )
     wrong = []
     for name in sorted(there | here):
         if there.get(name) != here.get(name):
@@ -184,19 +203,19 @@ def check_fit(origin: Origin, model: Model) -> None:
         )
 
 
-def shapes_of(model: Model, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the arrays of a model's parts, by their paths."""
-    found = jax.eval_shape(lambda key: groups(model, init(model, key), names), jax.random.key(0))
+def shapes_of(model: Model, names: Sequence[str], of: Model) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the arrays of a model's parts, by their paths, as a run of the model `of` begins with."""
+    found = jax.eval_shape(lambda key: groups(model, init(model, key), names, of, key), jax.random.key(0))
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(found)
     }
 
 
-def groups(model: Model, params: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Returns the parameters of parts by name, the network's with its adapters merged into it."""
+def groups(model: Model, params: Any, names: Sequence[str], of: Model, key: jax.Array) -> dict[str, Any]:
+    """Returns the parameters of parts by name; the network's with its adapters merged, fit for the model `of`."""
     found = parts(model, params)._asdict()
-    return {name: found[name] for name in names}
+    return {name: fit_network(of, found[name], key) if name == "network" else found[name] for name in names}
 
 
 def first_weights(
@@ -213,8 +232,11 @@ def first_weights(
     Raises:
       RunError: weights that cannot be read, or are not finite.
     """
-    found, about = read_weights(origin, mesh) if origin else ({}, {})
     key = run_key(config.seed, "init")
+    found, about = read_weights(origin, model, key, mesh) if origin else ({}, {})
+    if model.teacher is not None:
+        found["teacher"], described = teacher_weights(config, model, mesh)
+        about |= {"teacher": {**model.teacher.description, **described}}
     for name, part in (("text", model.condition), ("space", model.space)):
         if name in model.frozen and name not in found:
             assert part.init is not None
@@ -222,7 +244,18 @@ def first_weights(
     return (found if model.grouped else found.get("network", {})), about
 
 
-def read_weights(origin: Origin, mesh: Mesh) -> tuple[dict[str, Any], dict[str, Any]]:
+def teacher_weights(config: Config, model: Model, mesh: Mesh) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the averaged weights of a run's teacher, on the mesh, and where they are from."""
+    origin = teacher_of(config)
+    assert origin is not None
+    run = load(origin.folder, origin.stored, from_plain(origin.stored["config"]), mesh, origin.step)
+    own = parts(run.model, run.params)
+    learned = {"text": own.text} if own.text is not None and not model.condition.frozen else {}
+    about = {"folder": origin.folder.resolve().name, "step": run.step, "digest": run.digest}
+    return {"network": own.network, **learned}, about
+
+
+def read_weights(origin: Origin, model: Model, key: jax.Array, mesh: Mesh) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the weights of the parts that are taken, on the mesh, and {"begun": where they are from}."""
     config = from_plain(origin.stored["config"])
     published = "pipeline" in origin.stored
@@ -236,4 +269,4 @@ def read_weights(origin: Origin, mesh: Mesh) -> tuple[dict[str, Any], dict[str, 
         "weights": "published" if published else "raw" if origin.raw else "averaged",
         "parts": list(origin.parts),
     }
-    return groups(run.model, run.params, origin.parts), {"begun": about}
+    return groups(run.model, run.params, origin.parts, model, key), {"begun": about}

@@ -27,7 +27,7 @@ def check(call: Call) -> None:
     config = call.config
     source = call.task.read(config, TRAIN)
     vocabulary = [] if call.stored else list(call.task.vocabulary(config, source))
-    origin = None if call.stored else asked_origin(call.flags)
+    origin = None if call.stored else asked_origin(call.flags, config)
     model, _ = describe(call.task.name, config, source, call.stored, vocabulary, origin)
     examples = list(call.task.examples(config))
     begun = first_weights(config, model, origin, call.mesh)[0] if call.stored is None else {}

@@ -183,7 +183,7 @@ def parse(
         check_seed(config.seed)
         if values.mode != "import":  # which refuses any folder that exists
             if "init_from" in values:
-                origin = asked_origin(values) if stored is None else None
+                origin = asked_origin(values, config) if stored is None else None
                 asked = (*fields_asked(rest), *(("sampling.num_steps",) if values.steps is not None else ()))
                 config = settle(config, folder, stored, values.init_from, origin, asked)
             workdir.check(folder, task.name, plain(config), formats.current)

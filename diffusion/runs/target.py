@@ -52,7 +52,7 @@ def check_target(call: Call) -> None:
     """Reports what a diffusion model's training needs on the machine that --target names."""
     config = call.config
     source, notes = source_of(call)
-    origin = None if call.stored else asked_origin(call.flags)
+    origin = None if call.stored else asked_origin(call.flags, call.config)
     vocabulary = [] if call.stored else list(call.task.vocabulary(config, source))
     model, _ = describe(call.task.name, config, source, call.stored, vocabulary, origin)
     report_target(call, make_learner(config, model), training_batch(config, model), notes)

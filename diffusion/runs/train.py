@@ -20,7 +20,8 @@ from diffusion.model.experiment import check_references, make_experiment, make_m
 from diffusion.model.model import Model
 from diffusion.model.optimizers import GIVEN
 from diffusion.model.space import with_latents
-from diffusion.runs.begin import Origin, asked_origin, check_fit, find_origin, first_weights, settle
+from diffusion.model.teacher import check_teacher, describe_teacher
+from diffusion.runs.begin import Origin, asked_origin, check_fit, find_origin, first_weights, settle, teacher_of
 from diffusion.runs.call import TRAIN, Call, words_of_captions
 from diffusion.runs.evaluate import evaluate, ready
 from diffusion.runs.published import is_published
@@ -38,7 +39,7 @@ def run_training(call: Call) -> None:
     if call.config.evaluation.after_training:
         (call.task.ready or ready)(call)
     source = call.task.read(call.config, TRAIN)
-    origin = None if call.stored else asked_origin(call.flags)
+    origin = None if call.stored else asked_origin(call.flags, call.config)
     vocabulary = [] if call.stored else list(call.task.vocabulary(call.config, source))
     examples = list(call.task.examples(call.config))
     run = train_on(
@@ -97,7 +98,9 @@ def train_run(
     if optimizer is not None:
         config = with_given(config)
     stored = stored_in(workdir)
-    origin = find_origin(init_from, init_only, init_raw) if init_from is not None and stored is None else None
+    origin = None
+    if stored is None:
+        origin = teacher_of(config) if init_from is None else find_origin(init_from, init_only, init_raw)
     config = settle(config, workdir, stored, init_from, origin)
     vocabulary = words_of_captions(config, source) if source.captions and not stored else []
     mesh = make_mesh(num_devices, config.training.get("mesh", ""))
@@ -184,8 +187,12 @@ def describe(
         return model_of(config, stored), dict(stored) | {"config": plain(config)}
     if config.lora.rank and (origin is None or "network" not in origin.parts):
         raise RunError(f"lora.rank={config.lora.rank} adapts a trained network: name its run, --init_from=RUN")
-    taken = origin and origin.description
+    taken: dict[str, Any] = origin.description if origin else {}
+    if teacher := teacher_of(config):
+        taken |= {"teacher": describe_teacher(teacher.stored)}
     model = make_model(config, source.image_shape, facts["num_classes"], taken, vocabulary)
+    if teacher:
+        check_teacher(config, model)
     if origin:
         check_fit(origin, model)
     return model, {"experiment": name, "config": plain(config), **facts, **stored_of(model)}
@@ -210,6 +217,12 @@ def prepare(
     def params() -> dict[str, Any]:
         return begun if stored is None else load(workdir, stored, config, mesh).params
 
+    references: Sequence[np.ndarray] = ()
+    if count := config.data.get("references", 0):
+        check_references(config, f"data.references={count}")
+        if config.data.flip:
+            raise ValueError("data.flip=True mirrors images, and references are not mirrored: leave one of them out")
+        examples, references = spread_edits(source)
     if model.space.precomputed is not None:
         if config.data.flip:
             raise ValueError("data.flip=True mirrors images, and latents are not mirrored: set space.precomputed=False")
@@ -217,12 +230,6 @@ def prepare(
         source, fitted = with_latents(source, model.space._replace(init=lambda key: own), own)
         assert fitted.init is not None
         begun = {**begun, "space": fitted.init(training.run_key(config.seed, "init"))} if stored is None else begun
-    references: Sequence[np.ndarray] = ()
-    if count := config.data.get("references", 0):
-        check_references(config, f"data.references={count}")
-        if config.data.flip:
-            raise ValueError("data.flip=True mirrors images, and references are not mirrored: leave one of them out")
-        examples, references = spread_edits(source)
     if model.condition.kind == "prompts":
         if not source.captions:
             raise ValueError(f"condition.name={config.condition.name} needs captions, and {source.name} has none")

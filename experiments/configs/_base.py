@@ -311,6 +311,42 @@ def continuous_consistency(config: ConfigDict) -> None:
     no_likelihood(config)
 
 
+def imitation(config: ConfigDict) -> None:
+    """Chen et al. (2025), "pi-Flow": a student of the flow --config.loss.teacher=RUN, whose steps are policies."""
+    flow(config)
+    config.loss = ConfigDict(
+        dict(
+            name="imitation",
+            teacher="",  # work folder of a run of `flow`, as whose copy the student begins
+            guidance=0.0,  # of the teacher; 0: as its run samples
+            num_steps=(4,),  # in how many the student draws; (1, 2, 4): in each
+            num_values=10,  # of x_0 in a step
+            num_points=2,  # of a step that the teacher evaluates
+        )
+    )
+    config.sampling.sampler = ConfigDict(dict(name="policy"))
+    config.sampling.num_steps = 4
+    config.sampling.guidance = 1.0
+    no_likelihood(config)
+
+
+def progressive(config: ConfigDict) -> None:
+    """Salimans & Ho (2022): a student whose 4 steps are 8 of a trained flow; --config.loss.teacher=RUN."""
+    flow(config)
+    config.loss = ConfigDict(
+        dict(
+            name="progressive",
+            teacher="",  # work folder of a run of `flow`, or of the round before
+            guidance=0.0,  # of the teacher; 0: as its run samples
+            num_steps=4,  # of the student
+            prediction="velocity",
+        )
+    )
+    config.sampling.num_steps = 4
+    config.sampling.guidance = 1.0
+    no_likelihood(config)
+
+
 def no_likelihood(config: ConfigDict) -> None:
     """Leaves bits/dim out of the evaluation of a model that has no ODE."""
     if "metrics" in config.evaluation:
@@ -324,7 +360,11 @@ def class_conditional(config: ConfigDict) -> None:
 
 
 FEW_STEPS: dict[str, Change] = dict(
-    mean_flow=mean_flow, consistency=consistency, continuous_consistency=continuous_consistency
+    mean_flow=mean_flow,
+    consistency=consistency,
+    continuous_consistency=continuous_consistency,
+    imitation=imitation,
+    progressive=progressive,
 )
 METHODS: dict[str, Change] = dict(
     cosine_hybrid=cosine_hybrid,

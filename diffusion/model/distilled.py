@@ -1,0 +1,125 @@
+"""Losses that learn from a trained model: imitation by a policy, and progressive distillation."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from diffusion import distillation, flow, predictions, schedules
+from diffusion.model.objectives import Drawn, Found, Objective, check_flow, errors
+from diffusion.model.processes import Process
+from diffusion.types import per_example
+
+
+def imitation(
+    process: Process,
+    *,
+    teacher: str = "",
+    guidance: float = 0.0,
+    num_steps: tuple[int, ...] = (4,),
+    shift: float = 1.0,
+    num_values: int = 10,
+    num_points: int = 2,
+    window: float = 3 / 128,
+) -> Objective:
+    """Returns pi-Flow's imitation of a trained flow by a policy for whole steps (`distillation.imitation_loss`).
+
+    Args:
+      process: a flow.
+      teacher: work folder of the flow's run, or FOLDER:STEP.
+      guidance: of the teacher, which the student has then without; 0: that which the teacher's run samples with.
+      num_steps: in how many the student draws; several are learned by one student.
+      shift: of the times of steps, and of values within one, towards noise.
+      num_values: of x_0 in a step.
+      num_points: of a step at which teacher and policy are compared.
+      window: over which the policy's velocity is averaged, in time.
+
+    Source: Chen et al. 2025, "pi-Flow: Policy-Based Few-Step Generation via Imitation Distillation".
+    """
+    del teacher  # opened where a run starts
+    check_flow(process, "imitation")
+    check_distilled(guidance, num_steps)
+    if num_values < 2 or num_points < 1:
+        raise ValueError(f"loss.num_values is {num_values} and num_points {num_points}: at least 2 and 1 are needed")
+    if not 0 <= window <= 1:
+        raise ValueError(f"loss.window is {window}: it is a share of the time from 0 to 1")
+    grids = tuple(schedules.flow_grid(count, shift) for count in num_steps)
+
+    def compute(drawn: Drawn) -> Found:
+        keys = jax.random.split(drawn.key)
+        t, r = drawn_interval(keys[0], len(drawn.x_0), grids)
+        points = distillation.draw_points(keys[1], num_points, r, t, jnp.minimum(window, t - r))
+        x_t = flow.interpolate(drawn.x_0, drawn.eps, t)
+
+        def student(x_t: jax.Array, t: jax.Array, r: jax.Array) -> jax.Array:
+            return policy_values(drawn.network(x_t, t, next_time=r), x_t, t)
+
+        losses, error = distillation.imitation_loss(student, drawn.teacher, x_t, r, t, points, window, shift)
+        return losses, errors(error, t)
+
+    return Objective(
+        compute,
+        "velocity",
+        ("policy",),
+        mean=False,
+        two_times=True,
+        num_values=num_values,
+        grids=grids,
+        teacher=True,
+        teacher_scale=guidance,
+    )
+
+
+def policy_values(velocity: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
+    """Returns the values of x_0 [B, N, ...] that N velocities, which a network returns as channels, have at x_t."""
+    velocities = velocity.reshape(*x_t.shape[:-1], -1, x_t.shape[-1])
+    return x_t[:, None] - per_example(t, x_t)[:, None] * jnp.moveaxis(velocities, -2, 1)
+
+
+def progressive(
+    process: Process, *, teacher: str = "", guidance: float = 0.0, num_steps: int = 4, prediction: str = "velocity"
+) -> Objective:
+    """Returns progressive distillation: a student whose step is two of its teacher's (`distillation.progressive_loss`).
+
+    A run is one round; the next has half as many steps, and this run as its teacher.
+
+    Args:
+      process: the teacher's.
+      teacher: work folder of its run, or FOLDER:STEP.
+      guidance: of the teacher, which the student has then without; 0: that which the teacher's run samples with.
+      num_steps: the student's, half of those of the teacher.
+      prediction: what the network returns; the teacher's, where the student begins as it.
+
+    Source: Salimans & Ho 2022, "Progressive Distillation for Fast Sampling of Diffusion Models".
+    """
+    del teacher  # opened where a run starts
+    check_distilled(guidance, (num_steps,))
+    grid = process.even(2 * num_steps, 1.0, 1.0)
+    first = jnp.arange(0, 2 * num_steps, 2)
+
+    def compute(drawn: Drawn) -> Found:
+        time = jnp.asarray(grid.time, jnp.float32)
+        start = jax.random.randint(drawn.key, (), 0, num_steps)
+        step = first[(start + jnp.arange(len(drawn.x_0))) % num_steps]
+        t, s, r = (time[step + i] for i in range(3))
+        x_t = predictions.diffuse(drawn.x_0, drawn.eps, *process.at(t))
+        student = predictions.denoiser(prediction, drawn.network, process.at)
+        losses, error = distillation.progressive_loss(student, drawn.teacher, process.at, x_t, t, s, r)
+        return losses, errors(error, step / (2 * num_steps))
+
+    return Objective(compute, prediction, mean=False, teacher=True, teacher_scale=guidance)
+
+
+def drawn_interval(key: jax.Array, batch_size: int, grids: Sequence[schedules.Grid]) -> tuple[jax.Array, jax.Array]:
+    """Returns where one interval of one of the grids begins, and where it ends, for each image; all equally often."""
+    starts, ends = (jnp.concatenate([grid.time[part] for grid in grids]) for part in (slice(-1), slice(1, None)))
+    number = (jax.random.randint(key, (), 0, len(starts)) + jnp.arange(batch_size)) % len(starts)
+    return starts[number], ends[number]
+
+
+def check_distilled(guidance: float, num_steps: Sequence[int]) -> None:
+    """Raises ValueError where the numbers of a distillation cannot be."""
+    if not 0 <= guidance < float("inf"):
+        raise ValueError(f"loss.guidance is {guidance}: give the scale of the teacher's, or 0 for its own")
+    if not num_steps or min(num_steps) < 1:
+        raise ValueError(f"loss.num_steps is {num_steps}: give at least one number of steps, of at least 1")
