@@ -58,8 +58,8 @@ SLOW = (
 # fmt: off
 UNOPTIMIZED = (
     "autoencoder_experiment", "benchmarks", "captions_experiment", "clip", "demo_api", "demo_engine", "demo_page",
-    "distillation", "docs", "edit", "evaluation_command", "experiments", "flux2_pipeline", "formats", "lora",
-    "meshes", "mmdit", "modes", "own_training", "pretrained_sd3", "prompts", "provenance", "refusals", "run",
+    "distillation", "docs", "edit", "evaluation_command", "experiments", "few_step_runs", "flux2_pipeline", "formats",
+    "lora", "meshes", "mmdit", "modes", "own_training", "pretrained_sd3", "prompts", "provenance", "refusals", "run",
     "scenes_experiment", "sd3", "space", "spine", "sweeps", "unet", "warm_start", "weights",
 )
 # fmt: on
