@@ -95,7 +95,7 @@ def serve(argv: list[str]) -> None:
     values = parse(argv)
     use_compilation_cache()
     runs = open_runs(values.workdir)
-    limits = Limits(**{name: values[f"limit_{name}"].value for name in Limits._fields})
+    limits = Limits()._replace(**{name: values[f"limit_{name}"].value for name in Limits._fields})
     engine = Engine(runs, limits)
     examples = {name: run.stored.get("examples", ()) for name, run in runs.items()}
     app = make_app(engine, examples, values.host, values.auth)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import anyio
 import gradio as gr
 import numpy as np
+from gradio.themes import Base
 
 from diffusion.data.pictures import refit
 from diffusion.demo.api import read_picture
@@ -18,7 +19,7 @@ from diffusion.demo.shown import Shown, show_line, show_update
 
 HERE = Path(__file__).parent
 SYSTEM = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # no font is fetched
-THEME = gr.themes.Base(
+THEME = Base(
     primary_hue="orange",
     neutral_hue="zinc",
     font=SYSTEM,
@@ -120,9 +121,9 @@ def make_page(engine: Engine, examples: Mapping[str, Sequence[str]]) -> gr.Block
     return page.queue(default_concurrency_limit=None)
 
 
-async def refuse_file(place: Any) -> str:
+async def refuse_file(url_or_file_path: str | Path | None) -> str | None:
     """Refuses what Gradio would read, or fetch, where a request names a file as its own client does."""
-    del place
+    del url_or_file_path
     raise gr.Error("This page takes no files by name.", print_exception=False)
 
 
@@ -197,8 +198,8 @@ def request_of(values: Mapping[str, Any], engine: Engine) -> Request:
     has = {control for control in values if found.get(control, {}).get("visible", True)}
     image, mask = begin_of(values["begin"], limits)
     references = images_of(values["references"], limits) if "references" in has else []
-    sides = [number(values[side]) for side in ("height", "width")] if "height" in has else []
-    own = engine.runs[name].model.space.image_shape[:2]
+    own_height, own_width, _ = engine.runs[name].model.space.image_shape
+    height, width = (number(values[side]) if "height" in has else None for side in ("height", "width"))
     label = values["label"] if "label" in has else None
     return Request(
         run=name,
@@ -210,7 +211,7 @@ def request_of(values: Mapping[str, Any], engine: Engine) -> Request:
         sampler=values["sampler"],
         num_steps=number(values["num_steps"]),
         guidance=values["guidance"] if "guidance" in has else None,
-        size=tuple(given or side for given, side in zip(sides, own, strict=True)) if any(sides) else (),
+        size=(height or own_height, width or own_width) if height or width else (),
         image=image,
         strength=values["strength"],
         mask=mask,
