@@ -47,7 +47,13 @@ def draw_runs(
             if points:
                 marker = "." if len(points) < 3 else None
                 axes.plot(*zip(*points, strict=True), color=colour(number, len(courses)), marker=marker, linewidth=1.2)
-        axes.set_yscale("log" if metric in LOG else "linear")
+        if metric in LOG:
+            axes.set_yscale("log")
+            least, largest = axes.get_ylim()
+            if largest < 30 * least:  # few powers of ten: numbers between them, as they are written elsewhere
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter("{x:g}")
+                axes.tick_params(which="both", labelsize=9)
         axes.set_xlabel("step")
         axes.set_title(metric.replace("_", " "), fontsize=10)
         axes.grid(alpha=0.3, which="both")

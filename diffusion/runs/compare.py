@@ -91,6 +91,6 @@ def facts(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 def differing(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Returns a row for each fact in which runs differ: its name, and its value in each, "-" where it has none."""
-    names = dict.fromkeys(name for run in runs for name in run)
+    names = sorted(dict.fromkeys(name for run in runs for name in run), key=lambda name: (name.startswith("("), name))
     rows = [[name, *(str(run.get(name, NONE)) for run in runs)] for name in names]
     return [row for row in rows if len(set(row[1:])) > 1]

@@ -69,7 +69,7 @@ def write_results(folder: Path, experiment: str, points: Sequence[Point]) -> Non
         temporary.write_text(json.dumps({"experiment": experiment, "points": content}, indent=2) + "\n")
     with replacing(folder / "table.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n")
-    courses = {record.name: record.course for record in records}
+    courses = {record.name.replace("_", " "): record.course for record in records}
     draw_runs(folder / "sweep.png", courses, ["loss"], scores_of(points, records))
 
 
@@ -89,7 +89,9 @@ def scores_of(points: Sequence[Point], records: Sequence[Record]) -> Scores | No
     lines: dict[str, list[tuple[float | str, float]]] = {}
     numeric = all(is_number(point.settings[x_name]) for point in points)
     for point, record in trained:
-        others = ", ".join(f"{name} {value}" for name, value in point.settings.items() if name != x_name)
+        others = ", ".join(
+            f"{name.replace('_', ' ')} {value}" for name, value in point.settings.items() if name != x_name
+        )
         x = point.settings[x_name]
         if score in record.numbers:
             lines.setdefault(others, []).append((float(x) if numeric else x, record.numbers[score]))
