@@ -5,22 +5,27 @@ import io
 import json
 import os
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 from fastapi import FastAPI
+from helpers import make_call
 from PIL import Image
+from published_flux2 import ASKED, REFERENCES, write_pipeline
 from starlette.testclient import TestClient
 
 from diffusion.demo import engine as engines
 from diffusion.demo.api import BESIDE, add_api
 from diffusion.demo.engine import Engine
 from diffusion.demo.requests import Limits
+from diffusion.runs import weights
 from diffusion.runs.plans import Plan, draw_plans, fit_mask
 from diffusion.runs.provenance import read_png
 from diffusion.runs.run import open_run
 from diffusion.runs.watch import Watch
+from experiments import flux2
 
 PICTURE = np.random.RandomState(0).randint(0, 256, (8, 8, 1), np.uint8)
 MASK = np.arange(8)[None].repeat(8, 0) > 3
@@ -48,14 +53,18 @@ def client(engine):
 def png(array):
     """An array as base64 of a PNG."""
     file = io.BytesIO()
-    Image.fromarray(array[..., 0] if array.ndim == 3 else array).save(file, "png")
+    Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array).save(file, "png")
     return base64.b64encode(file.getvalue()).decode()
 
 
 def decoded(text):
     """The pixels in a PNG in base64, and how they were made."""
-    data = base64.b64decode(text)
-    return np.asarray(Image.open(io.BytesIO(data)))[..., None], read_png(io.BytesIO(data))
+    return decoded_pixels(text), read_png(io.BytesIO(base64.b64decode(text)))
+
+
+def decoded_pixels(text):
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def ask(client, **fields):
@@ -103,25 +112,47 @@ def test_updates_are_streamed_until_the_pictures(client, run):
 
 
 def test_a_request_can_be_cancelled_by_its_id_alone(client, engine, monkeypatch):
-    tickets, submit = [], engine.submit
+    tickets, go, answers = [], threading.Event(), []
+    submit, draw = engine.submit, engines.draw_plans
+    monkeypatch.setattr(engine, "submit", lambda request: tickets.append(submit(request)) or tickets[0])
+    monkeypatch.setattr(engines, "draw_plans", lambda *args: go.wait(100) and draw(*args))
+    asking = threading.Thread(target=lambda: answers.append(client.post("/api/pictures", json={"label": 4})))
+    asking.start()
+    until = time.monotonic() + 100
+    while not tickets or client.delete(f"/api/pictures/{tickets[0].id}").status_code == 404:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert client.delete("/api/pictures/none").status_code == 404
+    asking.join()
+    go.set()
+    assert (answers[0].status_code, answers[0].json()) == (409, {"error": "The request was cancelled."})
 
-    def submit_and_cancel(request):
-        tickets.append(submit(request))
-        assert client.delete(f"/api/pictures/{tickets[-1].id}x").status_code == 404
-        return tickets[-1]
 
-    monkeypatch.setattr(engine, "submit", submit_and_cancel)
-    draw = engines.draw_plans
-    monkeypatch.setattr(engines, "draw_plans", lambda *args: (time.sleep(0.5), draw(*args))[1])
-    with client.stream("POST", "/api/pictures?stream=1", json={"label": 4}) as answer:
-        assert answer.status_code == 200
-    tickets.clear()
-    monkeypatch.setattr(
-        engine, "submit", lambda request: (tickets.append(submit(request)), tickets[0].cancel())[0] or tickets[0]
-    )
-    answer = client.post("/api/pictures", json={"label": 4})
-    assert (answer.status_code, answer.json()) == (409, {"error": "The request was cancelled."})
-    assert client.delete(f"/api/pictures/{tickets[0].id}").json() == {"cancelled": tickets[0].id}
+def test_pictures_are_edited_as_python_edits_them(tmp_path):
+    """By FLUX.2 in small: latents, text encoder, sampler and decoder are programs of their own."""
+    flags = ("--config.network.dtype=float32", "--config.condition.dtype=float32", "--config.sampling.size=(16, 16)")
+    flags += (f"--config.condition.length={ASKED['length']}", f"--config.condition.states={tuple(ASKED['states'])}")
+    given = ("--mode=import", f"--weights={write_pipeline(tmp_path / 'published')}", *flags)
+    weights.import_weights(make_call(flux2.TASK, "flux2", tmp_path / "flux2", *given))
+    run = open_run(tmp_path / "flux2", num_devices=1, changes={"sampling.num_steps": 1})
+    engine = Engine({"flux2": run})
+    try:
+        app = FastAPI()
+        add_api(app, engine)
+        client = TestClient(app)
+        sent = [png(picture) for picture in REFERENCES[:1]]
+        answer = client.post("/api/pictures?stream=1", json={"prompt": "a red fox", "references": sent, "seed": 3})
+        plain = ask(client, prompt="a red fox", seed=3)
+    finally:
+        engine.close()
+    events = [json.loads(line.removeprefix("data: ")) for line in answer.text.split("\n\n") if line]
+    edited, made = decoded(events[-1]["pictures"][0])
+    own = {"prompts": ["a red fox"], "seed": 3}
+    np.testing.assert_array_equal(edited, run.sample(**own, references=REFERENCES[:1])[0])
+    np.testing.assert_array_equal(decoded(plain["pictures"][0])[0], run.sample(**own)[0])
+    assert (edited != decoded(plain["pictures"][0])[0]).any() and len(made["references"]) == 1
+    shown = [decoded_pixels(one) for event in events[:-1] for one in event["previews"]]
+    assert all(one.shape == (16, 16, 3) for one in shown)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The engine of the prompt page: bits of the command line, batches, cancelling, the queue, refusals."""
 
 import io
+import shlex
 import threading
 import zlib
 
@@ -15,10 +16,12 @@ from diffusion.demo.previews import make_linear, make_preview
 from diffusion.demo.requests import Limits, Request, TooLarge, check, read_upload
 from diffusion.model.space import Space
 from diffusion.runs.plans import Plan
+from diffusion.runs.provenance import command, read_png, write_png
 from diffusion.runs.run import open_run
 
 WAIT = 300  # seconds: compiling on a machine that does other things too
 PICTURE = np.random.RandomState(0).randint(0, 256, (20, 30, 3), np.uint8)
+MASK = np.arange(30)[None].repeat(20, 0) > 15
 
 
 def restless(run):
@@ -105,6 +108,40 @@ def test_mixed_requests_are_one_batch_and_each_picture_is_its_own_samples(engine
     assert engine.batch_sizes - before == {1: 2, 4: 1, 3: 1} or engine.batch_sizes - before == {1: 1, 4: 1, 3: 1}
     same = classes.sample(labels=[0], num_samples=2, seed=0)
     np.testing.assert_array_equal(last(tickets[-1]).pictures, same)
+
+
+@pytest.mark.parametrize("name, fields", [("digits_classes", {"label": 3}), ("scenes", {"prompt": "a red three"})])
+def test_a_picture_of_the_page_is_that_of_the_command_line(name, fields, kinds, copied, tmp_path):
+    folder = copied(name)
+    engine = Engine({name: open_run(folder, num_devices=1)})
+    Image.fromarray(PICTURE).save(tmp_path / "image.png")
+    Image.fromarray(np.uint8(255) * MASK).save(tmp_path / "mask.png")
+    begun = (f"--images={tmp_path / 'image.png'}",)
+    asked = {
+        "plain": (Request(**fields, seed=3, num_pictures=2, num_steps=2, guidance=2.0), ()),
+        "img2img": (Request(**fields, image=PICTURE, strength=0.5, num_steps=2), begun),
+        "inpaint": (Request(**fields, image=PICTURE, mask=MASK, num_steps=2), (*begun, f"--mask={tmp_path}/mask.png")),
+    }
+    try:
+        found = {kind: last(engine.submit(request)) for kind, (request, _) in asked.items()}
+    finally:
+        engine.close()
+
+    def call(*flags):
+        kinds[name].do(folder, f"--out={tmp_path / 'out.npz'}", *flags)
+        return np.load(tmp_path / "out.npz")["arr_0"]
+
+    for kind, (_, flags) in asked.items():
+        write_png(found[kind].pictures[-1], found[kind].provenance[-1], tmp_path / f"{kind}.png")
+        again = call("--mode=sample", f"--like={tmp_path / kind}.png", *flags)
+        np.testing.assert_array_equal(again[0], found[kind].pictures[-1])
+        assert read_png(tmp_path / "out.png") == found[kind].provenance[-1]
+    words = shlex.split(command(found["plain"].provenance[-1], folder))
+    np.testing.assert_array_equal(call(*words[4:]), found["plain"].pictures)
+    with pytest.raises(ValueError, match="begun with 1 pictures, and 0 are given"):
+        call("--mode=sample", f"--like={tmp_path / 'img2img.png'}")
+    with pytest.raises(ValueError, match="number 1 is not the picture that"):
+        call("--mode=sample", f"--like={tmp_path / 'img2img.png'}", f"--images={tmp_path / 'mask.png'}")
 
 
 def test_prompts_with_guidance_and_negative_prompts_of_their_own(engine, scenes, monkeypatch):
@@ -313,7 +350,7 @@ def test_an_unknown_run_is_refused(engine):
 
 
 def test_a_checked_request_is_explicit_and_stays_as_it_is(classes):
-    asked = Request(label=3, image=PICTURE, mask=np.arange(30)[None].repeat(20, 0) > 15)
+    asked = Request(label=3, image=PICTURE, mask=MASK)
     found = check(asked, classes)
     assert (found.num_steps, found.sampler, found.guidance, found.size) == (3, "ddim", 1.5, (8, 8))
     assert found.image.shape == (8, 8, 1) and found.mask.shape == (8, 8) and found.mask[:, 5:].all()

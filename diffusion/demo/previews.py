@@ -53,7 +53,7 @@ def make_linear(space: Space, params: Any) -> Preview:
     wanted = grouped.reshape(FITTED * CELLS**2, -1)
     known = with_one(x_0.reshape(len(wanted), -1))
     # Latents that smooth colours hardly move are left out.
-    weights = np.linalg.lstsq(known, wanted, rcond=1e-4)[0].astype(np.float32)
+    weights = np.linalg.lstsq(known, wanted, rcond=1e-5)[0].astype(np.float32)
 
     def preview(x_0_hat: np.ndarray, shape: Shape) -> np.ndarray:
         number, height, width, _ = x_0_hat.shape
@@ -71,10 +71,10 @@ def with_one(x: np.ndarray) -> np.ndarray:
 
 
 def smooth_pictures(count: int, side: int, channels: int) -> np.ndarray:
-    """Returns uint8[count, side, side, channels], colours that change slowly: 4 random ones a side, blended."""
+    """Returns uint8[count, side, side, channels], colours that change slowly: 8 random ones a side, blended."""
     from PIL import Image
 
     random = np.random.RandomState(0)
-    coarse = random.randint(0, 256, (count, 4, 4, 3), np.uint8)
+    coarse = random.randint(0, 256, (count, 8, 8, 3), np.uint8)
     fine = [Image.fromarray(one).resize((side, side), Image.Resampling.BICUBIC) for one in coarse]
     return np.stack([np.asarray(one)[..., :channels] for one in fine])

@@ -161,7 +161,9 @@ def check_numbers(request: Request, run: Run, limits: Limits) -> Request:
     number("The strength", request.strength, 0, 1)
     if request.strength == 0:
         raise ValueError("The strength is 0: give a share of the steps greater than 0, at most 1.")
-    size = tuple(request.size) or (run.model.space.image_shape[:2] if not request.references else ())
+    # As --mode=sample has it: pictures are as large as the first that is edited, unless the run says how large.
+    own = () if request.references and not sampling.get("size") else run.model.space.image_shape[:2]
+    size = tuple(request.size) or own
     if size:
         if len(size) != 2:
             raise ValueError("The size is a height and a width.")
