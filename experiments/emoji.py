@@ -175,9 +175,10 @@ def psnr(true: np.ndarray, image: np.ndarray) -> float:
 
 def tones_off(found: np.ndarray, wanted: np.ndarray, truth: Truth) -> dict[str, float]:
     """Returns how often the right person is drawn in the next darker or lighter tone, or in another one."""
-    people, tones = truth.gallery.aspects.values()
-    pairs = [(f, w) for f, w in zip(found, wanted, strict=True) if people[f] == people[w]]
-    off = np.array([TONES.index(tones[f]) - TONES.index(tones[w]) for f, w in pairs])
+    people, tones = truth.gallery.aspects["person"], truth.gallery.aspects["tone"]
+    places = np.array([TONES.index(tone) for tone in tones])
+    same = np.array([people[f] == people[w] for f, w in zip(found, wanted, strict=True)], bool)
+    off = (places[found] - places[wanted])[same]
     named = {"next darker": off == 1, "next lighter": off == -1, "another": np.abs(off) > 1}
     return {name: float(np.sum(values) / len(found)) for name, values in named.items()}
 

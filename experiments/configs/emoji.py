@@ -6,6 +6,9 @@
 A picture is 8x8 latents of 32 channels, 64 tokens. A caption has one picture, and x_t reveals which of all it is below
 t = 0.94 or so, and which tone of a person below 0.7 to 0.85: what the network reads of the caption it learns above. So
 training times are shifted towards noise, and it predicts v, which is -x_0 at t = 1 where velocity holds all the noise.
+
+A step takes 0.38 s of CPU time. 2 CPU cores, an hour by that: 3 minutes until the first step, 50 of training, 6 of
+evaluation.
 """
 
 from ml_collections import ConfigDict
@@ -45,7 +48,7 @@ def get_config(methods: str = "") -> ConfigDict:
             name="muon",
             learning_rate=1e-3,
             warmup_steps=100,
-            cooldown_steps=1500,
+            cooldown_steps=3500,
             clip_norm=1.0,
             b1=0.9,
             b2=0.99,
@@ -53,14 +56,14 @@ def get_config(methods: str = "") -> ConfigDict:
         )
     )
     config.training.update(
-        num_steps=6000,
+        num_steps=14_000,
         ema_decay=0.999,
         ema_profiles=(0.05, 0.1),
-        snapshot_every=250,
-        log_every=50,
-        checkpoint_every=250,
-        keep_every=1000,
-        preview_every=1000,
+        snapshot_every=500,
+        log_every=100,
+        checkpoint_every=500,
+        keep_every=2000,
+        preview_every=2000,
         num_previews=24,
     )
     config.sampling.update(num_steps=24, guidance=3.0, batch_size=64)
