@@ -19,7 +19,7 @@ function figure(picture, side, crisp) {
   node.append(image);
   if (picture.name) {
     const caption = make("figcaption", "", picture.short);
-    const link = make("a", "save", "Download PNG");
+    const link = make("a", "save", "Download");
     link.href = picture.src;
     link.download = picture.name;
     caption.append(link);
@@ -36,7 +36,9 @@ function choose(picture, node) {
   node.classList.add("chosen");
   find("made").hidden = false;
   find("caption").textContent = picture.caption;
-  find("command").textContent = picture.command;
+  // A line ends between flags; the text is the command all the same.
+  const flags = picture.command.split(/ (?='?--)/).map((flag) => make("span", "", flag));
+  find("command").replaceChildren(...flags.flatMap((flag, i) => (i ? [" ", flag] : [flag])));
 }
 
 function show(value) {

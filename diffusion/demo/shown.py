@@ -14,7 +14,7 @@ from diffusion.runs import provenance
 from diffusion.runs.run import Run
 
 SMALL = 128  # pixels: up to here a picture is enlarged by whole factors, its pixels kept square
-SIDES = ((1, 400), (4, 232), (9, 152), (10**9, 112))  # up to so many pictures: how wide each is shown
+SIDES = ((1, 400), (4, 256), (9, 176), (10**9, 128))  # up to so many pictures: how wide each is shown
 Shown = dict[str, Any]  # what result.js reads
 
 
