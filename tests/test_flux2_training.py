@@ -173,7 +173,7 @@ def edits(tmp_path_factory):
 
 def losses_of(run, edits, count, **others):
     """Returns the losses of the first pairs of EDITS, at fixed times and noise; `others` replace what is read."""
-    config = change(run.config, {"data.dir": str(edits), "data.references": 1})
+    config = change(run.config, {"data.dir": str(edits), "data.references": 1, "data.image_size": 16})
     source = TASK.read(config, "train")
     batch = source.read(np.arange(count))
     batch["text"] = run.model.condition.read([source.captions[label] for label in batch["label"]])
@@ -182,7 +182,9 @@ def losses_of(run, edits, count, **others):
 
 
 def test_the_network_is_told_of_references_in_training(base, edits):
-    source = TASK.read(change(base.config, {"data.dir": str(edits), "data.references": 1}), "train")
+    source = TASK.read(
+        change(base.config, {"data.dir": str(edits), "data.references": 1, "data.image_size": 16}), "train"
+    )
     batch = source.read(np.arange(4))
     seen = batch["reference_image"]
     assert seen.shape == (4, 1, 16, 16, 3) and not np.array_equal(seen[0], seen[1])
