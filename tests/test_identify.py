@@ -1,5 +1,7 @@
 """Identification by the nearest true picture, on arrays whose answers are known."""
 
+import doctest
+
 import numpy as np
 import pytest
 
@@ -87,3 +89,8 @@ def test_pictures_of_the_training_that_are_given_back():
     found = Nearest(np.array([1, 0, 2]), np.array([0.1, 0.4, 3.0]), np.array([0, 0, 2]), np.array([0.9, 0.4, 3.0]))
     through = np.full(10, 0.5)
     assert given_back(found, GALLERY, through) == pytest.approx({"nearest": 2 / 3, "copies": 1 / 3})
+
+
+def test_the_examples():
+    failures, count = doctest.testmod(identify, extraglobs={"np": np})
+    assert count and not failures
