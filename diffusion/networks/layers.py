@@ -14,6 +14,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from diffusion.networks.attention import attention
+
 # Weights of the released DDPM code. Its "zero" layers have scale 1e-10; here they are exactly zero.
 ddpm_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 zeros_init = nn.initializers.zeros_init()
@@ -188,17 +190,6 @@ class ResidualBlock(nn.Module):
         if x.shape[-1] != self.channels:
             x = Conv(self.channels, size=1, dtype=self.dtype, name="shortcut")(x)
         return x + h
-
-
-def attention(
-    query: Float[Array, "B T heads head"], key: Array, value: Array, bias: Array | None = None, **options: Any
-) -> Float[Array, "B T heads head"]:
-    """Returns `jax.nn.dot_product_attention`: all networks' one way to attend.
-
-    XLA's is taken on every device, as it is what JAX defaults to, and has a derivative in forward mode, which flow maps
-    are trained by (`flow_map.total_derivative`); cuDNN's kernel has none.
-    """
-    return jax.nn.dot_product_attention(query, key, value, bias, implementation="xla", **options)
 
 
 class Attention(nn.Module):

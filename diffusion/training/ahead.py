@@ -146,7 +146,7 @@ def compile_step(
     lowered = traced.lower()
     compiling = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = compile_untimed(lowered)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -163,6 +163,19 @@ def compile_step(
     )
     program = Program(compiled.as_text())
     return Ahead(target, memory, flops, program, roofline(program, flops, target), seconds)
+
+
+def compile_untimed(lowered: Any) -> Any:
+    """Returns the compiled program, its products by cuBLAS where XLA's own have no tiles for a shape.
+
+    On a device XLA times both and takes the faster; without one it takes its own, and fails where that has none.
+    """
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "output tile sizes" not in str(error):
+            raise
+        return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
 
 
 def state_memory(state: TrainState, batch: dict[str, Any]) -> dict[str, float]:

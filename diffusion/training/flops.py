@@ -22,10 +22,15 @@ def count_flops(jaxpr: Any) -> Counter[str]:
     """
     found: Counter[str] = Counter()
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        name = equation.primitive.name
+        name = equation.primitive.name.removesuffix("_wrapper")
         if name in ("dot_general", "conv_general_dilated"):
             dtype = equation.invars[0].aval.dtype.name
             found[dtype] += (_of_product if name == "dot_general" else _of_convolution)(equation)
+            continue
+        if name in ("dot_product_attention_fwd", "dot_product_attention_bwd"):  # cuDNN's, in the layout BTNH
+            query, key = (variable.aval for variable in equation.invars[:2])
+            products = 4 if name.endswith("fwd") else 10  # the backward pass makes the scores again
+            found[query.dtype.name] += products * math.prod(query.shape) * key.shape[1]
             continue
         inner = [count_flops(one) for one in _jaxprs(equation.params)]
         if name == "cond":

@@ -1,0 +1,133 @@
+"""The one way in which all networks attend: a fused kernel of the device where it has one that fits, else XLA.
+
+jax.nn's fused kernel, cuDNN's, has a gradient and no derivative in forward mode, which flow maps are trained by
+(`flow_map.total_derivative`). Here the derivative along a tangent is a primitive: forward, XLA computes it; its
+transpose, which is what a gradient takes, is the kernel's.
+"""
+
+import functools
+import importlib.util
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Float
+
+LARGEST_HEAD = 128  # of cuDNN's kernel with a gradient, on every GPU since Ampere
+PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # without them JAX cannot even trace cuDNN's kernel
+
+Heads = Float[Array, "B T heads head"]
+
+
+def attention(query: Heads, key: Array, value: Array, bias: Array | None = None, **options: Any) -> Heads:
+    """Returns `jax.nn.dot_product_attention`.
+
+    On GPUs it is one kernel, which holds no scores [B, heads, T, S], where the numbers are bfloat16, heads have a size
+    that it takes, and there is no bias and no mask but the causal one.
+
+    Args:
+      query: what attends.
+      key: what is attended to, [B, S, heads, head].
+      value: the same.
+      bias: added to the scores.
+      **options: `mask`, `is_causal`, `scale`.
+    """
+    known = {"is_causal", "scale"}.issuperset(name for name, option in options.items() if option is not None)
+    if bias is None and known and fits(query, key, value):
+        return fused(query, key, value, bool(options.get("is_causal")), options.get("scale"))
+    return jax.nn.dot_product_attention(query, key, value, bias, implementation="xla", **options)
+
+
+def fits(*heads: Array) -> bool:
+    """Returns whether a fused kernel takes query, key and value."""
+    size = heads[0].shape[-1]
+    taken = all(x.dtype == jnp.bfloat16 and x.ndim == 4 and x.shape[-1] == size for x in heads)
+    return taken and size <= LARGEST_HEAD and size % 8 == 0 and has_kernels()
+
+
+@functools.cache
+def has_kernels() -> bool:
+    """Returns whether JAX is installed for GPUs; the program decides by the device it is compiled for."""
+    return any(importlib.util.find_spec(name) is not None for name in PLUGINS)
+
+
+def by_xla(query: Heads, key: Array, value: Array, is_causal: bool, scale: float | None) -> Heads:
+    """Returns attention in the steps of its formula."""
+    return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, implementation="xla")
+
+
+def by_cudnn(query: Heads, key: Array, value: Array, is_causal: bool, scale: float | None) -> Heads:
+    """Returns attention in one kernel of cuDNN's.
+
+    JAX refuses its gradient for odd lengths, as those of Stable Diffusion 3's 4,096 + 333 tokens: one is added to
+    these, which is not attended to.
+    """
+    lengths: dict[str, Array] = {}
+    length, count = query.shape[1], key.shape[1]
+    if length % 2 or count % 2:
+        batch = query.shape[0]
+        lengths["query_seq_lengths"] = jnp.full(batch, length, jnp.int32)
+        lengths["key_value_seq_lengths"] = jnp.full(batch, count, jnp.int32)
+        query, key, value = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
+    attend = partial(jax.nn.dot_product_attention, is_causal=is_causal, scale=scale, implementation="cudnn")
+    return attend(query, key, value, **lengths)[:, :length]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def fused(query: Heads, key: Array, value: Array, is_causal: bool, scale: float | None) -> Heads:
+    """Returns attention by the kernel of the device that the program is compiled for."""
+    options = dict(is_causal=is_causal, scale=scale)
+    return jax.lax.platform_dependent(
+        query, key, value, cuda=partial(by_cudnn, **options), default=partial(by_xla, **options)
+    )
+
+
+@fused.defjvp
+def _fused_jvp(is_causal: bool, scale: float | None, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    options = dict(is_causal=is_causal, scale=scale)
+
+    def forward(*heads: Array) -> Array:  # the kernel that the gradient runs too: XLA makes one of both
+        return jax.vjp(partial(by_cudnn, **options), *heads)[0]
+
+    out = jax.lax.platform_dependent(*primals, cuda=forward, default=partial(by_xla, **options))
+    return out, tangent_p.bind(*primals, *tangents, **options)
+
+
+def _tangent(*arrays: Array, **options: Any) -> Array:
+    """Returns the derivative of attention along a tangent, of query, key, value and their tangents."""
+    return jax.jvp(partial(by_xla, **options), arrays[:3], arrays[3:])[1]
+
+
+def _tangent_jvp(primals: Any, tangents: Any, **options: Any) -> Any:
+    return jax.jvp(partial(_tangent, **options), tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
+
+
+def _tangent_transpose(cotangent: Any, *arrays: Any, **options: Any) -> list[Any]:
+    """Returns the gradients of those of the last three that are asked for."""
+    asked = [ad.is_undefined_primal(x) for x in arrays[3:]]
+    if isinstance(cotangent, ad.Zero):
+        return [None] * 6
+
+    def gradients(attend: Any, *heads: Array) -> tuple[Array, ...]:
+        return jax.vjp(partial(attend, **options), *heads)[1](cotangent)
+
+    found = jax.lax.platform_dependent(
+        *arrays[:3], cuda=partial(gradients, by_cudnn), default=partial(gradients, by_xla)
+    )
+    return [None] * 3 + [gradient if wanted else None for gradient, wanted in zip(found, asked, strict=True)]
+
+
+def _tangent_batch(arrays: Any, axes: Any, **options: Any) -> tuple[Array, int]:
+    return jax.vmap(partial(_tangent, **options), in_axes=tuple(axes))(*arrays), 0
+
+
+tangent_p = Primitive("attention_tangent")
+tangent_p.def_impl(_tangent)
+tangent_p.def_abstract_eval(lambda query, *_, **options: query)
+ad.primitive_jvps[tangent_p] = _tangent_jvp
+ad.primitive_transposes[tangent_p] = _tangent_transpose
+batching.primitive_batchers[tangent_p] = _tangent_batch
+mlir.register_lowering(tangent_p, mlir.lower_fun(_tangent, multiple_results=False))
