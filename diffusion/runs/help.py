@@ -56,8 +56,9 @@ def help_text(
     read_by = {name: tuple(mode for mode in readers.get(name, ()) if mode in modes) for name in shown(values)}
     for readers_of, group in groupby(sorted(read_by, key=read_by.__getitem__), key=read_by.__getitem__):
         rows = [explain(values[name], modes) for name in group]
-        parts += [f"Flags of {', '.join(readers_of) or 'every mode'}:", columns(rows, width)]
-    parts.append(f"Config {spec}, changed by --config.FIELD=VALUE, a choice of its names by --config.PLACE=NAME:")
+        parts += [textwrap.fill(f"Flags of {', '.join(readers_of) or 'every mode'}:", width), columns(rows, width)]
+    title = f"Config {spec}, changed by --config.FIELD=VALUE, a choice of its names by --config.PLACE=NAME:"
+    parts.append(textwrap.fill(title, width))
     if methods := methods_of(spec, configs):
         parts.append(textwrap.fill(f"Methods, as --config={spec.partition(':')[0]}:METHOD,METHOD: {methods}.", width))
     fields, choices = flatten(plain(config)), choices_of(config)
