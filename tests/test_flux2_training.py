@@ -18,19 +18,25 @@ from test_flux2_pipeline import ASKED, CELL, import_into
 from diffusion.data.captions import caption_folder
 from diffusion.data.images import to_uint8
 from diffusion.data.pictures import decode
+from diffusion.model import lora
 from diffusion.model.autoencoders import describe, open_autoencoder, restore, with_preview
 from diffusion.model.fields import change
+from diffusion.model.lora import LoRA
 from diffusion.model.loss import make_loss
 from diffusion.model.model import make_generate, parts
 from diffusion.model.sampling import make_sampling
+from diffusion.networks.flux2 import RULES, Flux2
 from diffusion.networks.tiny_vae import TinyAutoencoder
 from diffusion.networks.vae import Autoencoder, unfold
 from diffusion.pretrained import tiny_vae
+from diffusion.pretrained.flux2 import shapes
 from diffusion.pretrained.lora import FILE, save_lora
 from diffusion.runs.adapters import with_lora
+from diffusion.runs.draw import draw as draw_pictures
 from diffusion.runs.export import export_weights
 from diffusion.runs.pictures import fit_reference
 from diffusion.runs.run import open_run
+from diffusion.training.sharding import partition
 from experiments.flux2 import TASK
 
 FLAGS = (
@@ -122,6 +128,39 @@ def test_adapters_of_diffusers_draw_its_picture(base, tmp_path):
     written = save_lora(tmp_path / "ours", base.model.network, adapted.params["lora"], 1.0)
     np.save(written.with_name("picture.npy"), images)
     assert load_file(file).keys() <= load_file(written).keys()
+
+
+def test_a_mesh_cuts_adapters_as_the_kernels_beside_them():
+    tiny = dict(num_double=1, num_single=1, num_heads=2, head_width=16, axes=(4, 4, 4, 4))
+    params = {"params": shapes(Flux2(**tiny, out_channels=16, context_width=8))}
+    targets = ("image_qkv", "image_out", "text_mlp_1", "text_mlp_2", "parallel_in", "parallel_out")
+    pairs = jax.eval_shape(lambda key: lora.init(LoRA(2, 1.0, targets), params, key), jax.random.key(0))
+    assert {name: set(block) for name, block in pairs.items()} == {
+        "double_0": set(targets[:4]),
+        "single_0": set(targets[4:]),
+    }
+
+    def cut(name, shape, rules):
+        spec = partition(name, shape, {"data": 1, "fsdp": 1, "tensor": 2}, rules)
+        return (*spec, *[None] * (len(shape) - len(spec)))
+
+    for block, modules in pairs.items():
+        for module, pair in modules.items():
+            kernel = params["params"][block][module]["kernel"].shape
+            a, b = (cut(f"lora/{block}/{module}/{name}", pair[name].shape, lora.RULES) for name in ("A", "B"))
+            joined = (a[0], None, *b[2:]) if module.endswith("_qkv") else (*a[:-1], *b[1:])
+            assert joined == cut(f"network/params/{block}/{module}/kernel", kernel, RULES)
+            assert "tensor" in joined
+
+
+def test_each_picture_has_references_of_its_own(base):
+    seen = [image[:64, :64] for image in REFERENCES]
+    both, first, second = (
+        draw_pictures(base.painter, ["a", "b"], np.arange(2), 0, references=[given])
+        for given in (np.stack(seen), *seen)
+    )
+    np.testing.assert_array_equal(both, np.stack([first[0], second[1]]))
+    assert np.any(first[0] != second[0])
 
 
 def test_only_the_network_changes_and_it_is_sampled_as_before(tuned, base):
