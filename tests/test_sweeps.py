@@ -1,6 +1,7 @@
 """Sweeps over configs, on runs that a stand-in writes in milliseconds, and --mode=compare."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,18 @@ def test_a_point_that_was_stopped_is_not_finished(place, monkeypatch):
     monkeypatch.delenv("STOPPED")
     sweeps.main(["digits", *RATES])
     assert [one["status"] for one in results(place)] == ["finished"] * 2
+
+
+def test_a_signal_reaches_the_point_and_ends_the_sweep(place, monkeypatch):
+    """The run saves; nothing is noted of it, so that the same command resumes it."""
+    child = "import os, signal; os.kill(os.getppid(), signal.SIGTERM); signal.pause()"
+    before = signal.getsignal(signal.SIGTERM)
+    assert sweeps.run([sys.executable, "-c", child]) == (-signal.SIGTERM, "", True)
+    assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.setattr(sweeps, "run", lambda command: (0, "", True))
+    with pytest.raises(SystemExit) as left:
+        sweeps.main(["digits", *RATES])
+    assert left.value.code == 130 and not list(place.rglob("sweep_point.json"))
 
 
 @pytest.mark.parametrize(

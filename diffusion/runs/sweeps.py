@@ -68,8 +68,8 @@ def main(argv: Sequence[str]) -> None:
     chosen = points if asked.point is None else [points[asked.point]]
     for number, point in enumerate(chosen, 1):
         print(f"[{number}/{len(chosen)}] {point.name}: {point.folder}", file=sys.stderr, flush=True)
-        train_point(asked.experiment, point)
-        write_results(folder, asked.experiment, points)
+        if train_point(asked.experiment, point) or number == len(chosen):
+            write_results(folder, asked.experiment, points)
     print((folder / "table.md").read_text(), end="")
     print(f"{folder / 'sweep.png'}", file=sys.stderr)
     if failed := [point for point in chosen if "error" in done(point)]:
@@ -147,15 +147,15 @@ def check_point(experiment: str, point: Point) -> None:
     check_ranges(command_line.override(config, ["sweep", *of_config], known))
 
 
-def train_point(experiment: str, point: Point) -> None:
-    """Trains a point in a process of its own, unless it is finished; notes how it ended.
+def train_point(experiment: str, point: Point) -> bool:
+    """Trains a point in a process of its own, unless it is finished; notes how it ended. Returns whether it did.
 
     Ctrl-C and SIGTERM are those of the point, which saves; the sweep ends then.
     """
     noted = done(point)
     if noted.get("arguments") == point.arguments and "error" not in noted:
         print("finished before", file=sys.stderr)
-        return
+        return False
     command = [sys.executable, "-m", f"experiments.{experiment}", f"--workdir={point.folder}", *point.arguments]
     begun = time.perf_counter()
     code, tail, stopped = run(command)
@@ -170,6 +170,7 @@ def train_point(experiment: str, point: Point) -> None:
         print(f"failed: {note['error']}", file=sys.stderr)
     with replacing(point.folder / DONE) as temporary:
         temporary.write_text(json.dumps(note, indent=2) + "\n")
+    return True
 
 
 def run(command: list[str]) -> tuple[int, str, bool]:
