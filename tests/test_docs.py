@@ -20,6 +20,7 @@ from helpers import SHORT, SMALL, do_call
 from PIL import Image
 
 import diffusion
+from diffusion.demo import __main__ as demo
 from diffusion.model import fields
 from diffusion.runs import command_line, compare, modes
 from diffusion.training.description import FORMAT
@@ -86,6 +87,9 @@ def commands():
 @pytest.mark.parametrize("page, name, arguments", [pytest.param(*one, id=" ".join(one[2])) for one in commands()])
 def test_commands_parse(page, name, arguments):
     """Every flag and config field of a command exists, in the experiment that it runs."""
+    if name == "demo":
+        assert demo.parse([name, *arguments]).workdir
+        return
     module = importlib.import_module(f"experiments.{name}")
     if not hasattr(module, "TASK"):
         assert not arguments
@@ -109,6 +113,9 @@ def test_flags_exist():
         define(values)
         command_line.define_flags(values, {**modes.MODES, **clip.MODES})
         known |= {f"--{name}" for name in values}
+    values = flags.FlagValues()
+    demo.define_flags(values)
+    known |= {f"--{name}" for name in values}
     for page in PAGES:
         used = set(re.findall(r"(?<![\w-])--[a-z_]+(?![a-z_.])", page.read_text()))
         assert used <= known, f"{page.name}: {used - known}"

@@ -59,7 +59,7 @@ function show(value) {
   find("made").hidden = !grid.querySelector("figcaption");
   if (value.state !== "done") return;
   choose(pictures[0], grid.firstElementChild);
-  const kept = pictures.map((picture) => figure(picture, 96, value.crisp));
+  const kept = pictures.map((picture) => figure({ ...picture, short: "" }, 96, value.crisp));
   find("kept").prepend(...kept);
   find("gallery").hidden = false;
 }
