@@ -168,10 +168,8 @@ def adopt(config: Config, origin: Origin, asked: Sequence[str] = ()) -> Config:
         fixed = {field: value for field, value in theirs[block].items() if field not in OWN[block]}
         for field, value in fixed.items():
             if f"{block}.{field}" in asked and config[block].get(field) != value:
-                raise RunError(
-                    f"--config.{block}.{field}={config[block].get(field)}: {origin.folder} has {value or 'none'}: leave it "
-                    "out"
-                )
+                has = f"{origin.folder} has {value or 'none'}"
+                raise RunError(f"--config.{block}.{field}={config[block].get(field)}: {has}: leave it out")
         config[block] = ConfigDict({**theirs[block], **fixed, **own})
     own = {field: theirs.sampling[field] for field in SAMPLED if f"sampling.{field}" not in asked}
     config.sampling.update(own)
