@@ -161,7 +161,7 @@ def consistency_training(
         assert drawn.step is not None
         normal = jax.random.normal(drawn.key, drawn.x_0.shape[:1])
         sigma = jnp.exp(mean + std * normal)
-        stage = jnp.minimum(drawn.step // stage_steps, num_stages - 1)
+        stage = jnp.minimum(drawn.step // stage_steps, num_stages - 1).astype(jnp.float32)
         denoise = predictions.denoiser(prediction, drawn.network, process.at)
 
         def f(x: jax.Array, sigma: jax.Array) -> jax.Array:
