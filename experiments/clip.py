@@ -31,8 +31,9 @@ from diffusion.evaluation.clip_features import Encoder, normalised
 from diffusion.model import clip as contrastive_model
 from diffusion.model import formats
 from diffusion.model.config import Config, check_ranges, make_settings, plain
-from diffusion.runs import clip_weights, compare, weights
+from diffusion.runs import clip_weights, compare, target, weights
 from diffusion.runs.call import Call, Task
+from diffusion.runs.check import try_out
 from diffusion.runs.modes import main
 from diffusion.runs.report import REAL, finish_run
 
@@ -63,11 +64,7 @@ def train_clip(call: Call) -> None:
     config = call.config
     if config.evaluation.after_training:
         ready(call)
-    captioned = read(config, "train")
-    tokenizer = make_tokenizer(call, captioned.captions)
-    clip = contrastive_model.make_clip(config, tokenizer)
-    source = captions.with_text(captioned, lambda said: text.encode(tokenizer, said, config.text.length))
-    experiment = contrastive_model.make_contrast(config, clip, source)
+    clip, tokenizer, _, experiment = prepare(call)
     vocabulary = text.to_json(tokenizer)
     description = {"experiment": call.task.name, "config": plain(config), "vocabulary": vocabulary}
     state = training.train(
@@ -81,6 +78,21 @@ def train_clip(call: Call) -> None:
     )
     if config.evaluation.after_training:
         measure(call, contrastive_model.make_trained(config, clip, tokenizer, state))
+
+
+def prepare(call: Call) -> tuple[contrastive_model.CLIP, Tokenizer, Source, training.Experiment]:
+    """Returns the model of a call, its vocabulary, the training pairs and the experiment on them."""
+    captioned = read(call.config, "train")
+    tokenizer = make_tokenizer(call, captioned.captions)
+    clip = contrastive_model.make_clip(call.config, tokenizer)
+    source = captions.with_text(captioned, lambda said: text.encode(tokenizer, said, call.config.text.length))
+    return clip, tokenizer, source, contrastive_model.make_contrast(call.config, clip, source)
+
+
+def check(call: Call) -> None:
+    """Prints the findings of a dry run."""
+    _, _, source, experiment = prepare(call)
+    try_out(call, experiment, source)
 
 
 def make_tokenizer(call: Call, said: Sequence[str]) -> Tokenizer:
@@ -221,15 +233,17 @@ def score(call: Call) -> None:
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Defines the flags of --mode=score, import and export."""
+    """Defines the flags of --mode=score, import, export and check."""
     flags.DEFINE_list("images", [], "score: pictures", flag_values=values)
     flags.DEFINE_string("prompts", None, "score: prompts, with ; between them", flag_values=values)
     weights.define_flags(values)
+    target.define_flags(values)
     compare.define_flags(values)
 
 
 MODES = {
     "train": train_clip,
+    "check": check,
     "evaluate": evaluate,
     "score": score,
     "compare": compare.compare,

@@ -76,6 +76,13 @@ def test_flops_are_those_of_products_in_loops_and_branches():
     assert found == {"float32": 3 * product + 2 * product, "bfloat16": 2 * 16 * 5 * 9 * 2}
 
 
+def test_of_branches_for_platforms_the_one_of_bfloat16_counts():
+    x = jnp.ones((4, 8), jnp.bfloat16), jnp.ones((8, 2), jnp.bfloat16)
+    wide = lambda x, w: (x.astype(jnp.float32) @ w.astype(jnp.float32)).astype(x.dtype)  # noqa: E731
+    f = lambda x, w: jax.lax.platform_dependent(x, w, cpu=wide, default=jnp.matmul)  # noqa: E731
+    assert count_flops(jax.make_jaxpr(f)(*x)) == {"bfloat16": 2 * 4 * 8 * 2}
+
+
 def test_the_roofline_of_a_program_is_that_of_its_bytes_and_flops():
     chip, target = CHIPS["h100"], parse_target("h100:2")
     program = Program(UNET)
