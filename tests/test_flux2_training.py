@@ -131,8 +131,8 @@ def test_adapters_of_diffusers_draw_its_picture(base, tmp_path):
 
 
 def test_a_mesh_cuts_adapters_as_the_kernels_beside_them():
-    tiny = dict(num_double=1, num_single=1, num_heads=2, head_width=16, axes=(4, 4, 4, 4))
-    params = {"params": shapes(Flux2(**tiny, out_channels=16, context_width=8))}
+    network = Flux2(1, 1, num_heads=2, head_width=16, axes=(4, 4, 4, 4), out_channels=16, context_width=8)
+    params = {"params": shapes(network)}
     targets = ("image_qkv", "image_out", "text_mlp_1", "text_mlp_2", "parallel_in", "parallel_out")
     pairs = jax.eval_shape(lambda key: lora.init(LoRA(2, 1.0, targets), params, key), jax.random.key(0))
     assert {name: set(block) for name, block in pairs.items()} == {
