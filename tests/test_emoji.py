@@ -166,6 +166,11 @@ def test_training_times_are_shifted_towards_noise():
         make_process(diffusion.load_config("emoji", {"process.shift": -1.0}))
 
 
+def test_a_frozen_encoder_of_text_is_a_config():
+    config = diffusion.load_config("emoji:clip")
+    assert config.condition.name == "clip" and config.condition.precomputed and config.network.patch == 1
+
+
 SMALL = (
     "--config.network.width=16",
     "--config.network.depth=1",
