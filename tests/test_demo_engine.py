@@ -4,6 +4,7 @@ import io
 import shlex
 import threading
 import zlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,7 +52,7 @@ def engine(classes, scenes):
     engine.close()
 
 
-def last(ticket):
+def last(ticket) -> Any:
     """The last update of a ticket that is drawn."""
     update = list(ticket.updates(WAIT))[-1]
     assert update.error is None, update.error
@@ -151,10 +152,10 @@ def test_prompts_with_guidance_and_negative_prompts_of_their_own(engine, scenes,
     for (prompt, negative, seed), ticket in zip(asked, tickets, strict=True):
         expected = scenes.sample(prompts=[prompt], negative_prompt=negative or None, seed=seed)
         np.testing.assert_array_equal(last(ticket).pictures, expected)
-        made = ticket.newest.provenance[0]
+        made = last(ticket).provenance[0]
         assert (made["prompt"], made["negative_prompt"]) == (prompt, negative or None)
     assert scenes.config.sampling.guidance != 1
-    assert [ticket.newest.provenance[0]["batch"] for ticket in tickets] == [[0, 4], [1, 4], [2, 4]]
+    assert [last(ticket).provenance[0]["batch"] for ticket in tickets] == [[0, 4], [1, 4], [2, 4]]
 
 
 def test_previews_are_x_0_hat_of_every_step(engine, classes):
@@ -351,10 +352,10 @@ def test_an_unknown_run_is_refused(engine):
 
 def test_a_checked_request_is_explicit_and_stays_as_it_is(classes):
     asked = Request(label=3, image=PICTURE, mask=MASK)
-    found = check(asked, classes)
+    found: Any = check(asked, classes)
     assert (found.num_steps, found.sampler, found.guidance, found.size) == (3, "ddim", 1.5, (8, 8))
     assert found.image.shape == (8, 8, 1) and found.mask.shape == (8, 8) and found.mask[:, 5:].all()
-    again = check(found, classes)
+    again: Any = check(found, classes)
     assert again.image.tobytes() == found.image.tobytes() and again[:9] == found[:9]
 
 
@@ -398,8 +399,8 @@ def test_previews_of_latents_show_the_colours_beneath(cell):
         colours = images.reshape(n, height // cell, k, cell // k, width // cell, k, cell // k, 3).mean((3, 6))
         return params + colours.swapaxes(2, 3).reshape(n, height // cell, width // cell, -1) / 127.5 @ mix
 
-    none = [lambda *_: None] * 2
-    space = Space((2 * cell, 2 * cell, 3), (2, 2, 12), encode, *none)
+    none: Any = None
+    space = Space((2 * cell, 2 * cell, 3), (2, 2, 12), encode, decode=none, of_batch=none)
     image = np.random.RandomState(0).randint(0, 256, (1, 2 * cell, 3 * cell, 3), np.uint8)
     shown = make_linear(space, 0.5)(np.asarray(encode(0.5, image, None)), (2 * cell, 3 * cell, 3))
     side = cell // max(1, cell // 8)

@@ -39,7 +39,7 @@ def test_a_png_returns_what_was_written_and_its_pixels(made, tmp_path):
     write_png(picture, made, file)
     assert read_png(tmp_path / "a.png") == read_png(io.BytesIO(file.getvalue())) == made
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), picture)
-    assert Image.open(tmp_path / "a.png").text["parameters"] == readable(made)
+    assert Image.open(tmp_path / "a.png").info["parameters"] == readable(made)
 
 
 def test_what_is_written_names_no_path(classes, made, tmp_path):

@@ -120,6 +120,7 @@ def run_of(request: Request, run: Run) -> Run:
       ValueError: in one sentence, a size that the run's network cannot draw.
     """
     sampling, (height, width, _) = run.config.sampling, run.model.space.image_shape
+    assert request.guidance is not None
     changes: dict[str, Any] = {"sampling.num_steps": request.num_steps, "sampling.guidance": float(request.guidance)}
     if request.sampler != sampling.sampler.name:
         changes["sampling.sampler"] = request.sampler

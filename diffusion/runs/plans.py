@@ -86,9 +86,10 @@ def make_use(plan: Plan, num_steps: int, watch: Watch) -> Use:
     def use(sampler: Any, denoise: Any, grid: Any, keys: Any, eps: Any, *begun: jax.Array) -> Any:
         denoise = watch.over(denoise)
         if kind == "inpaint":
-            return editing.inpaint(sampler, denoise, *begun, grid, keys, RESAMPLE)
+            x_0, known = begun
+            return editing.inpaint(sampler, denoise, x_0, known, grid, keys, RESAMPLE)
         if kind == "img2img":
-            return editing.img2img(sampler, denoise, *begun, grid, keys, strength / num_steps)
+            return editing.img2img(sampler, denoise, begun[0], grid, keys, strength / num_steps)
         return sampler(denoise, grid.noise[0] * eps, grid, keys)
 
     use.__qualname__ = f"watched by {id(watch)}: {kind} {strength}"  # by which `draw` keeps what it compiles
