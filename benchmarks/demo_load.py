@@ -86,8 +86,6 @@ def main() -> None:
     lost = sum(arguments.requests - sum(picture is not None for picture in found) for found in drawn)
     pairs = [(np.asarray(a), np.asarray(b)) for found in drawn for a, b in zip(drawn[0], found, strict=False)]
     equal = all(np.array_equal(a, b) for a, b in pairs)
-        np.array_equal(np.asarray(a), np.asarray(b)) for found in drawn for a, b in zip(drawn[0], found, strict=True)
-    )
     results = {
         "question": "requests per second of the prompt page, asked at once and one by one",
         "requests": arguments.requests,
