@@ -14,6 +14,7 @@ from diffusion.model.choices import pick
 from diffusion.model.condition import rows_of
 from diffusion.model.config import Config
 from diffusion.model.model import Model, make_denoise, parts
+from diffusion.model.objectives import Objective
 from diffusion.model.sampling import THRESHOLDS
 from diffusion.training import run_key
 from diffusion.types import denoised
@@ -58,6 +59,7 @@ def bits_per_dim(
     Raises:
       ValueError: the model is of latents, which have no likelihood of pixels.
     """
+    check_mean(model.objective)
     if model.space.init is not None:
         raise ValueError("bits/dim are of pixels, and this model is of an autoencoder's latents: leave them out")
     measure = make_measure(model, config, num_terms, num_steps)
@@ -70,6 +72,15 @@ def bits_per_dim(
             found.setdefault(name, []).append(np.asarray(value))
     values = {name: np.concatenate(arrays) for name, arrays in found.items()}
     return Likelihood(values.pop("ode"), values)
+
+
+def check_mean(objective: Objective) -> None:
+    """Raises ValueError where a model has no likelihood: its x_0_hat is not E[x_0 | x_t], of which the ODE is made."""
+    if not objective.mean:
+        raise ValueError(
+            "bits/dim are of the ODE that E[x_0 | x_t] makes, and this model's loss trains a network to skip it: leave "
+            "bits_per_dim out"
+        )
 
 
 def bound_variance(config: Config) -> str:

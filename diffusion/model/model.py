@@ -148,6 +148,8 @@ def guided(model: Model, sampling: Sampling, params: Any, rows: Any, away: Any) 
       ValueError: guidance of a model that has no condition.
     """
     check_guidance(model, sampling)
+    if "denoise" not in model.objective.gives:
+        raise ValueError("a policy is of whole steps, and has no x_0_hat at one time: draw with its sampler")
     text = parts(model, params).text
     told, fro = (model.condition.of_request(text, x) for x in (rows, away))
     return steered(model, sampling._replace(asks="denoise"), params, told, fro)

@@ -47,6 +47,15 @@ def karras(process: Process, num_steps: int, *, rho: float = 7.0) -> schedules.G
     return process.respaced(num_steps, rho)
 
 
+def consistency_levels(process: Process, num_steps: int, *, rho: float = 20.0) -> schedules.Grid:
+    """Returns `karras` with one step more and without its last noise level, at which a consistency model is done.
+
+    Of EDM's process 2 steps start at sigma 80 and, with rho = 20, at 0.8.
+    """
+    grid = process.respaced(num_steps + 1, rho)
+    return schedules.Grid(*(np.delete(np.asarray(field), -2) for field in grid))
+
+
 def leading(
     process: Process, num_steps: int, *, steps_offset: int = 0, final: str = "zero", skip_last: bool = False
 ) -> schedules.Grid:
@@ -100,6 +109,7 @@ GRIDS = {
     "quadratic": quadratic,
     "log_snr": log_snr,
     "karras": karras,
+    "consistency": consistency_levels,
     "leading": leading,
     "trailing": trailing,
     "linspace": linspace,

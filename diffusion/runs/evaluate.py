@@ -10,6 +10,9 @@ from absl import flags
 from diffusion import evaluation
 from diffusion.data.sources import Source
 from diffusion.evaluation import Extractor, Measurement, ReferenceSet
+from diffusion.model.likelihood import check_mean
+from diffusion.model.losses import make_objective
+from diffusion.model.processes import make_process
 from diffusion.runs import likelihood
 from diffusion.runs.call import TEST, TRAIN, Call
 from diffusion.runs.report import REAL, finish_run, made_by
@@ -54,6 +57,7 @@ def ready(call: Call) -> None:
     if "fid" in metrics:
         evaluation.check_names(["fid"], num_samples=test.num_examples)
     if "bits_per_dim" in (asked.metrics or settings.metrics):
+        check_mean(make_objective(call.config, make_process(call.config)))
         steps = call.config.process.get("num_steps")
         if steps and settings.bound_terms >= steps:
             raise ValueError(f"evaluation.bound_terms={settings.bound_terms}: the chain has {steps} steps; 0 takes all")

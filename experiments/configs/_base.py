@@ -291,11 +291,12 @@ def consistency(config: ConfigDict) -> None:
             mean=-1.1,  # of ln sigma
             std=2.0,
             q=2.0,  # the pair's distance is divided by it at each stage
-            stage_steps=50_000,
+            stage_steps=max(1, config.training.num_steps // 8),
             num_stages=8,
         )
     )
     config.sampling.sampler = ConfigDict(dict(name="multistep_consistency"))
+    config.sampling.grid = ConfigDict(dict(name="consistency"))
     config.sampling.num_steps = 2
     no_likelihood(config)
 
@@ -303,10 +304,17 @@ def consistency(config: ConfigDict) -> None:
 def continuous_consistency(config: ConfigDict) -> None:
     """Lu & Song (2024): a consistency model in continuous time, from scratch or from a flow of the same time_scale."""
     config.process = ConfigDict(dict(name="flow", time_scale=1.0))  # of the network's derivative by time
-    config.loss = ConfigDict(dict(name="continuous_consistency", mean=-1.0, std=1.4, c=0.1, warmup_steps=10_000))
+    config.loss = ConfigDict(
+        dict(
+            name="continuous_consistency",
+            mean=-1.0,  # of the logit of times
+            std=1.4,
+            c=0.1,  # of the tangent's norm
+            warmup_steps=min(10_000, config.training.num_steps // 4),
+        )
+    )
     config.sampling.sampler = ConfigDict(dict(name="multistep_consistency"))
     config.sampling.num_steps = 2
-    config.sampling.guidance = 1.0
     config.sampling.threshold = ConfigDict(dict(name="none"))
     no_likelihood(config)
 

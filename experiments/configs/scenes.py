@@ -14,7 +14,7 @@ from experiments.configs import _base
 
 
 def get_config(methods: str = "") -> ConfigDict:
-    """Returns the config with `unet` or `clip` applied."""
+    """Returns the config with `unet`, `clip` or one of `_base.FEW_STEPS` applied."""
     config = _base.text_config()
     config.data = ConfigDict(
         dict(
@@ -57,7 +57,13 @@ def get_config(methods: str = "") -> ConfigDict:
             after_training=True,
         )
     )
-    return _base.apply(config, methods, {"unet": unet, "clip": clip})
+    return _base.apply(config, methods, {"unet": unet, "clip": clip, **_base.FEW_STEPS, "mean_flow": mean_flow})
+
+
+def mean_flow(config: ConfigDict) -> None:
+    """`_base.mean_flow`, with the guidance that scenes are drawn with trained in: 1 to 4 steps need no second call."""
+    _base.mean_flow(config)
+    config.loss.kappa = 0.67  # omega / (1 - kappa) = 3
 
 
 def unet(config: ConfigDict) -> None:
