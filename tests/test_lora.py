@@ -250,7 +250,7 @@ def test_adapters_need_a_trained_network(pairs, tmp_path):
 def test_a_run_with_adapters_is_the_network_that_another_begins_with(run):
     from diffusion.runs.begin import groups
 
-    network = groups(run.model, run.params, ("network",))["network"]
+    network = groups(run.model, run.params, ("network",), run.model, jax.random.key(0))["network"]
     kernel = lambda params: params["params"]["block_0"]["image_out"]["kernel"]  # noqa: E731
     pair = run.params["lora"]["block_0"]["image_out"]
     expected = kernel(run.params["network"]) + 2 * np.einsum("hdr,ro->hdo", pair["A"], pair["B"])
