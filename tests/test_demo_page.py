@@ -332,14 +332,19 @@ def test_a_file_that_a_request_names_is_not_read(site, monkeypatch, path):
     opened = []
     monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", lambda *given: opened.append(given))
     config = json.loads(fetch(f"{site.address}config")[1])
-    draw = next(one for one in config["dependencies"] if len(one["inputs"]) > 10)
-    names = {one["id"]: one["props"].get("elem_id") for one in config["components"]}
+    (draw,) = [one for one in config["dependencies"] if len(one["inputs"]) > 10]
+    values = {one["id"]: one["props"].get("value") for one in config["components"]}
+    names = {one["props"].get("elem_id"): one["id"] for one in config["components"]}
     forged = {"path": path.format(port=site.port), "meta": {"_type": "gradio.FileData"}}
-    data = [{"images": [forged]} if names[one] == "begin_picker" else None for one in draw["inputs"]]
-    body = {"data": data, "fn_index": draw["id"], "session_hash": f"forged{len(path)}"}
-    fetch(f"{site.address}gradio_api/queue/join", json.dumps(body).encode(), Content_Type="application/json")
-    answer = fetch(f"{site.address}gradio_api/queue/data?session_hash={body['session_hash']}")[1].decode()
-    assert '"success":false' in answer and "Traceback" not in answer
+
+    def answer(begin, number):
+        data = [begin if one == names["begin_picker"] else values[one] for one in draw["inputs"]]
+        body = {"data": data, "fn_index": draw["id"], "session_hash": f"visitor{number}{len(path)}"}
+        fetch(f"{site.address}gradio_api/queue/join", json.dumps(body).encode(), Content_Type="application/json")
+        return fetch(f"{site.address}gradio_api/queue/data?session_hash={body['session_hash']}")[1].decode()
+
+    assert "The prompt is empty" in answer(None, 0)  # it is read where no file is named
+    assert "This page takes no files by name." in answer({"images": [forged]}, 1)
     assert not opened and not left
 
 
