@@ -20,13 +20,13 @@ def kernel(monkeypatch):
 
     def by_kernel(query, key, value, is_causal, scale):
         @jax.custom_vjp
-        def attend(*heads):
+        def attend(query, key, value):
             calls.append("forward")
-            return attention.by_xla(*heads, is_causal, scale)
+            return attention.by_xla(query, key, value, is_causal, scale)
 
         def backward(heads, cotangent):
             calls.append("backward")
-            return jax.vjp(lambda *heads: attention.by_xla(*heads, is_causal, scale), *heads)[1](cotangent)
+            return jax.vjp(lambda q, k, v: attention.by_xla(q, k, v, is_causal, scale), *heads)[1](cotangent)
 
         attend.defvjp(lambda *heads: (attend(*heads), heads), backward)
         return attend(query, key, value)
@@ -99,7 +99,7 @@ def test_what_no_kernel_takes_is_left_to_xla(kernel):
     attention.attention(*heads())  # float32
     attention.attention(*heads(size=12, dtype=jnp.bfloat16))  # no multiple of 8
     attention.attention(*heads(size=136, dtype=jnp.bfloat16))
-    attention.attention(*bfloat16, jnp.zeros((1, 3, 5, 7)))
+    attention.attention(*bfloat16, bias=jnp.zeros((1, 3, 5, 7)))
     attention.attention(*bfloat16, mask=jnp.ones((1, 1, 5, 7), bool))
     assert kernel == ["forward"]
 

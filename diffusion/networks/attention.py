@@ -72,7 +72,7 @@ def by_cudnn(query: Heads, key: Array, value: Array, is_causal: bool, scale: flo
         lengths["query_seq_lengths"] = jnp.full(batch, length, jnp.int32)
         lengths["key_value_seq_lengths"] = jnp.full(batch, count, jnp.int32)
         query, key, value = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
-    attend = partial(jax.nn.dot_product_attention, is_causal=is_causal, scale=scale, implementation="cudnn")
+    attend: Any = partial(jax.nn.dot_product_attention, is_causal=is_causal, scale=scale, implementation="cudnn")
     return attend(query, key, value, **lengths)[:, :length]
 
 

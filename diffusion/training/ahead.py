@@ -198,7 +198,7 @@ def roofline(program: Program, flops: Counter[str], target: Target) -> Times:
     """Returns what a step takes at least on the target; the devices share its FLOPs evenly."""
     chip = target.chip
     products = sum(count / rate_of(chip, dtype) for dtype, count in flops.items()) / target.count
-    traffic, launches = Counter[bool](), 0.0
+    traffic, launches = {True: 0.0, False: 0.0}, 0.0
     for kernel in program.kernels:
         if kernel.kind != "collective":
             seconds = (kernel.read + kernel.written) / chip.bandwidth
