@@ -166,7 +166,7 @@ def train(objective, num_steps=3000, batch_size=256, width=64):
     keys = jax.random.split(jax.random.key(0), 3)
     params = [
         {"w": jax.random.normal(key, (a, b)) / a**0.5, "b": jnp.zeros(b)}
-        for key, a, b in zip(keys, sizes, sizes[1:], strict=True)
+        for key, a, b in zip(keys, sizes[:-1], sizes[1:], strict=True)
     ]
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, num_steps))
 

@@ -101,6 +101,6 @@ def test_flux2s_attention_passes_forward_mode_too():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_next_time_is_refused_by_a_network_of_one_time(name):
     network, params, told = make(name)
-    with pytest.raises(ValueError, match="next_time was given to an? .* of one time: set two_times") as refused:
+    with pytest.raises(ValueError, match=r"next_time was given to an? .* of one time: set two_times") as refused:
         network.clone(two_times=False).apply(params, X_T, T, **told, next_time=R)
     assert "\n" not in str(refused.value)
