@@ -9,7 +9,7 @@ import numpy as np
 
 from diffusion.demo.requests import MOST_PIXELS, Limits
 from diffusion.model.experiment import READ_REFERENCES
-from diffusion.model.sampling import SAMPLERS
+from diffusion.model.sampling import SAMPLERS, make_sampling
 from diffusion.runs.run import Run
 from diffusion.training import RunError
 
@@ -44,7 +44,7 @@ def properties_of(run: Run, limits: Limits, examples: Sequence[str]) -> Properti
         "num_pictures": {"maximum": limits.num_pictures},
         "num_steps": {"maximum": most_steps, "value": sampling.num_steps},
         "guidance": {"visible": guided, "value": sampling.guidance, "maximum": max(MOST_GUIDANCE, sampling.guidance)},
-        "sampler": {"choices": list(SAMPLERS), "value": sampling.sampler.name},
+        "sampler": {"choices": samplers_of(run), "value": sampling.sampler.name},
         "height": sized | {"placeholder": str(height)},
         "width": sized | {"placeholder": str(width)},
         "references": {"visible": references, "value": None},
@@ -59,6 +59,20 @@ def title_of(run: Run) -> str:
     step = f", after {run.step} steps of training" if run.step else ""
     name = html.escape(run.workdir.name)
     return f"<h1>{name}</h1><p>{run.experiment}: {size} parameters{step}, pictures of {height}x{width}</p>"
+
+
+def samplers_of(run: Run) -> list[str]:
+    """Returns the samplers that draw with what the run's network has learned."""
+
+    def draws(name: str) -> bool:
+        try:
+            make_sampling(run.change({"sampling.sampler": name}).config, run.model.process)
+        except (ValueError, RunError):
+            return False
+        return True
+
+    own = run.config.sampling.sampler.name
+    return [name for name in SAMPLERS if name == own or draws(name)]
 
 
 def can_resize(run: Run) -> bool:

@@ -12,7 +12,7 @@ from gradio.themes import Base
 
 from diffusion.data.pictures import refit
 from diffusion.demo.api import read_picture
-from diffusion.demo.controls import NO_CLASS, picker_limits, properties_of
+from diffusion.demo.controls import NO_CLASS, Properties, picker_limits, properties_of
 from diffusion.demo.engine import Engine, Ticket
 from diffusion.demo.requests import Limits, Request
 from diffusion.demo.shown import Shown, show_line, show_update
@@ -62,7 +62,7 @@ def make_page(engine: Engine, examples: Mapping[str, Sequence[str]]) -> gr.Block
     async def draw(given: dict[Any, Any], visitor: gr.Request) -> AsyncIterator[tuple[Shown, Any]]:
         try:
             values = {name: given[control] for name, control in controls._asdict().items()}
-            asked = request_of(values, engine)
+            asked = request_of(values, engine, properties)
             ticket = await anyio.to_thread.run_sync(engine.submit, asked)
         except ValueError as error:
             yield show_line("error", str(error)), gr.skip()
@@ -88,12 +88,11 @@ def make_page(engine: Engine, examples: Mapping[str, Sequence[str]]) -> gr.Block
         visits.pop(str(visitor.session_hash), None)
 
     def switch(name: str) -> list[Any]:
-        found = properties_of(engine.runs[name], engine.limits, examples.get(name, ()))
-        return [gr.update(**found[control]) for control in switched]
+        return [gr.update(**properties[name][control]) for control in switched]
 
     waiting = anyio.CapacityLimiter(engine.limits.queue + 1)
-    first = next(iter(engine.runs))
-    found = properties_of(engine.runs[first], engine.limits, examples.get(first, ()))
+    properties = {name: properties_of(run, engine.limits, examples.get(name, ())) for name, run in engine.runs.items()}
+    found = next(iter(properties.values()))
     with gr.Blocks(title="diffusion", analytics_enabled=False) as page:
         about = gr.HTML(elem_id="title", apply_default_css=False, **found["about"])
         with gr.Row(equal_height=False):
@@ -183,18 +182,21 @@ def chip_text(event: gr.EventData) -> str:
     return str(event.text)
 
 
-def request_of(values: Mapping[str, Any], engine: Engine) -> Request:
+def request_of(values: Mapping[str, Any], engine: Engine, properties: Mapping[str, Properties]) -> Request:
     """Returns what the controls ask for, without those that the run does not have.
 
     Args:
       values: of the controls by name.
       engine: what draws.
+      properties: of the controls, by the name of the run.
 
     Raises:
-      ValueError: in one sentence, a picture that cannot be read.
+      ValueError: in one sentence, a run that is not there, or a picture that cannot be read.
     """
     name = values["run"] if len(engine.runs) > 1 else next(iter(engine.runs))
-    found, limits = properties_of(engine.runs[name], engine.limits, ()), engine.limits
+    if name not in engine.runs:
+        raise ValueError(f"There is no run {name!r}: choose from {', '.join(engine.runs)}.")
+    found, limits = properties[name], engine.limits
     has = {control for control in values if found.get(control, {}).get("visible", True)}
     image, mask = begin_of(values["begin"], limits)
     references = images_of(values["references"], limits) if "references" in has else []
