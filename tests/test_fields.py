@@ -122,7 +122,7 @@ def test_change_applies_names_before_the_fields_of_that_name_and_leaves_the_conf
         "network.multipliers": [1, 3],
     }
     changed = change(config, changes)
-    assert plain(changed.process) == {"name": "flow", "times": "cosmap"}
+    assert plain(changed.process) == {"name": "flow", "times": "cosmap", "shift": 1.0, "time_scale": 1000.0}
     assert changed.training.num_steps == 7 and changed.network.multipliers == (1, 3)
     assert plain(config) == before
 

@@ -83,7 +83,7 @@ def test_each_choice_takes_over_its_own_fields():
     stored["config"]["loss"]["times"] = "mode"
     now = formats.current(stored)["config"]
     assert now["sampling"]["grid"] == {"name": "uniform", "shift": 3.0}
-    assert now["process"] == {"name": "flow", "times": "mode"}
+    assert now["process"] == {"name": "flow", "times": "mode", "shift": 1.0, "time_scale": 1000.0}
 
 
 def test_the_text_encoder_of_a_run_is_kept():
