@@ -22,6 +22,7 @@ from playwright.sync_api import expect, sync_playwright
 from diffusion import open_run
 from diffusion.data.samples import load_samples
 from diffusion.demo import __main__ as command
+from diffusion.demo.controls import properties_of
 from diffusion.demo.engine import Engine
 from diffusion.demo.requests import Limits
 from diffusion.demo.server import make_app
@@ -381,6 +382,11 @@ def test_a_password_is_asked_for_page_and_interface_alike(trained):
 def test_a_command_that_cannot_be_says_what_to_give(flags, line):
     with pytest.raises(RunError, match=line):
         command.parse(["demo", *flags])
+
+
+def test_samplers_are_those_that_draw_with_what_the_network_learned(site):
+    shown = properties_of(site.engine.runs["scenes"], site.engine.limits, ())["sampler"]["choices"]
+    assert "euler" in shown and "mean_flow" not in shown
 
 
 def test_runs_are_chosen_by_the_names_of_their_folders(trained, tmp_path):
