@@ -116,8 +116,8 @@ def parts(model: Model, params: Any) -> Parts:
     return Parts(network, text, jax.lax.stop_gradient(space))
 
 
-def network_of(model: Model, params: Any, told: Told, **options: Any) -> predictions.Network:
-    """Returns (scaled x_t, time) -> output, or (output, v): the one call of the network, of training and sampling."""
+def network_of(model: Model, params: Any, told: Told, **options: Any) -> Callable[..., Any]:
+    """Returns (scaled x_t, time, **told) -> output, or (output, v): the network's one call, of training and sampling."""
     own = parts(model, params).network
 
     def network(x: jax.Array, time: jax.Array, **more: Any) -> Any:

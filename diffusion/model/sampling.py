@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from diffusion import consistency, distillation, flow_map, grids, guidance, samplers, schedules
@@ -53,7 +54,7 @@ def consistency_levels(process: Process, num_steps: int, *, rho: float = 20.0) -
     Of EDM's process 2 steps start at sigma 80 and, with rho = 20, at 0.8.
     """
     grid = process.respaced(num_steps + 1, rho)
-    return schedules.Grid(*(np.delete(np.asarray(field), -2) for field in grid))
+    return schedules.Grid(*(jnp.asarray(np.delete(np.asarray(field), -2)) for field in grid))
 
 
 def leading(
