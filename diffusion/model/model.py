@@ -117,7 +117,7 @@ def parts(model: Model, params: Any) -> Parts:
 
 
 def network_of(model: Model, params: Any, told: Told, **options: Any) -> Callable[..., Any]:
-    """Returns (scaled x_t, time, **told) -> output, or (output, v): the network's one call, of training and sampling."""
+    """Returns (scaled x_t, time, **more) -> output, or (output, v): the one call of training and sampling."""
     own = parts(model, params).network
 
     def network(x: jax.Array, time: jax.Array, **more: Any) -> Any:
