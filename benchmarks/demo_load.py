@@ -17,8 +17,9 @@ import numpy as np
 import diffusion
 from benchmarks.common import SMALL, make_parser, median_ratio, take_turns, write_results
 from diffusion.data.sources import digits
-from diffusion.demo.engine import Engine, Update
+from diffusion.demo.engine import Engine
 from diffusion.demo.requests import Limits, Request
+from diffusion.demo.tickets import Update
 from diffusion.runs.command_line import use_compilation_cache
 from diffusion.runs.train import train_run
 

@@ -16,8 +16,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from diffusion.data.pictures import refit
-from diffusion.demo.engine import Engine, QueueFull, Ticket, Update
+from diffusion.demo.engine import Engine, QueueFull
 from diffusion.demo.requests import Limits, Request, TooLarge, read_upload
+from diffusion.demo.tickets import Ticket, Update
 from diffusion.model.experiment import READ_REFERENCES
 from diffusion.model.sampling import SAMPLERS
 from diffusion.runs.provenance import command, write_png

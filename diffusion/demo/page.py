@@ -13,9 +13,10 @@ from gradio.themes import Base
 from diffusion.data.pictures import refit
 from diffusion.demo.api import read_picture
 from diffusion.demo.controls import NO_CLASS, Properties, picker_limits, properties_of
-from diffusion.demo.engine import Engine, Ticket
+from diffusion.demo.engine import Engine
 from diffusion.demo.requests import Limits, Request
 from diffusion.demo.shown import Shown, show_line, show_update
+from diffusion.demo.tickets import Ticket
 
 HERE = Path(__file__).parent
 SYSTEM = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # no font is fetched

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffusion.demo.engine import Update
 from diffusion.demo.requests import Request
+from diffusion.demo.tickets import Update
 from diffusion.runs import provenance
 from diffusion.runs.run import Run
 
