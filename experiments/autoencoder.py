@@ -25,16 +25,17 @@ from diffusion.data.batches import full_batches
 from diffusion.data.images import image_grid, save_png, to_float
 from diffusion.data.named import named_images
 from diffusion.data.pictures import decode
-from diffusion.data.sources import Source, array_source
+from diffusion.data.sources import Source, array_source, facts_of
 from diffusion.evaluation import Measurement
 from diffusion.model import formats, vae
 from diffusion.model.config import Config, make_settings, plain
 from diffusion.runs import compare, target, vae_weights, weights
-from diffusion.runs.call import TEST, TRAIN, Call, Task, refuse_flags
+from diffusion.runs.call import TEST, TRAIN, Call, Task, held_out, refuse_flags
 from diffusion.runs.check import try_out
 from diffusion.runs.modes import main
 from diffusion.runs.pictures import read_pictures, write_rows
 from diffusion.runs.report import REAL, finish_run
+from diffusion.training.started import process_start
 
 NUM_SHOWN = 16  # test images in reconstructions.png
 
@@ -69,9 +70,10 @@ def train(call: Call) -> None:
         make_settings(config),
         workdir=call.workdir,
         mesh=call.mesh,
-        description={"experiment": call.task.name, "config": plain(config)},
+        description={"experiment": call.task.name, "config": plain(config), "data": facts_of(source)},
         migrate=formats.current,
         writers=call.writers,
+        started=process_start(),
     )
     trained = vae.make_trained(config, call.mesh, state)
     if jax.process_index() == 0:
@@ -142,7 +144,7 @@ def ready(call: Call) -> None:
     refuse_flags(call, "num_samples", "out")
     settings = call.config.evaluation
     extractor = evaluation.make_extractor(settings.features, settings.weights) if settings.metrics else None
-    test = read(call.config, TEST)
+    test = held_out(call)
     vae.check_fits(vae.make_autoencoder(call.config), test)
     count = min(test.num_examples, settings.num_images)
     evaluation.check_names(settings.metrics, extractor, num_samples=count, num_reference=count)

@@ -24,7 +24,7 @@ from diffusion.evaluation import Measurement
 from diffusion.evaluation.clip_features import Encoder
 from diffusion.model import clip
 from diffusion.model.config import Config
-from diffusion.runs.call import TEST, Call, Task, refuse_flags
+from diffusion.runs.call import TEST, Call, Task, held_out, refuse_flags
 from diffusion.runs.draw import draw
 from diffusion.runs.evaluate import score as score_sets
 from diffusion.runs.modes import main
@@ -86,7 +86,7 @@ def ready(call: Call) -> None:
     refuse_flags(call, "num_seeds", "out")
     settings = call.config.evaluation
     extractor = evaluation.make_extractor(settings.features, settings.weights)
-    source = call.task.read(call.config, TEST)
+    source = held_out(call)
     count = min(call.flags.num_samples or settings.num_samples, source.num_examples)
     evaluation.check_names(metrics_of(call), extractor, num_samples=count, num_reference=source.num_examples)
     if settings.judge:

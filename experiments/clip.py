@@ -25,17 +25,18 @@ from diffusion import evaluation, training
 from diffusion.data import captions, scenes, text
 from diffusion.data.named import named_captions
 from diffusion.data.pictures import decode
-from diffusion.data.sources import Source
+from diffusion.data.sources import Source, facts_of
 from diffusion.evaluation import Measurement, clip_features
 from diffusion.evaluation.clip_features import Encoder, normalised
 from diffusion.model import clip as contrastive_model
 from diffusion.model import formats
 from diffusion.model.config import Config, check_ranges, make_settings, plain
 from diffusion.runs import clip_weights, compare, target, weights
-from diffusion.runs.call import Call, Task
+from diffusion.runs.call import Call, Task, held_out
 from diffusion.runs.check import try_out
 from diffusion.runs.modes import main
 from diffusion.runs.report import REAL, finish_run
+from diffusion.training.started import process_start
 
 # What is said of a class is averaged over all sizes, and over all colours (of digits) or digits (of colours).
 TEMPLATES = ("a {} {}", "a small {} {}", "a large {} {}", "a {} {} in the middle", "a {} {} on the left")
@@ -64,9 +65,13 @@ def train_clip(call: Call) -> None:
     config = call.config
     if config.evaluation.after_training:
         ready(call)
-    clip, tokenizer, _, experiment = prepare(call)
-    vocabulary = text.to_json(tokenizer)
-    description = {"experiment": call.task.name, "config": plain(config), "vocabulary": vocabulary}
+    clip, tokenizer, source, experiment = prepare(call)
+    description = {
+        "experiment": call.task.name,
+        "config": plain(config),
+        "vocabulary": text.to_json(tokenizer),
+        "data": facts_of(source),
+    }
     state = training.train(
         experiment,
         make_settings(config),
@@ -75,6 +80,7 @@ def train_clip(call: Call) -> None:
         description=description,
         migrate=formats.current,
         writers=call.writers,
+        started=process_start(),
     )
     if config.evaluation.after_training:
         measure(call, contrastive_model.make_trained(config, clip, tokenizer, state))
@@ -114,6 +120,7 @@ def splits_of(config: Config) -> tuple[str, ...]:
 def ready(call: Call) -> None:
     """Checks what `measure` needs before training: the splits, with pairs enough."""
     check_ranges(call.config)
+    held_out(call)
     for split in splits_of(call.config):
         draw_pairs(read(call.config, split), call.config.evaluation.num_candidates, 0)
 

@@ -9,14 +9,13 @@ Pictures and numbers are then in runs/digits: report.md, curves.png, samples/ an
 from diffusion.data.named import named_images
 from diffusion.data.sources import Source
 from diffusion.model.config import Config
-from diffusion.runs.call import Task
+from diffusion.runs.call import Task, refuse_other_data
 from diffusion.runs.modes import main
 
 
 def read(config: Config, split: str) -> Source:
     """Returns a split of the digits."""
-    if config.data.name != "digits":
-        raise ValueError(f"data.name={config.data.name}: this experiment is on the digits; see cifar10, folder")
+    refuse_other_data(config, "digits", "cifar10, folder")
     return named_images("digits", split, image_size=config.data.image_size)
 
 

@@ -24,7 +24,7 @@ from diffusion.evaluation.identify import Gallery
 from diffusion.model.config import Config
 from diffusion.model.model import parts
 from diffusion.model.space import with_latents
-from diffusion.runs.call import TEST, TRAIN, Call, Task, refuse_flags
+from diffusion.runs.call import TEST, TRAIN, Call, Task, held_out, refuse_flags
 from diffusion.runs.draw import draw
 from diffusion.runs.modes import main
 from diffusion.runs.report import REAL, made_by
@@ -89,6 +89,8 @@ class Truth(NamedTuple):
 def read(config: Config, split: str) -> Source:
     """Returns the emoji of a split: "train", or "test", which are held out."""
     data = config.data
+    if data.name != "emoji":
+        raise ValueError(f"data.name={data.name}: this experiment is on the emoji; see captions")
     folder = emoji.emoji_folder(data.dir, data.get("package", ""))
     return caption_folder(folder / emoji.SPLITS[split], data.image_size or None, split)
 
@@ -107,7 +109,7 @@ def ready(call: Call) -> None:
         evaluation.make_extractor(settings.features, settings.weights)
     elif space.name != "latents":
         raise ValueError(f"evaluation.features=latents, and space.name is {space.name}: choose pixels or inception")
-    call.task.read(call.config, TEST)
+    held_out(call)
 
 
 def make_extractor(run: Run) -> Extractor:

@@ -17,7 +17,7 @@ from diffusion.data.images import save_labelled_png
 from diffusion.data.sources import Source
 from diffusion.evaluation import Measurement, composition
 from diffusion.model.config import Config
-from diffusion.runs.call import Call, Task, refuse_flags
+from diffusion.runs.call import Call, Task, refuse_flags, refuse_other_data
 from diffusion.runs.draw import draw
 from diffusion.runs.modes import main
 from diffusion.runs.report import REAL, made_by
@@ -46,6 +46,7 @@ Read = Callable[[Sequence[scenes.Scene], np.ndarray], np.ndarray]  # scenes, pic
 
 def read(config: Config, split: str) -> Source:
     """Returns the scenes of a split."""
+    refuse_other_data(config, "scenes", "captions")
     return scenes.scenes(split, config.data.image_size, config.data.num_examples if split == "train" else NUM_TEST)
 
 

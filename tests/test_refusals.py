@@ -270,7 +270,7 @@ def test_intervals_without_a_step_are_refused(interval, line, refused):
 def test_a_number_for_an_interval_is_refused(tmp_path, refused):
     def build(value):
         flag = f"--config.sampling.guidance_interval={value}"
-        config = make_call(digits.TASK, "digits", tmp_path / "run", flag).config
+        config = make_call(digits.TASK, "digits:class_conditional", tmp_path / "run", flag).config
         make_sampling(config, make_process(config))
 
     for value in ("0.3", "(0.3,)"):

@@ -55,6 +55,22 @@ class Source(NamedTuple):
     parts: "tuple[Source, ...]" = ()
 
 
+def facts_of(source: Source) -> dict[str, Any]:
+    """Returns which data a source is, plain JSON, as a run stores it."""
+    named = {"class_names": list(source.class_names)} if source.class_names else {}
+    facts = {"name": source.name, "split": source.split, "num_examples": source.num_examples}
+    return {**facts, "fingerprint": source.fingerprint, **named}
+
+
+def check_apart(held_out: Source, train: str) -> None:
+    """Raises ValueError where held-out images are those of training, whose fingerprint is `train`."""
+    if held_out.fingerprint == train:
+        raise ValueError(
+            f"the held-out images ({held_out.name} {held_out.split}, {held_out.num_examples}) are the training images "
+            f"themselves ({train[:20]}...): name others, that training never sees"
+        )
+
+
 def each_part(source: Source, change: Callable[[Source], Source]) -> Source:
     """Returns `change(source)`, or, of pictures of several shapes, the source of changed parts."""
     if not source.parts:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from jax.sharding import Mesh
 
-from diffusion.data.sources import Source
+from diffusion.data.sources import Source, check_apart
 from diffusion.evaluation import Measurement
 from diffusion.model import prompts
 from diffusion.model.config import Config
@@ -54,6 +54,27 @@ class Call(NamedTuple):
         if self.flags.prompt or self.flags.prompts or self.flags.negative_prompt:
             run.requests(prompts=[""])  # refuses them where the run reads none
         return run
+
+
+def held_out(call: Call) -> Source:
+    """Returns the images that are kept from training.
+
+    Raises:
+      ValueError: they are the training images themselves.
+    """
+    source = call.task.read(call.config, TEST)
+    if call.stored is None:
+        check_apart(source, call.task.read(call.config, TRAIN).fingerprint)
+    elif "data" in call.stored:
+        check_apart(source, call.stored["data"]["fingerprint"])
+    return source
+
+
+def refuse_other_data(config: Config, name: str, instead: str) -> None:
+    """Raises ValueError where another data.name, or any data.dir, is given to an experiment that makes its own data."""
+    for field, own in (("name", name), ("dir", "")):
+        if config.data.get(field, own) != own:
+            raise ValueError(f"data.{field}={config.data[field]}: this experiment is on the {name}; see {instead}")
 
 
 def refuse_flags(call: Call, *names: str) -> None:

@@ -17,6 +17,7 @@ from diffusion.files import cache_folder, check_file, check_folder
 from diffusion.model import formats
 from diffusion.model.config import Config, check_ranges, from_plain, plain
 from diffusion.model.fields import check_field, check_items, choose, is_choice, load, nearest
+from diffusion.model.idle import refuse_idle
 from diffusion.runs.begin import asked_origin, settle
 from diffusion.runs.call import Call, Task
 from diffusion.runs.help import help_text
@@ -197,6 +198,7 @@ def parse(
         config = override(config if values.config is not None else old, rest, values)
         check_changes(folder, old, config)
     check_ranges(config)
+    refuse_idle(config, fields_asked(rest))
     use_compilation_cache()
     processes.join()
     if "target" in values and values.target:

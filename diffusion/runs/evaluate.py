@@ -8,7 +8,7 @@ import numpy as np
 from absl import flags
 
 from diffusion import evaluation
-from diffusion.data.sources import Source
+from diffusion.data.sources import Source, check_apart
 from diffusion.evaluation import Extractor, Measurement, ReferenceSet
 from diffusion.model.likelihood import check_mean
 from diffusion.model.losses import make_objective
@@ -52,7 +52,8 @@ def ready(call: Call) -> None:
     metrics = [name for name in asked.metrics or settings.metrics if name != "bits_per_dim"]
     extractor = evaluation.make_extractor(settings.features, settings.weights)
     num_samples = asked.num_samples or settings.num_samples
-    train, test = (call.task.read(call.config, split) for split in (TRAIN, TEST))
+    train, test = call.task.read(call.config, TRAIN), call.task.read(call.config, TEST)
+    check_apart(test, train.fingerprint)
     evaluation.check_names(metrics, extractor, num_samples=num_samples, num_reference=train.num_examples)
     if "fid" in metrics:
         evaluation.check_names(["fid"], num_samples=test.num_examples)
@@ -73,7 +74,7 @@ def of_images(call: Call, run: Run) -> list[Measurement]:
     names = list(asked.metrics or settings.metrics)
     metrics = [name for name in names if name != "bits_per_dim"]
     extractor = evaluation.make_extractor(settings.features, settings.weights)
-    train, test = (call.task.read(call.config, split) for split in (TRAIN, TEST))
+    train, test = call.task.read(call.config, TRAIN), call.task.read(call.config, TEST)
     if train.image_shape != run.model.space.image_shape:
         raise ValueError(
             f"{run.workdir} draws images of shape {run.model.space.image_shape}, and {train.name} has "

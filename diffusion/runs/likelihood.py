@@ -9,7 +9,7 @@ from diffusion import evaluation
 from diffusion.data.sources import Source
 from diffusion.evaluation import Measurement
 from diffusion.model.likelihood import bits_per_dim, bound_variance
-from diffusion.runs.call import TEST, Call
+from diffusion.runs.call import Call, held_out
 from diffusion.runs.report import finish
 from diffusion.runs.run import Run
 
@@ -20,7 +20,7 @@ def likelihood(call: Call) -> None:
     The first --num_samples test images (default 100). --sampling_steps are the ODE's; the bound takes every step of the chain,
     and is left out for a process that is none.
     """
-    run, source = call.open(), call.task.read(call.config, TEST)
+    source, run = held_out(call), call.open()
     measurements = measure(run, source, call.flags.num_samples or 100, 0, call.flags.sampling_steps or 200)
     about = {"experiment": run.experiment, "steps trained": run.step}
     finish(run.workdir / "likelihood", f"Likelihood of {source.name} {source.split}", measurements, about)

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from diffusion import training
 from diffusion.data.captions import with_text
-from diffusion.data.sources import Source, each_part
+from diffusion.data.sources import Source, each_part, facts_of
 from diffusion.model import formats, prompts
 from diffusion.model.config import Config, from_plain, make_settings, plain
 from diffusion.model.experiment import check_references, make_experiment, make_model, stored_of, warnings_of
@@ -28,6 +28,9 @@ from diffusion.runs.published import is_published
 from diffusion.runs.run import Run, load, model_of
 from diffusion.training import Experiment, RunError, make_mesh
 from diffusion.training.checkpoints import open_existing, steps_in
+from diffusion.training.settings import refuse_shorter
+from diffusion.training.started import process_start
+from diffusion.training.workdir import check_same_data
 from diffusion.training.writers import MakeWriter, tensorboard
 
 NUM_EXAMPLES = 24  # captions of the training set that previews show where the experiment has no examples
@@ -36,6 +39,7 @@ NUM_EXAMPLES = 24  # captions of the training set that previews show where the e
 def run_training(call: Call) -> None:
     """Trains, then evaluates where the config says so."""
     writers = call.writers
+    check_length(call.workdir, call.config.training.num_steps)
     if call.config.evaluation.after_training:
         (call.task.ready or ready)(call)
     source = call.task.read(call.config, TRAIN)
@@ -53,9 +57,17 @@ def run_training(call: Call) -> None:
         examples,
         origin,
         writers=writers,
+        started=process_start(),
     )
     if call.config.evaluation.after_training:
         evaluate(call, run)
+
+
+def check_length(workdir: Path, num_steps: int) -> None:
+    """Raises RunError where the run in a folder has made more steps already; before its data is read."""
+    if max(steps_in(workdir / "checkpoints"), default=0) > num_steps:
+        with open_existing(workdir) as checkpoints:  # of damaged ones the newest does not count
+            refuse_shorter(workdir, checkpoints.newest or 0, num_steps)
 
 
 def train_run(
@@ -136,10 +148,12 @@ def train_on(
     origin: Origin | None = None,
     optimizer: optax.GradientTransformation | None = None,
     writers: Sequence[MakeWriter] = (tensorboard,),
+    started: float | None = None,
 ) -> Run:
     """Trains `config` on `source` in `workdir`.
 
-    `stored` is the description of the run there, None for a new one, which begins with the weights of `origin`.
+    `stored` is the description of the run there, None for a new one, which begins with the weights of `origin`;
+    `started` is that of `training.train`.
     """
     if (config.optimizer.name == GIVEN) != (optimizer is not None):
         raise ValueError("optimizer.name=given is one that Python passes: diffusion.train(..., optimizer=...)")
@@ -163,6 +177,7 @@ def train_on(
         description=description,
         migrate=formats.current,
         writers=writers,
+        started=started,
     )
     params = training.averaged(state.params, state.ema, model.frozen)
     run = Run(name, workdir, config, mesh, model, params, int(state.step), settings.ema_decay, {})
@@ -175,7 +190,8 @@ def describe(
     """Returns the model of a config on these images, and what is stored of it beside the weights.
 
     Raises:
-      RunError: the run in the folder is of images of another shape or with other classes, or `origin` does not fit.
+      RunError: the run in the folder is of images of another shape, with other classes or of other data, or `origin`
+        does not fit.
     """
     facts = {"image_shape": list(source.image_shape), "num_classes": None if source.captions else source.num_classes}
     if stored is not None:
@@ -184,7 +200,8 @@ def describe(
         for fact, value in facts.items():
             if stored[fact] != value:
                 raise RunError(f"the run was trained on images of {fact} {stored[fact]}, and these have {value}")
-        return model_of(config, stored), dict(stored) | {"config": plain(config)}
+        check_same_data(stored, facts_of(source))
+        return model_of(config, stored), dict(stored) | {"config": plain(config), "data": facts_of(source)}
     if config.lora.rank and (origin is None or "network" not in origin.parts):
         raise RunError(f"lora.rank={config.lora.rank} adapts a trained network: name its run, --init_from=RUN")
     taken: dict[str, Any] = origin.description if origin else {}
@@ -195,7 +212,7 @@ def describe(
         check_teacher(config, model)
     if origin:
         check_fit(origin, model)
-    return model, {"experiment": name, "config": plain(config), **facts, **stored_of(model)}
+    return model, {"experiment": name, "config": plain(config), **facts, "data": facts_of(source), **stored_of(model)}
 
 
 def prepare(

@@ -25,11 +25,11 @@ from diffusion.training.interrupt import StopSignal
 from diffusion.training.lock import sole_run
 from diffusion.training.loggers import Loggers
 from diffusion.training.processes import meet
-from diffusion.training.settings import Settings, check_settings, is_due
+from diffusion.training.settings import Settings, check_settings, is_due, refuse_shorter
 from diffusion.training.sharding import on_mesh, place_batch, state_shardings
 from diffusion.training.step import Report, make_train_step, starts_interval
 from diffusion.training.weights import check_finite
-from diffusion.training.workdir import check, check_same_run, claim, recorded_config
+from diffusion.training.workdir import check, check_same_data, check_same_run, claim, recorded_config
 from diffusion.training.writers import MakeWriter, tensorboard
 
 
@@ -49,6 +49,7 @@ def train(
     description: Description,
     migrate: Migrate = unchanged,
     writers: Sequence[MakeWriter] = (tensorboard,),
+    started: float | None = None,
 ) -> TrainState:
     """Trains until `settings.num_steps`, resuming from the newest intact checkpoint in `workdir`.
 
@@ -64,6 +65,7 @@ def train(
         run records of its config is in `workdir`'s first lines.
       migrate: brings an older stored description to the present format, for comparison.
       writers: of what is reported, beside metrics.jsonl.
+      started: the `time.perf_counter()` since which its seconds are counted, see `process_start`; None: now.
 
     Returns:
       The state after the last step.
@@ -75,7 +77,7 @@ def train(
         - no intact checkpoint among those in the folder, or one with weights that are not finite
         - a save that failed, or a bad step (reported; nothing of it is saved)
     """
-    begun = time.perf_counter()
+    begun = time.perf_counter() if started is None else started
     check_settings(settings, experiment, mesh)
     name, config = description["experiment"], description["config"]
     check(workdir, name, config, migrate)
@@ -95,12 +97,10 @@ def train(
         else:
             stored = migrate(checkpoints.description())
             check_same_run(stored, workdir, name, config)
+            if data := description.get("data"):
+                check_same_data(stored, data)
             config = recorded_config(stored["config"], config)
-        if settings.num_steps < step:
-            raise RunError(
-                f"training.num_steps is {settings.num_steps}, but the run in {workdir} has made {step} steps: "
-                "raise it, or name another --workdir"
-            )
+        refuse_shorter(workdir, step, settings.num_steps)
         batches = cleanup.enter_context(contextlib.closing(experiment.batches(step)))
         batch = place_batch(mesh, next(batches))
         abstract = abstract_train_state(experiment, settings, mesh, batch)
@@ -157,7 +157,8 @@ def train(
             if clock.steps == 0:
                 jax.block_until_ready(report)
                 logs.print_line(
-                    f"first step {time.perf_counter() - begun:.1f} s after the start, "
+                    f"first step {time.perf_counter() - begun:.1f} s after the "
+                    f"{'start' if started is None else 'start of the process'}, "
                     f"of which {compile_seconds:.1f} s compiling"
                 )
             clock.steps += 1

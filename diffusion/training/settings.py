@@ -1,5 +1,6 @@
 """How a run is done, as numbers: `Settings`, and the check of them before anything is compiled."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 from jax.sharding import Mesh
@@ -87,6 +88,15 @@ def check_settings(settings: Settings, experiment: Experiment, mesh: Mesh) -> No
         raise RunError(
             f"a batch of {experiment.batch_size} cannot be split into {in_batch} devices x {settings.accumulate} "
             f"micro-batches (mesh {describe_mesh(mesh)}): make data.batch_size a multiple of {parts}"
+        )
+
+
+def refuse_shorter(workdir: Path, step: int, num_steps: int) -> None:
+    """Raises RunError where a run has made `step` steps, and is to be finished after fewer."""
+    if num_steps < step:
+        raise RunError(
+            f"training.num_steps is {num_steps}, but the run in {workdir} has made {step} steps: "
+            "raise it, or name another --workdir"
         )
 
 

@@ -7,6 +7,7 @@
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,25 @@ def check_same_run(stored: Description, workdir: Path, experiment: str, config: 
         raise RunError(
             f"{workdir} holds a run with another config (there -> asked): {'; '.join(changed)}. "
             "Resume with the old values, or name another --workdir"
+        )
+
+
+def check_same_data(stored: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Raises RunError where a run was trained on other data than `data`, by their fingerprints.
+
+    Args:
+      stored: its description; runs of before 0.3.0 have no "data", and may be resumed with any.
+      data: of `data.sources.facts_of`.
+    """
+    there = stored.get("data")
+    if there and there["fingerprint"] != data["fingerprint"]:
+        was, now = (
+            f"{one['name']} {one['split']}, {one['num_examples']} examples, {one['fingerprint'][:20]}..."
+            for one in (there, data)
+        )
+        raise RunError(
+            f"the run was trained on other data: {was}; these are {now}. Resume with the old data, or name another "
+            "--workdir, which may begin with the run's weights (--init_from)"
         )
 
 
