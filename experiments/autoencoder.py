@@ -222,7 +222,7 @@ def reconstruct(call: Call) -> None:
     found = run_through(trained, images, call.config.evaluation.batch_size)
     out = Path(call.flags.out or call.workdir / "samples" / f"reconstructions_step{trained.step}.npz").expanduser()
     rows = found["image"][:, None]
-    write_rows(out, [images[:, None], rows], "image, reconstruction", None, rows, psnr=found["psnr"])
+    write_rows(out, [images[:, None], rows], ["image", "reconstruction"], None, rows, psnr=found["psnr"])
     if jax.process_index() == 0:
         print(f"PSNR {found['psnr'].mean():.2f} dB, the mean of {len(images)}")
 

@@ -114,8 +114,8 @@ def test_samples_need_only_the_work_folder(kinds, trained, tmp_path, monkeypatch
     # Image i is the same in other batches and numbers, and another with another seed or sampler.
     _, some = sample("b", "--num_samples=8", "--seed=1", "--config.sampling.batch_size=8")
     np.testing.assert_array_equal(some, images[:8])
-    for flags in (["--seed=2"], ["--seed=1", "--sampler=ancestral"]):
-        _, others = sample("c", "--num_samples=8", *flags)
+    for name, *flags in (("c", "--seed=2"), ("d", "--seed=1", "--sampler=ancestral")):
+        _, others = sample(name, "--num_samples=8", *flags)
         assert np.any(others != images[:8])
     assert kind.call(folder, "--mode=sample", "--steps=4").config.sampling.num_steps == 4
 

@@ -655,8 +655,10 @@ def test_paths_begin_with_a_tilde(kinds, trained, shared, tmp_path, monkeypatch)
     call = make_call(
         digits.TASK, "digits", Path("~/runs/digits"), "--mode=img2img", "--images=~/a.png", "--out=~/b.npz"
     )
-    assert call.workdir == tmp_path / "runs" / "digits" and edit.make_path(call, "x") == tmp_path / "b.npz"
-    image, _ = edit.read_images(call, call.open(), 1)
+    run = call.open()
+    assert call.workdir == tmp_path / "runs" / "digits"
+    assert edit.make_place(call, run, "x", [None]).path == tmp_path / "b.npz"
+    image, _ = edit.read_images(call, run, 1)
     assert image.shape == (1, 8, 8, 1) and edit.read_mask("~/a.png", (8, 8, 1)).all()
     assert open_run("~/runs/digits").workdir == tmp_path / "runs" / "digits"
     call = make_call(digits.TASK, "~/my.py:flow", Path("~/new"))

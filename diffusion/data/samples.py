@@ -1,7 +1,11 @@
-"""Sets of images in one file, in ADM's convention (Dhariwal & Nichol 2021): an .npz with arr_0, uint8 [N, H, W, C]."""
+"""Sets of images in one file, in ADM's convention (Dhariwal & Nichol 2021).
+
+It is an .npz with arr_0, uint8 [N, H, W, C], and where they have classes arr_1, int64 [N].
+"""
 
 import os
 import zipfile
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -10,17 +14,26 @@ from diffusion.data.images import check_uint8_images
 from diffusion.files import replacing
 
 
-def save_samples(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Writes uint8[N, H, W, C] to an .npz file, atomically.
+def save_samples(path: str | os.PathLike, image: np.ndarray, label: np.ndarray | None = None, /, **arrays: Any) -> None:
+    """Writes images to an .npz file, atomically.
+
+    Args:
+      path: of the file.
+      image: uint8[N, H, W, C], which becomes arr_0.
+      label: integers [N], the class of each, which become arr_1; None: they have none.
+      **arrays: what is stored beside them, by name.
 
     Raises:
-      ValueError: if the path does not end in .npz or the images are not uint8 of that shape.
+      ValueError: the path does not end in .npz, the images are not uint8 of that shape, or there is not one label each.
     """
     if not os.fspath(path).endswith(".npz"):
         raise ValueError(f"samples are written to an .npz file, not to {path}")
     check_uint8_images(image, "samples")
+    if label is not None and label.shape != (len(image),):
+        raise ValueError(f"{len(image)} samples and labels of shape {list(label.shape)}: one for each is needed")
+    labelled = {} if label is None else {"arr_1": label.astype(np.int64)}
     with replacing(path) as temporary:
-        np.savez(temporary, arr_0=image)
+        np.savez(temporary, allow_pickle=False, arr_0=image, **labelled, **arrays)
 
 
 def load_samples(path: str | os.PathLike) -> UInt8[np.ndarray, "N H W C"]:

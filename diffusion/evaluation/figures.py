@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from diffusion.data.images import image_grid, save_png
+from diffusion.data.sheets import save_sheet
 from diffusion.files import replacing
 
 
@@ -107,8 +107,7 @@ def draw_nearest(image: np.ndarray, real: np.ndarray, path: str | os.PathLike, r
     """
     shown = image[:rows]
     found = real[nearest(shown, real, count)]
-    both = np.concatenate([shown[:, None], np.full_like(shown, 128)[:, None], found], axis=1)
-    save_png(path, image_grid(both.reshape(-1, *image.shape[1:]), columns=both.shape[1]), smallest_side=480)
+    save_sheet(path, [shown[:, None], found], ["sample", "training images, the nearest first"])
 
 
 def draw_sweep(x: Sequence[float], value: Sequence[float], path: str | os.PathLike, x_label: str, y_label: str) -> None:

@@ -41,7 +41,7 @@ READ_BY = {
     **dict.fromkeys(("prompt", "negative_prompt", "label", "lora"), DRAW),
     "prompts": (*DRAW, "score"),
     "images": ("sample", "interpolate", "inpaint", "img2img", "score", "reconstruct"),
-    "like": ("sample",),
+    **dict.fromkeys(("like", "trajectory"), ("sample",)),
     "strength": ("interpolate", "img2img", "sample"),
     "mask": ("inpaint", "sample"),
     "resample": ("inpaint",),

@@ -18,8 +18,10 @@ from diffusion.model.model import draw_noise, parts, steered
 from diffusion.model.sampling import make_sampling
 from diffusion.runs.call import TEST, Call
 from diffusion.runs.draw import draw, refuse_not_finite, warn_of_negative
+from diffusion.runs.keep import Place, labels_of, names_of, place, requests_of
 from diffusion.runs.likelihood import own_requests
 from diffusion.runs.pictures import read_mask, read_pictures, write_rows
+from diffusion.runs.provenance import pixels_digest
 from diffusion.runs.run import Run, show_trajectory
 from diffusion.runs.sample import read_labels, read_prompts
 
@@ -55,9 +57,9 @@ def interpolate(call: Call) -> None:
 
     A run that reads prompts goes from the first prompt to the second, unless it is given --images.
     """
-    out, run = make_path(call, "interpolate"), call.open()
+    run = call.open()
     if run.model.condition.kind == "prompts" and not call.flags.images:
-        interpolate_prompts(call, run, out)
+        interpolate_prompts(call, run)
         return
     strengths = read_strengths(call, [0.25])
     num_pairs = call.flags.num_samples or max(1, 8 // len(strengths))
@@ -67,6 +69,7 @@ def interpolate(call: Call) -> None:
     first, second = image[0::2], image[1::2]
     # A mixture of two images is of no class; under a prompt, it is of the first's.
     requests = requests[0::2] if run.model.condition.kind == "prompts" else [None] * len(first)
+    kept = make_place(call, run, "interpolate", requests, image, strengths=strengths)
 
     def use(sampler: Any, denoise: Any, grid: Any, keys: Any, eps: Any, x_0: jax.Array, other: jax.Array) -> jax.Array:
         shares = jnp.asarray(SHARES, x_0.dtype)
@@ -76,16 +79,19 @@ def interpolate(call: Call) -> None:
     made = apply(call, run, use, requests, [first, second])
     rows = made.reshape(-1, len(SHARES), *image.shape[1:])
     left, right = (np.repeat(end, len(strengths), axis=0)[:, None] for end in (first, second))
-    columns = "an image, mixtures that go over to the other, the other"
-    write_rows(out, [left, rows, right], columns, None, rows, image=image)
+    heads = ["an image", [f"{share:.3g}" for share in SHARES], "the other"]
+    names = [f"strength {strength:g}" for strength in strengths] * num_pairs if len(strengths) > 1 else None
+    write_rows(kept.path, [left, rows, right], heads, names, rows, image=image)
+    kept.write_note()
 
 
-def interpolate_prompts(call: Call, run: Run, out: Path) -> None:
+def interpolate_prompts(call: Call, run: Run) -> None:
     """Goes from the 1st prompt to the 2nd: their features are mixed, each row keeps its noise."""
     prompts = read_prompts(call, list(call.task.examples(call.config))[:2])
     if len(prompts) != 2:
         raise ValueError(f"interpolation goes from one prompt to another, and {len(prompts)} were given: give two")
     model, count = run.model, call.flags.num_samples or 4
+    kept = make_place(call, run, "interpolate", prompts, num_rows=count)
     sampling = make_sampling(run.config, model.process)
     ids = model.condition.read([*prompts, call.flags.negative_prompt])
     warn_of_negative(run.config, call.flags.negative_prompt)
@@ -109,15 +115,19 @@ def interpolate_prompts(call: Call, run: Run, out: Path) -> None:
     x_0 = mix(run.params, ids, np.uint32(call.flags.seed), np.arange(count))
     refuse_not_finite(np.isfinite(x_0).all(axis=tuple(range(1, x_0.ndim))))
     rows = np.asarray(jax.jit(model.space.decode)(parts(model, run.params).space, x_0))
-    write_rows(out, [rows], "shares 0 to 1 of the second prompt", [f"{prompts[0]} -> {prompts[1]}"] * count, rows)
+    heads = [[f"{share:.3g}" for share in SHARES]]
+    write_rows(kept.path, [rows], heads, [f"{prompts[0]} -> {prompts[1]}"] * count, rows)
+    kept.write_note()
 
 
 def inpaint(call: Call) -> None:
     """Hides a part of each image and fills it in, in several ways (RePaint)."""
-    out, run = make_path(call, f"inpaint_{Path(call.flags.mask).stem}"), call.open()
+    run = call.open()
     known = ~read_mask(call.flags.mask, run.model.space.image_shape)
     image, requests = read_images(call, run, call.flags.num_samples or 8, DRAWS)
     hidden, resample = jnp.asarray(run.model.space.mask(known)), call.flags.resample
+    stem = f"inpaint_{Path(call.flags.mask).stem}"
+    kept = make_place(call, run, stem, requests, image, mask=pixels_digest(~known), resample=resample)
 
     def use(sampler: Any, denoise: Any, grid: Any, keys: Any, eps: Any, x_0: jax.Array) -> Any:
         return editing.inpaint(sampler, denoise, x_0, hidden, grid, keys, resample)
@@ -125,38 +135,48 @@ def inpaint(call: Call) -> None:
     rows = apply(call, run, use, requests, [image]).reshape(-1, DRAWS, *image.shape[1:])
     image = image[::DRAWS, None]
     shown = [image, np.where(known, image, np.uint8(128)), rows]
-    columns = f"an image, what is known of it, {DRAWS} samples"
-    write_rows(out, shown, columns, labels_of(run, requests[::DRAWS]), rows, image=image[:, 0], known=known)
+    of_rows = requests[::DRAWS]
+    names, classes = names_of(run, of_rows), labels_of(of_rows)
+    write_rows(kept.path, shown, ["an image", "known", "samples"], names, rows, classes, image=image[:, 0], known=known)
+    kept.write_note()
 
 
 def img2img(call: Call) -> None:
     """Adds noise to images and samples from there (SDEdit): a column a strength, or several samples of one strength."""
-    out, run = make_path(call, "img2img"), call.open()
+    run = call.open()
     strengths = read_strengths(call, [0.1, 0.2, 0.3, 0.4, 0.6, 1.0])
     draws = DRAWS if len(strengths) == 1 else 1
     image, requests = read_images(call, run, call.flags.num_samples or 8, draws)
+    kept = make_place(call, run, "img2img", requests, image, strengths=strengths)
 
     def use(sampler: Any, denoise: Any, grid: Any, keys: Any, eps: Any, x_0: jax.Array) -> jax.Array:
         return jnp.stack([editing.img2img(sampler, denoise, x_0, grid, keys, s) for s in strengths], axis=1)
 
     rows = apply(call, run, use, requests, [image]).reshape(-1, draws * len(strengths), *image.shape[1:])
     image = image[::draws, None]
-    columns = f"an image, samples at strength {', '.join(f'{s:g}' for s in strengths)}"
-    write_rows(out, [image, rows], columns, labels_of(run, requests[::draws]), rows, image=image[:, 0])
+    texts = [f"strength {strength:g}" for strength in strengths]
+    heads = ["an image", texts[0] if draws > 1 else texts]
+    of_rows = requests[::draws]
+    names, classes = names_of(run, of_rows), labels_of(of_rows)
+    write_rows(kept.path, [image, rows], heads, names, rows, classes, image=image[:, 0])
+    kept.write_note()
 
 
 def progressive(call: Call) -> None:
     """Shows x_0_hat on the way to the images of --mode=sample (DDPM's figure 6)."""
-    out, run = make_path(call, "progressive"), call.open()
+    run = call.open()
     count, num_steps = call.flags.num_samples or 8, run.config.sampling.num_steps
     shown = np.unique(np.linspace(0, num_steps - 1, 11).astype(int)[:-1])
     prompts = run.model.condition.kind == "prompts"
     requests = run.requests(count, read_prompts(call) if prompts else None, None if prompts else read_labels(call))
     negative = call.flags.negative_prompt
+    kept = make_place(call, run, "progressive", requests)
     films = draw(run.painter, requests, np.arange(count), call.flags.seed, negative=negative, use=show_trajectory)
     rows = films[:, [*shown, num_steps]]
-    columns = f"x_0_hat at step {', '.join(str(i + 1) for i in shown)} of {num_steps}, the sample"
-    write_rows(out, [rows[:, :-1], rows[:, -1:]], columns, labels_of(run, requests), rows, step=shown + 1)
+    heads = [[f"step {i + 1}" for i in shown], "sample"]
+    names, classes = names_of(run, requests), labels_of(requests)
+    write_rows(kept.path, [rows[:, :-1], rows[:, -1:]], heads, names, rows, classes, step=shown + 1)
+    kept.write_note()
 
 
 def apply(call: Call, run: Run, use: Callable[..., Any], requests: list[Any], images: list[np.ndarray]) -> np.ndarray:
@@ -187,11 +207,6 @@ def read_images(call: Call, run: Run, count: int, repeats: int = 1) -> tuple[np.
     return np.repeat(image, repeats, axis=0), [one for one in requests for _ in range(repeats)]
 
 
-def labels_of(run: Run, requests: list[Any]) -> list[str] | None:
-    """Returns the labels of rows in a picture: prompts; None where there are none."""
-    return list(requests) if run.model.condition.kind == "prompts" else None
-
-
 def read_strengths(call: Call, default: list[float]) -> list[float]:
     """Returns --strength as numbers. Raises ValueError where one is outside (0, 1]."""
     given = call.flags.strength
@@ -204,8 +219,29 @@ def read_strengths(call: Call, default: list[float]) -> list[float]:
     return strengths
 
 
-def make_path(call: Call, name: str) -> Path:
-    """Returns --out, or a name in the work folder."""
-    settings = call.config.sampling
-    name = f"{name}_{settings.sampler.name}{settings.num_steps}_seed{call.flags.seed}.npz"
-    return Path(call.flags.out or call.workdir / "uses" / name).expanduser()
+def make_place(
+    call: Call, run: Run, name: str, requests: list[Any], image: np.ndarray | None = None, **more: Any
+) -> Place:
+    """Returns where the pictures of a mode are kept: --out, or a name in the run's folder.
+
+    Args:
+      call: with the flags.
+      run: that draws.
+      name: that theirs begins with.
+      requests: of the pictures.
+      image: that they are made of, uint8[B, H, W, C]; None: none.
+      **more: what else they depend on.
+
+    Raises:
+      ValueError: --out holds other pictures.
+    """
+    settings, seed, negative = run.config.sampling, call.flags.seed, call.flags.negative_prompt
+    made = {
+        "mode": call.flags.mode,
+        "seed": seed,
+        **requests_of(requests),
+        **({"negative": negative} if negative is not None else {}),
+        **({"images": pixels_digest(image)} if image is not None else {}),
+        **more,
+    }
+    return place(run, f"uses/{name}_{settings.sampler.name}{settings.num_steps}_seed{seed}", made, call.flags.out)

@@ -14,8 +14,9 @@ from diffusion.data.samples import save_samples
 from diffusion.model.config import Config
 from diffusion.model.fields import change
 from diffusion.runs.call import Call
-from diffusion.runs.pictures import MASKS, read_mask, read_references
-from diffusion.runs.plans import Plan, draw_plans, fit_mask
+from diffusion.runs.keep import labels_of, place
+from diffusion.runs.pictures import read_mask, read_references
+from diffusion.runs.plans import Plan, draw_plans
 from diffusion.runs.provenance import made_of, pixels_digest, read_png, write_png
 from diffusion.runs.run import Run
 from diffusion.runs.watch import Watch
@@ -54,16 +55,19 @@ def sample_like(call: Call) -> None:
     plan = plan_of(call, run, made)
     count, (row, batch) = asked.num_samples or 1, made["batch"]
     plans = [plan] * batch if count == 1 else [plan._replace(index=plan.index + i) for i in range(count)]
+    account = made_of(run, plan, row, batch, watched=made["watched"])
+    stem = f"samples/like_{Path(asked.like).stem}"
+    kept = place(run, stem, {"like": account, "num_samples": count}, asked.out)
     images = draw_plans(run, plans, Watch() if made["watched"] else None)
     images = images[row : row + 1] if count == 1 else images
-    out = Path(asked.out or call.workdir / "samples" / f"like_{Path(asked.like).stem}.npz").expanduser()
     if jax.process_index() == 0:
-        save_samples(out, images)
+        save_samples(kept.path, images, labels_of([plan.asked] * count))
         if count == 1:
-            write_png(images[0], made_of(run, plan, row, batch, watched=made["watched"]), out.with_suffix(".png"))
+            write_png(images[0], account, kept.picture)
         else:
-            save_png(out.with_suffix(".png"), image_grid(images), smallest_side=720)
-        print(f"{count} samples: {out}\na picture of them: {out.with_suffix('.png')}")
+            save_png(kept.picture, image_grid(images), smallest_side=720)
+        kept.write_note()
+        print(f"{count} samples: {kept.path}\na picture of them: {kept.picture}")
 
 
 def as_drawn(call: Call, sampling: Mapping[str, Any]) -> Config:
@@ -126,10 +130,7 @@ def plan_of(call: Call, run: Run, made: Mapping[str, Any]) -> Plan:
         if not 0 < strength <= 1:
             raise ValueError(f"--strength={strength}: give a number in (0, 1]")
         return plan._replace(image=images[0], strength=strength)
-    if asked.mask in MASKS:
-        mask = read_mask(asked.mask, (height, width, channels))[..., 0]
-    else:
-        mask = fit_mask(refit(decode(Path(asked.mask).expanduser()), channels=1)[..., 0] > 127, (height, width))
+    mask = read_mask(asked.mask, (height, width, channels))[..., 0]
     check_same(asked.like, [made["mask"]], [mask], "mask")
     return plan._replace(image=images[0], mask=mask)
 

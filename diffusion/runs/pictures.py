@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion.data.images import check_uint8_images, image_grid, save_labelled_png, save_png
+from diffusion.data.images import check_uint8_images, image_grid
 from diffusion.data.pictures import decode
+from diffusion.data.samples import save_samples
+from diffusion.data.sheets import Heads, save_sheet
 from diffusion.files import replacing
 
 SMALLEST, LARGEST, LONGEST = 64, 1024**2, 8  # of a reference: side, pixels (larger ones are reduced), aspect ratio
@@ -104,39 +106,32 @@ def read_mask(name: str, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def write_rows(
-    out: Path, blocks: list[np.ndarray], columns: str, labels: Sequence[str] | None, rows: np.ndarray, **arrays: Any
+    path: Path,
+    blocks: Sequence[np.ndarray],
+    heads: Heads,
+    labels: Sequence[str] | None,
+    rows: np.ndarray,
+    classes: np.ndarray | None = None,
+    **arrays: Any,
 ) -> None:
-    """Writes rows [R, K, H, W, C] as `arr_0` [R * K, H, W, C] with `arrays`, and blocks side by side as a picture.
+    """Writes rows of images as samples with `arrays` beside them, and blocks with heads and labels as a picture.
 
     Args:
-      out: an .npz.
+      path: an .npz.
       blocks: uint8 [R, K_i, H, W, C] each.
-      columns: what they show, to be printed.
+      heads: of the blocks, see `sheet`.
       labels: of the rows; None for none.
-      rows: the images to store.
+      rows: the images to store [R, K, H, W, C].
+      classes: integers [R], of the rows; None where they have none.
       **arrays: what is stored beside them.
     """
     if jax.process_index() != 0:
         return
-    with replacing(out) as temporary:
-        np.savez(temporary, allow_pickle=False, arr_0=rows.reshape(-1, *rows.shape[2:]), **arrays)
-    picture = out.with_suffix(".png")
-    if labels is not None:
-        save_labelled_png(picture, np.concatenate(blocks, axis=1), labels)
-    else:
-        save_png(picture, side_by_side(blocks), smallest_side=1)
-    print(f"columns: {columns}\npicture: {picture}\nimages:  {out}")
-
-
-def side_by_side(blocks: list[np.ndarray], smallest_side: int = 64) -> np.ndarray:
-    """Returns blocks [R, K, H, W, C] in R rows, white between blocks; images are enlarged to see their pixels."""
-    factor = -(-smallest_side // min(blocks[0].shape[2:4]))
-    parts = []
-    for block in blocks:
-        image = block.reshape(-1, *block.shape[2:]).repeat(factor, axis=1).repeat(factor, axis=2)
-        table = image_grid(image, columns=block.shape[1], separator=4)
-        parts += [table, np.full((table.shape[0], 12, table.shape[2]), 255, np.uint8)]
-    return np.concatenate(parts[:-1], axis=1)
+    label = None if classes is None else np.repeat(classes, rows.shape[1])
+    save_samples(path, rows.reshape(-1, *rows.shape[2:]), label, **arrays)
+    picture = path.with_suffix(".png")
+    save_sheet(picture, blocks, heads, labels)
+    print(f"images: {path}\na picture of them: {picture}")
 
 
 def save_gif(path: str | Path, films: np.ndarray, *, seconds: float = 3.0, smallest_side: int = 240) -> None:

@@ -1,7 +1,5 @@
 """--mode=sample: pictures of a run as .npz and .png, with how they were made beside them."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,19 +12,20 @@ from absl import flags
 from diffusion.data.images import image_grid, save_labelled_png, save_png
 from diffusion.data.lines import read_lines
 from diffusion.data.samples import load_samples, save_samples
-from diffusion.files import replacing
-from diffusion.model.config import plain
+from diffusion.data.sheets import save_classes
 from diffusion.model.experiment import check_references
 from diffusion.model.fields import change
 from diffusion.runs.call import Call
-from diffusion.runs.draw import draw, everywhere, remove_parts
+from diffusion.runs.draw import draw, remove_parts
+from diffusion.runs.keep import Place, labels_of, names_of, place, requests_of
 from diffusion.runs.like import sample_like
-from diffusion.runs.pictures import read_references
+from diffusion.runs.pictures import read_references, save_gif
 from diffusion.runs.plans import Plan
 from diffusion.runs.provenance import made_of, pixels_digest, write_png
-from diffusion.runs.run import Run, model_of
+from diffusion.runs.run import Run, model_of, show_trajectory
 
 SHOWN = 100  # in the picture of many samples
+FILMED = 16
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -36,6 +35,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("lora", None, "adapters in diffusers' form, a file or its folder", flag_values=values)
     flags.DEFINE_string("negative_prompt", None, "what guidance leads away from", flag_values=values)
     flags.DEFINE_string("like", None, "a PNG of sample or the prompt page: that picture again", flag_values=values)
+    flags.DEFINE_bool("trajectory", False, f"also a GIF of {FILMED} samples as they form", flag_values=values)
     flags.DEFINE_list("label", [], "classes to draw, as --label=3,3,7", flag_values=values)
 
 
@@ -46,6 +46,8 @@ def sample(call: Call) -> None:
     samples' size, unless config.sampling.size does. --like draws one picture again.
     """
     if call.flags.like:
+        if call.flags.trajectory:
+            raise ValueError("--trajectory is not read with --like: leave it out")
         sample_like(call)
         return
     for name in ("strength", "mask"):
@@ -61,7 +63,8 @@ def sample(call: Call) -> None:
         labels = read_labels(call)
         count = count or (len(labels) if labels else 64)
         requests, index = run.requests(count, labels=labels), np.arange(count)
-    draw_samples(run, requests, index, asked.seed, references=references, negative=asked.negative_prompt, out=asked.out)
+    more: Any = {"references": references, "negative": asked.negative_prompt}
+    draw_samples(run, requests, index, asked.seed, out=asked.out, film=asked.trajectory, **more)
 
 
 def with_references(call: Call) -> tuple[Call, list[np.ndarray]]:
@@ -91,6 +94,7 @@ def draw_samples(
     references: Sequence[np.ndarray] = (),
     negative: str | None = None,
     out: str | Path | None = None,
+    film: bool = False,
 ) -> np.ndarray:
     """Returns samples; writes them to `out`, the first as a picture to the .png and how they were made to .json.
 
@@ -105,50 +109,83 @@ def draw_samples(
       references: pictures to edit, of `fit_reference`.
       negative: prompt that guidance leads away from.
       out: an .npz; None: a name in the run's folder that says how they were made.
+      film: also writes a GIF of the first as they form.
+
+    Raises:
+      ValueError: `out` holds other samples.
     """
-    settings, config = run.config.sampling, plain(run.config)
-    prompts = run.model.condition.kind == "prompts"
+    settings, prompts = run.config.sampling, run.model.condition.kind == "prompts"
     count = int(np.max(index)) + 1 if prompts else len(requests)
-    made = {  # what a sample depends on; not, for one, what is to be measured of it
-        "experiment": run.experiment,
-        **{name: config[name] for name in ("network", "condition", "space", "process", "loss", "sampling")},
-        "step": run.step,
-        "average": run.average,
-        "weights": run.digest,
+    made = {
         "seed": seed,
         "num_samples": len(requests),
-        **({"requests": list(requests)} if any(one is not None for one in requests) else {}),
+        **requests_of(requests),
         **({"negative": negative} if negative is not None else {}),
         **({"references": [pixels_digest(picture) for picture in references]} if references else {}),
     }
-    text = json.dumps(made, indent=2) + "\n"
-    key = hashlib.sha256(text.encode()).hexdigest()
-    name = f"step{run.step}_{settings.sampler.name}{settings.num_steps}_seed{seed}_n{count}.npz"
-    out = Path(out or run.workdir / "samples" / name).expanduser()
-    if out.suffix != ".npz":
-        raise ValueError(f"--out={out}: samples are written to an .npz file, with a picture of them beside it")
-    note = out.with_suffix(".json")
-    if everywhere(out.exists() and note.exists() and note.read_text() == text):
-        images = load_samples(out)
-        say(f"{len(images)} samples made before: {out}")
-        return images
-    parts = out.with_name(f".{out.stem}-{key[:16]}")
+    stem = f"samples/step{run.step}_{settings.sampler.name}{settings.num_steps}_seed{seed}_n{count}"
+    kept = place(run, stem, made, out)
+    more: Any = {"references": references, "negative": negative}
+    if kept.made_before:
+        images = load_samples(kept.path)
+        say(f"{len(images)} samples made before: {kept.path}")
+    else:
+        images = draw_and_keep(run, requests, index, seed, kept, **more)
+        say(f"{len(images)} samples: {kept.path}\na picture of them: {kept.picture}")
+    if film:
+        draw_film(run, kept, requests, index, seed, **more)
+    return images
+
+
+def draw_and_keep(
+    run: Run,
+    requests: Sequence[Any],
+    index: np.ndarray,
+    seed: int,
+    kept: Place,
+    *,
+    references: Sequence[np.ndarray],
+    negative: str | None,
+) -> np.ndarray:
+    """Returns samples; writes them where they are to be kept."""
+    prompts = run.model.condition.kind == "prompts"
+    parts = kept.path.with_name(f".{kept.path.stem}-{kept.key[:16]}")
     images = draw(run.painter, requests, index, seed, references=references, negative=negative, folder=parts)
     if jax.process_index() == 0:
-        save_samples(out, images)
+        save_samples(kept.path, images, labels_of(requests))
+        names = names_of(run, requests)
         if len(images) == 1:
             plan = Plan(requests[0], negative, seed, int(index[0]), references=tuple(references))
-            write_png(images[0], made_of(run, plan, watched=False), out.with_suffix(".png"), smallest_side=720)
+            write_png(images[0], made_of(run, plan, watched=False), kept.picture, smallest_side=720)
         elif prompts:
+            count = int(np.max(index)) + 1
             rows = images.reshape(-1, count, *images.shape[1:])
-            save_labelled_png(out.with_suffix(".png"), rows[:SHOWN], list(requests[::count])[:SHOWN])
+            save_labelled_png(kept.picture, rows[:SHOWN], list(requests[::count])[:SHOWN])
+        elif names:
+            save_classes(kept.picture, images[:SHOWN], names[:SHOWN])
         else:
-            save_png(out.with_suffix(".png"), image_grid(images[:SHOWN]), smallest_side=720)
-        with replacing(note) as temporary:
-            temporary.write_text(text)
+            save_png(kept.picture, image_grid(images[:SHOWN]), smallest_side=720)
+        kept.write_note()
         remove_parts(parts)
-    say(f"{len(images)} samples: {out}\na picture of them: {out.with_suffix('.png')}")
     return images
+
+
+def draw_film(run: Run, kept: Place, requests: Sequence[Any], index: np.ndarray, seed: int, **asked: Any) -> None:
+    """Writes x_0_hat at every step on the way to the first samples as a GIF beside them.
+
+    Args:
+      run: that drew them.
+      kept: where they are.
+      requests: of the samples.
+      index: of the samples.
+      seed: of the samples.
+      **asked: `references` and `negative` of the samples.
+    """
+    shown = slice(0, FILMED)
+    films = draw(run.painter, requests[shown], index[shown], seed, use=show_trajectory, progress="filming", **asked)
+    if jax.process_index() == 0:
+        save_gif(kept.path.with_suffix(".gif"), films)
+    say(f"a film of {'them' if len(requests) <= FILMED else f'{FILMED} of them'}: {kept.path.with_suffix('.gif')}")
 
 
 def say(line: str) -> None:
