@@ -152,7 +152,7 @@ def inpaint(
     if known.dtype != bool or known.ndim > x_0.ndim or not _broadcasts(known.shape, x_0.shape):
         raise ValueError(f"known is {known.dtype}{list(known.shape)}: give bool that broadcasts to {list(x_0.shape)}.")
     # Samplers check the values of a grid, which they cannot do in the scan.
-    jax.eval_shape(lambda: sampler(lambda x, _: (x, x), x_0, grid, key))
+    jax.eval_shape(lambda: sampler(denoise, x_0, grid, key))
 
     num_steps = grid.signal.shape[0] - 1
     index = np.append(np.repeat(np.arange(num_steps - 1), resample), num_steps - 1)

@@ -22,7 +22,7 @@ from diffusion.demo.engine import Engine
 from diffusion.demo.requests import Limits
 from diffusion.runs import weights
 from diffusion.runs.plans import Plan, draw_plans, fit_mask
-from diffusion.runs.provenance import read_png
+from diffusion.runs.provenance import pixels_digest, read_png
 from diffusion.runs.run import open_run
 from diffusion.runs.watch import Watch
 from experiments import flux2
@@ -86,7 +86,7 @@ def test_pictures_are_those_of_python_with_their_provenance(client, run):
     pictures, made = zip(*map(decoded, answer["pictures"]), strict=True)
     np.testing.assert_array_equal(np.stack(pictures), run.sample(labels=[3], num_samples=2, seed=5))
     assert list(made) == answer["provenance"] and answer["seeds"] == [5, 5] and [one["index"] for one in made] == [0, 1]
-    assert "--label=3 --seed=5 --num_samples=2" in answer["command"] and answer["seconds"] > 0
+    assert "--mode=sample --like=PICTURE.png" in answer["command"] and answer["seconds"] > 0
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,16 @@ def test_pictures_to_begin_with(client, run, fields):
     if mask is not None:
         np.testing.assert_array_equal(decoded(answer["pictures"][0])[0][~MASK], PICTURE[~MASK])
     assert "--like=PICTURE.png --images=FILE.png" in answer["command"]
+
+
+def test_a_masks_greys_are_resized_before_they_are_cut(client, run):
+    """Of 8 columns that become 4, those beside the edge are a mixture, which white and black alone do not make."""
+    grey = np.repeat(np.uint8([[255, 255, 255, 255, 255, 100, 100, 100, 0, 0, 0, 0, 0, 0, 0, 0]]), 16, axis=0)
+    large = PICTURE.repeat(2, axis=0).repeat(2, axis=1)
+    answer = ask(client, label=2, seed=1, image=png(large), mask=png(grey))
+    _, made = decoded(answer["pictures"][0])
+    late, early = fit_mask(grey, (8, 8)), fit_mask(grey > 127, (8, 8))
+    assert made["mask"] == pixels_digest(late) != pixels_digest(early)
 
 
 def test_updates_are_streamed_until_the_pictures(client, run):

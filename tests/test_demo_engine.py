@@ -129,16 +129,20 @@ def test_a_picture_of_the_page_is_that_of_the_command_line(name, fields, kinds, 
         engine.close()
 
     def call(*flags):
-        kinds[name].do(folder, f"--out={tmp_path / 'out.npz'}", *flags)
-        return np.load(tmp_path / "out.npz")["arr_0"]
+        out.append(tmp_path / f"out{len(out)}.npz")
+        kinds[name].do(folder, f"--out={out[-1]}", *flags)
+        return np.load(out[-1])["arr_0"]
+
+    out: list[Any] = []
 
     for kind, (_, flags) in asked.items():
         write_png(found[kind].pictures[-1], found[kind].provenance[-1], tmp_path / f"{kind}.png")
         again = call("--mode=sample", f"--like={tmp_path / kind}.png", *flags)
         np.testing.assert_array_equal(again[0], found[kind].pictures[-1])
-        assert read_png(tmp_path / "out.png") == found[kind].provenance[-1]
-    words = shlex.split(command(found["plain"].provenance[-1], folder))
-    np.testing.assert_array_equal(call(*words[4:]), found["plain"].pictures)
+        assert read_png(out[-1].with_suffix(".png")) == found[kind].provenance[-1]
+    for picture, made in zip(found["plain"].pictures, found["plain"].provenance, strict=True):
+        line = command(made, folder).replace("PICTURE.png", str(tmp_path / "plain.png"))
+        np.testing.assert_array_equal(call(*shlex.split(line)[4:]), picture[None])
     with pytest.raises(ValueError, match="begun with 1 pictures, and 0 are given"):
         call("--mode=sample", f"--like={tmp_path / 'img2img.png'}")
     with pytest.raises(ValueError, match="number 1 is not the picture that"):
@@ -332,7 +336,8 @@ def test_ids_cannot_be_guessed(engine):
         ("classes", {"mask": np.ones((20, 30), bool)}, "A mask needs the picture"),
         ("classes", {"image": PICTURE, "mask": np.ones((3, 3), bool)}, "not as large"),
         ("classes", {"image": PICTURE, "mask": np.zeros((20, 30), bool)}, "mask is empty"),
-        ("classes", {"image": PICTURE, "mask": PICTURE[..., 0]}, "not as large"),
+        ("classes", {"image": PICTURE, "mask": PICTURE}, "not as large"),
+        ("classes", {"image": PICTURE, "mask": np.ones((20, 30))}, "neither of bool nor of uint8"),
         ("classes", {"image": PICTURE / 255.0}, "are float64"),
         ("classes", {"image": np.zeros((0, 3, 3), np.uint8)}, "nothing empty"),
         ("classes", {"references": (PICTURE,)}, "not told of pictures to edit"),

@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from diffusion.data.samples import load_samples
 from diffusion.demo import __main__ as command
 from diffusion.demo.controls import properties_of
 from diffusion.demo.engine import Engine
+from diffusion.demo.page import SESSIONS, make_page
 from diffusion.demo.requests import Limits
 from diffusion.demo.server import make_app
 from diffusion.runs.provenance import read_png
@@ -164,7 +166,8 @@ def test_a_prompt_becomes_a_picture_that_the_command_line_repeats(visit, site, k
     assert len(steps) > 2, lines  # previews that were shown
     assert page.locator(".gallery figure").count() == 2
     page.locator(".grid img").nth(1).click()
-    assert "experiments.scenes" in page.inner_text(".command") and "--num_samples=2" in page.inner_text(".command")
+    assert "experiments.scenes" in page.inner_text(".command")
+    assert "--like=scenes_seed5_1.png" in page.inner_text(".command")
     path = download(page, tmp_path, number=1)
     made = read_png(path)
     assert (made["prompt"], made["seed"], made["index"]) == (PROMPT, 5, 1)
@@ -387,6 +390,32 @@ def test_a_command_that_cannot_be_says_what_to_give(flags, line):
 def test_samplers_are_those_that_draw_with_what_the_network_learned(site):
     shown = properties_of(site.engine.runs["scenes"], site.engine.limits, ())["sampler"]["choices"]
     assert "euler" in shown and "mean_flow" not in shown
+
+
+def test_guidance_that_is_trained_in_is_not_asked_for(site):
+    run, limits = site.engine.runs["digits"], site.engine.limits
+    distilled = run._replace(stored={**run.stored, "distilled": True})
+    shown = [properties_of(one, limits, ())["guidance"]["visible"] for one in (run, distilled)]
+    assert shown == [True, False]
+
+
+def test_examples_are_those_of_the_run_or_else_of_the_command(trained, monkeypatch):
+    class Served(Exception):
+        pass
+
+    def make(engine, examples, host, auth):
+        found.update(examples)
+        assert make_page(engine, examples).state_session_capacity == SESSIONS
+        raise Served
+
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(command, "make_app", make)
+    monkeypatch.setattr(command, "use_compilation_cache", lambda: None)
+    folders = [f"--workdir={trained(name)}" for name in ("scenes", "digits_classes")]
+    with pytest.raises(Served):
+        command.serve(["demo", *folders, "--example=a fox", "--example=a dog"])
+    assert found["digits_classes"] == ["a fox", "a dog"] and PROMPT not in found["digits_classes"]
+    assert found["scenes"] == open_run(trained("scenes"), num_devices=1).stored["examples"]
 
 
 def test_runs_are_chosen_by_the_names_of_their_folders(trained, tmp_path):

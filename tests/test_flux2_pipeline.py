@@ -207,6 +207,7 @@ def test_an_import_takes_the_pipelines_steps_unless_others_are_asked_for(publish
 def test_a_run_without_a_size_draws_megapixels(published, imported, tmp_path):
     stored = json.loads((imported["distilled"] / "published.json").read_text())
     assert stored["image_shape"] == [1024, 1024, 3] and stored["frozen"] == ["text", "space"]
+    assert stored["distilled"] and not json.loads((imported["base"] / "published.json").read_text())["distilled"]
     config = open_run(imported["distilled"]).config
     model = model_of(change(config, {"sampling.size": ()}), stored)
     assert model.space.shape == (256, 256, 16) and model.process.num_tokens == 256**2

@@ -126,10 +126,25 @@ def test_sgd_with_momentum():
         np.testing.assert_allclose(update["block_0"]["mlp"]["bias"], expected, rtol=1e-6)
 
 
+def test_radam_divides_by_the_root_of_squares_once_it_knows_enough_of_them():
+    """Of b2 = 0.999 that is from the sixth gradient on; before, and of equal gradients, the step is a gradient's."""
+    optimizer, _ = optimizer_of(name="radam", learning_rate=0.5, warmup_steps=0, clip_norm=1e9)
+    threes, state = jax.tree.map(lambda x: jnp.full_like(x, 3.0), PARAMS), optimizer.init(PARAMS)
+    found = []
+    for _ in range(6):
+        update, state = optimizer.update(threes, state, PARAMS)
+        found.append(float(update["block_0"]["mlp"]["bias"][0]))
+    np.testing.assert_allclose(found[:5], -0.5 * 3.0, rtol=1e-5)  # float32's, of 1 - 0.999^t
+    rho, last = 5.99416, 1999.0  # of Algorithm 2 at t = 6, and its limit
+    rectified = ((rho - 4) * (rho - 2) * last / ((last - 4) * (last - 2) * rho)) ** 0.5
+    # In float32 1 - 0.999^6 is off by 2e-5 of itself, and rho by 0.04, of rho - 4 = 2.
+    np.testing.assert_allclose(found[5], -0.5 * rectified, rtol=2e-2)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "adagrad"}, "optimizer.name is 'adagrad': choose from adam, adamw, muon, sgd, lion"),
+        ({"name": "adagrad"}, "optimizer.name is 'adagrad': choose from adam, adamw, radam, muon, sgd, lion"),
         ({"muon_rate": 1.0}, "optimizer.muon_rate is not a field of adam: it has b1, b2, eps"),
     ],
 )

@@ -64,10 +64,25 @@ def test_files_without_it_are_refused_in_one_line(made, tmp_path):
 
 
 def test_the_command_quotes_what_a_shell_would_read(made):
-    asked = {**made, "prompt": "a fox; rm -rf $HOME 'n' \"o\"", "negative_prompt": "--seed=3"}
+    asked = {**made, "index": 0, "prompt": "a fox; rm -rf $HOME 'n' \"o\"", "negative_prompt": "--seed=3"}
     words = shlex.split(command(asked, "runs/my run"))
     assert f"--prompt={asked['prompt']}" in words and "--negative_prompt=--seed=3" in words
     assert "--workdir=runs/my run" in words and words[:3] == ["python", "-m", "experiments.digits"]
+
+
+def test_the_command_repeats_from_the_file_what_flags_do_not_say(made):
+    """Samples are numbered from 0 on, and without --label or --prompt they are of all classes, or of the examples."""
+    words = {
+        name: shlex.split(command({**made, **changed}))[5:]
+        for name, changed in {
+            "flags": {"index": 0},
+            "number": {"index": 1},
+            "no class": {"index": 0, "label": None},
+            "no prompt": {"index": 0, "prompt": ""},
+        }.items()
+    }
+    assert words.pop("flags")[:3] == ["--label=3", "--seed=5", "--num_samples=1"]
+    assert all(flags == ["--like=PICTURE.png"] for flags in words.values())
 
 
 def test_readable_text_has_the_fields_order(made):

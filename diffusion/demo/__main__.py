@@ -48,6 +48,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string("workdir", [], "folder of a run; may be given several times", flag_values=values)
     flags.DEFINE_string("host", LOOPBACK[0], "address to listen on; 0.0.0.0: every one", flag_values=values)
     flags.DEFINE_integer("port", 7860, "to listen on", 1, 65535, flag_values=values)
+    flags.DEFINE_multi_string("example", [], "prompt to click, of runs that have none of their own", flag_values=values)
     flags.DEFINE_string("auth", None, "user:password that visitors have to give", flag_values=values)
     flags.DEFINE_bool("traceback", False, "show where an error comes from", flag_values=values)
     for name, default in Limits()._asdict().items():
@@ -97,7 +98,7 @@ def serve(argv: list[str]) -> None:
     runs = open_runs(values.workdir)
     limits = Limits()._replace(**{name: values[f"limit_{name}"].value for name in Limits._fields})
     engine = Engine(runs, limits)
-    examples = {name: run.stored.get("examples", ()) for name, run in runs.items()}
+    examples = {name: run.stored.get("examples") or values.example for name, run in runs.items()}
     app = make_app(engine, examples, values.host, values.auth)
     if values.host not in LOOPBACK and not values.auth:
         print(f"whoever reaches {values.host} can draw: --auth=user:password asks for a password", file=sys.stderr)

@@ -120,7 +120,7 @@ def read_request(body: bytes, limits: Limits) -> Request:
     if "image" in given:
         given["image"] = read_picture("image", given["image"], limits)
     if "mask" in given:
-        given["mask"] = refit(read_picture("mask", given["mask"], limits), channels=1)[..., 0] > 127
+        given["mask"] = refit(read_picture("mask", given["mask"], limits), channels=1)[..., 0]
     given["references"] = tuple(read_picture("references", text, limits) for text in given.get("references", ()))
     return Request(**{**given, "size": tuple(given.get("size", ()))})
 

@@ -28,7 +28,7 @@ def properties_of(run: Run, limits: Limits, examples: Sequence[str]) -> Properti
     """
     condition, sampling = run.model.condition, run.config.sampling
     prompts, classes = condition.kind == "prompts", condition.kind == "classes"
-    guided = condition.kind != "nothing" and condition.optional
+    guided = can_guide(run)
     references = run.config.network.name in READ_REFERENCES
     height, width, _ = run.model.space.image_shape
     none = [("none", NO_CLASS)] if condition.optional else []
@@ -73,6 +73,13 @@ def samplers_of(run: Run) -> list[str]:
 
     own = run.config.sampling.sampler.name
     return [name for name in SAMPLERS if name == own or draws(name)]
+
+
+def can_guide(run: Run) -> bool:
+    """Returns whether guidance is a choice: there is a condition that can be left out, and it is not trained in."""
+    condition = run.model.condition
+    trained_in = run.stored.get("distilled", False) or run.model.objective.teacher
+    return condition.kind != "nothing" and condition.optional and not trained_in
 
 
 def can_resize(run: Run) -> bool:

@@ -19,6 +19,7 @@ from diffusion.demo.shown import Shown, show_line, show_update
 from diffusion.demo.tickets import Ticket
 
 HERE = Path(__file__).parent
+SESSIONS = 500  # that Gradio remembers: of the oldest it forgets what their controls show
 SYSTEM = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # no font is fetched
 THEME = Base(
     primary_hue="orange",
@@ -118,6 +119,7 @@ def make_page(engine: Engine, examples: Mapping[str, Sequence[str]]) -> gr.Block
         page.unload(leave)
     for block in page.blocks.values():
         block.async_move_resource_to_block_cache = refuse_file
+    page.state_session_capacity = SESSIONS
     return page.queue(default_concurrency_limit=None)
 
 
@@ -240,4 +242,4 @@ def begin_of(given: Any, limits: Limits) -> tuple[np.ndarray | None, np.ndarray 
     if not given.get("mask"):
         return images[0], None
     mask = read_picture("mask", given["mask"], limits)
-    return images[0], refit(mask, channels=1, size=images[0].shape[:2])[..., 0] > 127
+    return images[0], refit(mask, channels=1, size=images[0].shape[:2])[..., 0]

@@ -41,7 +41,7 @@ class Request(NamedTuple):
       size: (height, width).
       image: to begin with, uint8[h, w, C].
       strength: share of the steps that are run from `image`, in (0, 1]; not read with a mask.
-      mask: bool[h, w], True where `image` is to be filled in.
+      mask: bool[h, w], True where `image` is to be filled in, or uint8[h, w], white there.
       references: pictures to edit, uint8[h, w, C] each.
     """
 
@@ -109,7 +109,8 @@ def check(request: Request, run: Run, limits: Limits = DEFAULT_LIMITS) -> Reques
     changed = run_of(request, run)
     sampling, x = make_sampling(changed.config, changed.model.process), jnp.zeros((1, *changed.model.space.shape))
     # Samplers refuse grids and variances when they are traced: here, not when it is the visitor's turn.
-    jax.eval_shape(lambda key: sampling.sampler(lambda x_t, _: (x_t, x_t), x, sampling.grid, key), jax.random.key(0))
+    given = (lambda x_t, *_: x_t[:, None]) if sampling.asks == "policy" else (lambda x_t, *_: (x_t, x_t))
+    jax.eval_shape(lambda key: sampling.sampler(given, x, sampling.grid, key), jax.random.key(0))
     return request
 
 
@@ -217,7 +218,9 @@ def check_pictures(request: Request, run: Run, limits: Limits) -> Request:
     image, mask = as_picture(request.image, channels), request.mask
     if mask is not None:
         mask = np.asarray(mask)
-        if mask.dtype != bool or mask.shape[:2] != image.shape[:2] or mask.ndim > 3 or mask.size != image[..., 0].size:
+        if mask.dtype not in (bool, np.uint8):
+            raise ValueError("The mask is neither of bool nor of uint8.")
+        if mask.shape[:2] != image.shape[:2] or mask.ndim > 3 or mask.size != image[..., 0].size:
             raise ValueError("The mask is not as large as the picture that it is of.")
         mask = fit_mask(mask.reshape(image.shape[:2]), shape[:2])
     return request._replace(image=refit(image, channels=channels, size=shape[:2]), mask=mask)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -173,6 +174,16 @@ def warnings_of(config: Config, model: Model) -> list[str]:
         found.append(
             f"process.num_steps={config.process.num_steps} ends at alpha_bar_T = {left:.2g}: sampling starts from pure "
             "noise, which training never shows. Raise process.last, or choose process.beta=linear_for_steps"
+        )
+    if model.objective.by_time and (dtype := dtype_of(config)) != jnp.float32:
+        found.append(
+            f"network.dtype={dtype.name}: loss.name={config.loss.name} differentiates the network by time, which is "
+            "noisy in so few digits: use float32"
+        )
+    if model.objective.by_time and (scale := model.process.time_scale) > 1:
+        found.append(
+            f"process.time_scale={scale:g} is a factor on the derivative by time that loss.name={config.loss.name} "
+            "takes of the network: set it to 1"
         )
     if config.sampling.guidance != 1.0 and config.condition.get("dropout") == 0:
         found.append(

@@ -120,7 +120,7 @@ def mean_flow(
         )
         return losses, errors(error, t)
 
-    return Objective(compute, "velocity", ("denoise", "jump", "end"), two_times=True, guided=guided)
+    return Objective(compute, "velocity", ("denoise", "jump", "end"), two_times=True, by_time=True, guided=guided)
 
 
 def consistency_training(
@@ -180,6 +180,9 @@ def continuous_consistency(
 ) -> Objective:
     """Returns consistency training in continuous time (sCT, `consistency.continuous_consistency_loss`).
 
+    Without the adaptive weight w(t), which makes e^w times the loss at each t the same on average: with its tangent
+    normalised the loss is (|g| / (|g| + c))^2 / D, the same at each t already where |g| is well above c.
+
     Args:
       process: a flow.
       mean: of the logit of times, which is ln(noise / signal).
@@ -199,7 +202,7 @@ def continuous_consistency(
         losses, error = consistency.continuous_consistency_loss(drawn.network, z_t, t, v, warmup, c)
         return losses, errors(error, t)
 
-    return Objective(compute, "velocity", ("denoise", "end"), mean=False, by_step=True)
+    return Objective(compute, "velocity", ("denoise", "end"), mean=False, by_step=True, by_time=True)
 
 
 LOSSES: dict[str, Callable[..., Objective]] = {

@@ -54,6 +54,7 @@ class Objective(NamedTuple):
       learned_variance: whether its output holds v beside the prediction (Nichol & Dhariwal 2021).
       two_times: whether the network is told where a step ends, too.
       by_step: whether the loss depends on how many updates were made.
+      by_time: whether the loss differentiates the network by time.
       guided: whether the loss needs a condition.
       num_values: of x_0, for a whole step, how many the network returns.
       grids: those that its samplers can step on; (): any.
@@ -68,6 +69,7 @@ class Objective(NamedTuple):
     learned_variance: bool = False
     two_times: bool = False
     by_step: bool = False
+    by_time: bool = False
     guided: bool = False
     num_values: int = 1
     grids: tuple[schedules.Grid, ...] = ()

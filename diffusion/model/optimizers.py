@@ -149,6 +149,16 @@ def adamw(
     return optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=decayed)
 
 
+def radam(
+    rate: optax.Schedule, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformation:
+    """Returns Adam whose first steps, of which it knows too few gradients, are rectified: it needs no warm-up.
+
+    Source: Liu et al. (2020), "On the Variance of the Adaptive Learning Rate and Beyond", Algorithm 2.
+    """
+    return optax.radam(rate, b1, b2, eps)
+
+
 def lion(
     rate: optax.Schedule, *, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.1
 ) -> optax.GradientTransformation:
@@ -202,6 +212,7 @@ def muon(
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adam": adam,
     "adamw": adamw,
+    "radam": radam,
     "muon": muon,
     "sgd": sgd,
     "lion": lion,

@@ -156,6 +156,7 @@ def describe_klein(folder: Path, config: Config, variant: str | None = None) -> 
     choose(config, "sampling.grid", "flux2")
     config.sampling.num_steps, config.sampling.guidance = (4, 1.0) if distilled else (50, 4.0)
     return {
+        "distilled": distilled,  # to few steps without guidance
         "image_shape": [KLEIN_SIDE, KLEIN_SIDE, 3],
         "num_classes": None,
         "condition": dict(encoder.description),

@@ -71,13 +71,13 @@ def export_sd3(published: Path, run: Run) -> None:
 def export_klein(published: Path, run: Run) -> None:
     """Writes the folder of a `Flux2KleinPipeline`, in the dtypes of the run's parameters.
 
-    It is a distilled one where the run is sampled without guidance.
+    It is a distilled one where the import was, or, of a run that was trained here, where it samples without guidance.
     """
     model = run.model
     assert model.condition.description is not None
     params = jax.device_get(run.params)
     encoder = flux2_text.published(model.condition.description, params["text"])
-    distilled = run.config.sampling.guidance == 1.0
+    distilled = bool(run.stored.get("distilled", run.config.sampling.guidance == 1.0))
     whole = klein.Klein(model.network, params["network"], autoencoder_of(run), *encoder, distilled)
     klein.save_pipeline(published, whole)
 

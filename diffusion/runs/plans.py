@@ -97,13 +97,17 @@ def make_use(plan: Plan, num_steps: int, watch: Watch) -> Use:
 
 
 def fit_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Returns a mask bool[h, w] fitted to (H, W) as the picture that it is of.
+    """Returns bool[H, W], a mask fitted to (H, W) as the picture that it is of.
+
+    Args:
+      mask: bool[h, w], or uint8[h, w], white where something is to be filled in; greys are resized first.
+      size: (H, W).
 
     Raises:
       ValueError: nothing is left to fill in.
     """
-    grey = np.where(mask, np.uint8(255), np.uint8(0))[..., None]
-    fitted = refit(grey, channels=1, size=size)[..., 0] > 127
+    grey = np.where(mask, np.uint8(255), np.uint8(0)) if mask.dtype == bool else mask
+    fitted = refit(grey[..., None], channels=1, size=size)[..., 0] > 127
     if not fitted.any():
         raise ValueError("The mask is empty: paint what is to be filled in.")
     return fitted

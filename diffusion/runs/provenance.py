@@ -139,9 +139,10 @@ def readable(made: Mapping[str, Any]) -> str:
 
 
 def command(made: Mapping[str, Any], workdir: str | os.PathLike | None = None) -> str:
-    """Returns the command line that draws a picture again: the last one of the samples that it writes.
+    """Returns the command line that draws a picture again, and it alone.
 
-    One that began with other pictures is repeated from its own file, beside them.
+    What flags do not say is repeated from the picture's own file, PICTURE.png: one that began with other pictures,
+    beside them, one with another number than 0, and one of no class or prompt, for without one all are drawn in turn.
 
     Args:
       made: of `made_of`.
@@ -149,14 +150,16 @@ def command(made: Mapping[str, Any], workdir: str | os.PathLike | None = None) -
     """
     folder = os.fspath(workdir) if workdir is not None else f"runs/{made['run']}"
     flags = [f"--workdir={folder}", "--mode=sample"]
-    if made["kind"] != "sample" or made.get("references"):
-        flags += ["--like=PICTURE.png", "--images=" + ",".join(["FILE.png"] * len(made.get("references", "1")))]
+    begun = made["kind"] != "sample" or bool(made.get("references"))
+    if begun or made["index"] or any(made.get(name, "none") in (None, "") for name in ("label", "prompt")):
+        pictures = ["FILE.png"] * len(made.get("references", "1"))
+        flags += ["--like=PICTURE.png", *(["--images=" + ",".join(pictures)] if begun else [])]
         flags += ["--mask=MASK.png"] if made["kind"] == "inpaint" else []
     else:
         sampling = made["sampling"]
         for name in ("prompt", "negative_prompt", "label"):
             flags += [f"--{name}={made[name]}"] if made.get(name) not in (None, "") else []
-        flags += [f"--seed={made['seed']}", f"--num_samples={made['index'] + 1}"]
+        flags += [f"--seed={made['seed']}", "--num_samples=1"]
         flags += [f"--sampler={sampling['sampler']['name']}", f"--steps={sampling['num_steps']}"]
         flags += [f"--config.sampling.guidance={sampling['guidance']}"]
         flags += [f"--config.sampling.size={tuple(sampling['size'])}"] if sampling.get("size") else []

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import io_callback
 
-from diffusion.types import Denoise, denoised
+from diffusion.types import denoised
 
 
 class Watch:
@@ -41,21 +41,26 @@ class Watch:
         self.show(np.asarray(x_0_hat), float(np.ravel(time)[0]))
         return np.asarray(True)
 
-    def over(self, denoise: Denoise) -> Denoise:
-        """Returns the denoiser, watched: zeros where nobody waits."""
+    def over(self, denoise: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns what a sampler is given of a network, (x_t, time) or (x_t, time, next time) -> x_0_hat, watched.
 
-        def seen(x_t: jax.Array, time: Any) -> Any:
+        Where nobody waits it returns zeros.
+        """
+
+        def seen(x_t: jax.Array, *times: Any) -> Any:
             # Both callbacks are tied to x by barriers, so that they come in the order of the steps.
-            x_t, time = lax.optimization_barrier((x_t, jnp.asarray(time)))
-            go_on = io_callback(self.ask, jax.ShapeDtypeStruct((), bool), (time, x_t.ravel()[0]))
-            return lax.cond(go_on, call, skip, x_t, time)
+            x_t, times = lax.optimization_barrier((x_t, tuple(map(jnp.asarray, times))))
+            go_on = io_callback(self.ask, jax.ShapeDtypeStruct((), bool), (times[0], x_t.ravel()[0]))
+            return lax.cond(go_on, call, skip, x_t, *times)
 
-        def call(x_t: jax.Array, time: jax.Array) -> Any:
-            output = denoise(x_t, time)
-            shown = io_callback(self.see, jax.ShapeDtypeStruct((), bool), denoised(output).x_0_hat, time)
+        def call(x_t: jax.Array, *times: jax.Array) -> Any:
+            output = denoise(x_t, *times)
+            x_0_hat = denoised(output).x_0_hat
+            x_0_hat = x_0_hat[:, 0] if x_0_hat.ndim > x_t.ndim else x_0_hat  # of a policy, that where its step ends
+            shown = io_callback(self.see, jax.ShapeDtypeStruct((), bool), x_0_hat, times[0])
             return lax.optimization_barrier((output, shown))[0]
 
-        def skip(x_t: jax.Array, time: jax.Array) -> Any:
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(denoise, x_t, time))
+        def skip(x_t: jax.Array, *times: jax.Array) -> Any:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(denoise, x_t, *times))
 
         return seen

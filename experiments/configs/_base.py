@@ -82,7 +82,7 @@ def image_config() -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         dict(
-            name="adam",  # or adamw, muon, sgd, lion
+            name="adam",  # or adamw, radam, muon, sgd, lion
             learning_rate=2e-4,  # the highest
             schedule=ConfigDict(dict(name="wsd")),  # of the rate after its warm-up; or constant, linear, cosine
             warmup_steps=5000,  # the rate rises along a line

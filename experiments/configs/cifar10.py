@@ -16,6 +16,8 @@ from ml_collections import ConfigDict
 
 from experiments.configs import _base
 
+NO_CLIP = 1e9  # a norm of the gradient that is never reached
+
 
 def get_config(methods: str = "") -> ConfigDict:
     """Returns the config with the `methods` of `_base.METHODS`, or `small`, applied."""
@@ -82,43 +84,91 @@ def flow(config: ConfigDict) -> None:
 def mean_flow(config: ConfigDict) -> None:
     """MeanFlow as its paper has it on CIFAR-10, but with DDPM's U-Net and without EDM's augmentation.
 
-    Expected: FID 2.92 in 1 step (Geng et al. 2025, with EDM's DDPM++ of 55 million parameters). Not reproduced here.
+    Expected: FID 2.92 in 1 step (Geng et al. 2025, with EDM's DDPM++ of 55 million parameters); 2.80 with the times of
+    the released cifar10_v1.sh, loss.mean=-0.6, loss.std=1.6 and loss.lower=(-4.0, 1.6). Not reproduced here.
+
+    "Code" is py-meanflow of its authors, cifar10_v0.sh: the paper's settings.
     """
     _base.mean_flow(config)
     config.loss.update(
-        mean=-2.0,  # paper; the released code later mean=-0.6, std=1.6, lower=(-4.0, 1.6)
-        std=2.0,
-        share=0.25,  # paper
-        p=0.75,  # paper
-        c=1e-3,
+        mean=-2.0,  # code: P_mean_t and P_mean_r
+        std=2.0,  # code: P_std_t and P_std_r
+        share=0.25,  # code: its ratio, 0.75, is of steps that have a length
+        p=0.75,  # code: norm_p
+        c=1e-3,  # code: norm_eps
     )
-    config.network.update(dropout=0.2, dtype="float32")  # paper; the derivative by time is noisy in bfloat16
-    config.data.batch_size = 1024
-    config.optimizer.learning_rate = 6e-4
-    config.optimizer.warmup_steps = 10_000  # 200 epochs
+    config.network.update(
+        dropout=0.2,  # code
+        dtype="float32",  # code: without autocast; the derivative by time is noisy in bfloat16
+    )
+    config.data.batch_size = 1024  # code: 128 on each of 8 GPUs
+    config.optimizer.update(
+        learning_rate=6e-4,  # code, of Adam with b1 and b2 as above
+        warmup_steps=10_000,  # code: 200 of 16,000 epochs, which are 800,000 steps
+        clip_norm=NO_CLIP,  # code
+    )
     config.sampling.num_steps = 1
 
 
 def consistency(config: ConfigDict) -> None:
     """ECT, from a run of `edm`: --init_from=RUN.
 
-    Expected: FID 4.54 in 1 step and 2.20 in 2 after 100,000 steps, 3.60 and 2.11 after 400,000 (Geng et al. 2024,
-    from EDM's network, by RAdam). Not reproduced here.
+    Expected (Geng et al. 2024, from EDM's DDPM++), not reproduced here:
+
+    | steps | FID in 1 step | in 2 |
+    | --- | --- | --- |
+    | 100,000 | 4.54 | 2.20 |
+    | 200,000 | 3.86 | 2.15 |
+    | 400,000 | 3.60 | 2.11 |
+
+    "Code" is locuslab/ect, run_ecm.sh. Its run of an hour on an A100 has loss.q=256, loss.num_stages=1 and
+    training.ema_decay=0.9993, and is first scored after 8,000 steps.
     """
-    config.training.update(num_steps=100_000, ema_decay=0.9993)  # code
+    config.training.update(
+        num_steps=200_000,  # code: 25.6 million images
+        ema_decay=0.9999,  # code: ema_beta
+    )
     _base.consistency(config)
-    config.loss.stage_steps = 25_000
-    config.optimizer.update(learning_rate=1e-4, warmup_steps=0)  # code, where it is RAdam's
-    config.network.dtype = "float32"  # the pair's difference is small
+    config.loss.stage_steps = 25_000  # code: 250 ticks of 12,800 images
+    config.data.flip = False  # code: xflip, and no augmentation
+    config.network.update(
+        dropout=0.2,  # code, the same in both of a pair
+        dtype="float32",  # code; the pair's difference is small
+    )
+    config.optimizer.update(
+        name="radam",  # code
+        learning_rate=1e-4,  # code
+        warmup_steps=0,  # code
+        clip_norm=NO_CLIP,  # code, which sets what is not finite to 0 instead
+    )
 
 
 def continuous_consistency(config: ConfigDict) -> None:
-    """sCT of Lu & Song (2024), in a flow's coordinates and without their double normalisation.
+    """sCT of Lu & Song (2024), in a flow's coordinates, without their double normalisation and adaptive weight.
 
-    Expected: FID 2.85 in 1 step and 2.06 in 2 (theirs). Not reproduced here.
+    It begins with a trained flow of the same time_scale: --init_from=RUN. Expected: FID 2.85 in 1 step and 2.06 in 2
+    (theirs). Not reproduced here.
+
+    They released no code. "Others" is revsic/torch-flow-models, which repeats their settings, with a learning rate that
+    falls by the inverse root of the steps after 70,000; here it is constant.
     """
+    config.training.update(
+        num_steps=400_000,  # others
+        ema_decay=0.9993,  # others: a half-life of 500,000 images
+    )
     _base.continuous_consistency(config)
-    config.network.dtype = "float32"  # the derivative by time is noisy in bfloat16
+    config.data.batch_size = 512  # others
+    config.network.update(
+        dropout=0.2,  # others
+        dtype="float32",  # the derivative by time is noisy in bfloat16
+    )
+    config.optimizer.update(
+        name="radam",  # others
+        learning_rate=1e-4,  # others
+        warmup_steps=0,
+        clip_norm=NO_CLIP,
+        b2=0.99,  # others
+    )
 
 
 def small(config: ConfigDict) -> None:
