@@ -58,7 +58,7 @@ SLOW = (
 # fmt: off
 UNOPTIMIZED = (
     "autoencoder_experiment", "benchmarks", "captions_experiment", "clip", "demo_api", "demo_engine", "demo_page",
-    "distillation", "docs", "edit", "evaluation_command", "experiments", "few_step_runs", "flux2_pipeline",
+    "distillation", "docs", "edit", "emoji", "evaluation_command", "experiments", "few_step_runs", "flux2_pipeline",
     "formats", "keep", "lora", "meshes", "mmdit", "modes", "own_training", "pretrained_sd3", "prompts",
     "provenance", "refusals", "run", "scenes_experiment", "sd3", "second_time", "space", "spine", "sweeps", "traps",
     "unet", "warm_start", "weights",
@@ -68,7 +68,8 @@ UNOPTIMIZED = (
 # fmt: off
 DEAREST = (
     "modes", "spine", "weights", "samplers", "experiments", "likelihood", "run", "docs", "sd3", "refusals",
-    "autoencoder_experiment", "warm_start", "editing", "edit", "flux2_pipeline", "space", "lora",
+    "autoencoder_experiment", "few_step_runs", "warm_start", "editing", "edit", "flux2_pipeline", "space", "lora",
+    "emoji", "demo_page",
 )
 # fmt: on
 
