@@ -221,7 +221,7 @@ def test_training_lowers_the_loss_and_reports(trained):
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"] and lines[-1]["psnr"] > lines[0]["psnr"] + 1
     report = {one["name"]: one for one in json.loads((trained / "report.json").read_text())["measurements"]}
     assert report["PSNR in dB"]["num_samples"] == 24 and report["PSNR in dB"]["value"]["mean"] > 10
-    assert {"Fréchet distance of reconstructions", "latents' mean", "KL to the unit normal in nats per image"} < {
+    assert {"FID of reconstructions", "latents' mean", "KL to the unit normal in nats per image"} < {
         *report
     }
     with Image.open(trained / "reconstructions.png") as picture:

@@ -22,7 +22,7 @@ def test_a_folder_of_pairs_is_scored_beside_real_pictures(kind, copied):
     folder = copied("captions")
     kind.do(folder, "--mode=evaluate")
     (fid,) = json.loads((folder / "report.json").read_text())["measurements"]
-    assert fid["name"] == "Fréchet distance" and fid["num_samples"] == 24
+    assert fid["name"] == "FID" and fid["num_samples"] == 24
     assert fid["reference"]["name"] == "test" and fid["ema"] == 0.9999
     assert np.asarray(Image.open(folder / "captions.png")).std() > 10
 

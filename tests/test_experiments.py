@@ -133,10 +133,10 @@ def test_evaluation_reports_how_every_number_was_made(kinds, copied):
     report = json.loads((folder / "report.json").read_text())
     assert report["about"]["steps trained"] == 6
     by_name = {one["name"]: one for one in report["measurements"]}
-    assert by_name["samples' Fréchet distance over theirs"]["value"] > 2  # six steps are not enough
-    note = by_name["Fréchet distance"]["note"]
+    assert by_name["samples' FID over theirs"]["value"] > 2  # six steps are not enough
+    note = by_name["FID"]["note"]
     assert "100 samples are fewer than 50000: the distance of 100 of the reference's own images" in note
-    assert by_name["kernel distance"]["value"]["mean"] > 0.01
+    assert by_name["KID"]["value"]["mean"] > 0.01
     assert sum(by_name["share of each class"]["value"].values()) == pytest.approx(1)
     assert by_name["bits/dim, variational bound"]["num_samples"] == 8
     for one in report["measurements"]:

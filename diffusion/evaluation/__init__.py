@@ -18,7 +18,8 @@ from diffusion.evaluation.features import (
 )
 from diffusion.evaluation.figures import draw_curves, draw_nearest, draw_sweep, draw_terms
 from diffusion.evaluation.held_out import HeldOutScore, held_out_score
-from diffusion.evaluation.report import Measurement, Reference, reference_of, render_report, write_report
+from diffusion.evaluation.printed import print_report
+from diffusion.evaluation.report import Measurement, Reference, reference_of, write_report
 from diffusion.evaluation.scores import (
     METRICS,
     Metric,
@@ -67,9 +68,9 @@ __all__ = [
     "network_extractor",
     "over_seeds",
     "pixel_features",
+    "print_report",
     "read_statistics",
     "reference_of",
     "reference_set",
-    "render_report",
     "write_report",
 ]

@@ -110,7 +110,7 @@ def score(options: argparse.Namespace) -> None:
         made = measurements[0]._replace(reference=None, note="100 max(0, cosine)")
         measurements.append(made._replace(name="CLIP score", value=score, num_samples=len(image)))
     about = {"samples": samples.name, "fingerprint of the samples": samples.fingerprint}
-    print(evaluation.render_report(f"{samples.name} against {reference.reference.name}", measurements, about), end="")
+    print(evaluation.print_report(f"{samples.name} against {reference.reference.name}", measurements, about), end="")
     if out:
         evaluation.write_report(out, f"{samples.name} scored", measurements, about)
         if source is not None and source.image_shape == samples.image_shape:

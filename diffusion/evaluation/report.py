@@ -80,28 +80,24 @@ def write_report(
             temporary.write_text(text, encoding="utf-8")
 
 
-def render_report(title: str, measurements: Sequence[Measurement], about: Mapping[str, str | int | float]) -> str:
-    """Returns the report.md of `write_report`."""
-    return _markdown(_content(title, measurements, about))
-
-
 def _content(title: str, measurements: Sequence[Measurement], about: Mapping[str, str | int | float]) -> dict:
     for measurement in measurements:
-        for part, value in _parts(measurement).items():
+        for part, value in parts_of(measurement).items():
             if not math.isfinite(value):
                 where = measurement.name + (f", {part}" if part else "")
                 raise ValueError(f"no report is written, because {where} is {value}")
     return {"title": title, "about": dict(about), "measurements": [_as_json(one) for one in measurements]}
 
 
-def _parts(measurement: Measurement) -> dict[str, float]:
+def parts_of(measurement: Measurement) -> dict[str, float]:
+    """Returns the numbers of a measurement by name, that of a single one by ""."""
     value = measurement.value
     parts = value if isinstance(value, Mapping) else {"": value}
     return {str(part): float(number) for part, number in parts.items()}
 
 
 def _as_json(measurement: Measurement) -> dict:
-    parts = _parts(measurement)
+    parts = parts_of(measurement)
     fields = measurement._asdict() | {"value": parts.get("", parts), "seeds": [int(seed) for seed in measurement.seeds]}
     return fields | {"reference": measurement.reference._asdict() if measurement.reference else None}
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion.evaluation.figures import _figure, _save
+from diffusion.evaluation.figures import _figure, _save, plain_ticks
 
 LOG = ("loss", "grad_norm")  # metrics on a logarithmic scale
 FEW = 10  # runs that differ by colours of their own; of more, the first and the last are the ends of a range of colours
@@ -49,11 +49,7 @@ def draw_runs(
                 axes.plot(*zip(*points, strict=True), color=colour(number, len(courses)), marker=marker, linewidth=1.2)
         if metric in LOG:
             axes.set_yscale("log")
-            least, largest = axes.get_ylim()
-            if largest < 30 * least:  # few powers of ten: numbers between them, as they are written elsewhere
-                axes.yaxis.set_major_formatter("{x:g}")
-                axes.yaxis.set_minor_formatter("{x:g}")
-                axes.tick_params(which="both", labelsize=9)
+            plain_ticks(axes)
         axes.set_xlabel("step")
         axes.set_title(metric.replace("_", " "), fontsize=10)
         axes.grid(alpha=0.3, which="both")

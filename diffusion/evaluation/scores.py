@@ -232,8 +232,8 @@ def _precision_recall(samples: Extracted, reference: ReferenceSet) -> Score:
 
 
 METRICS: dict[str, Metric] = {
-    "fid": Metric("Fréchet distance", _frechet, 2, 2),
-    "kid": Metric("kernel distance", _kernel, 3, 3, needs_images=True),
+    "fid": Metric("FID", _frechet, 2, 2),
+    "kid": Metric("KID", _kernel, 3, 3, needs_images=True),
     # Two samples per split: a split of one has the score 1, whatever it shows.
     "inception_score": Metric("inception score", _inception_score, 2 * NUM_SPLITS, 0, needs_classifier=True),
     # One more than the neighbours that span a ball.

@@ -95,7 +95,7 @@ class Task(NamedTuple):
     Attributes:
       name: of the experiment.
       read: (config, split) -> its images, "train" or "test"; the test images are kept from training.
-      evaluate: (call, run) -> measurements, for the report; None: Fréchet distance and its kin.
+      evaluate: (call, run) -> measurements, for the report; None: FID and its kin.
       ready: (call) -> None: raises what `evaluate` would raise after training, before it; None: that of images.
       score: (call, run) -> the one measurement that sweeps draw; None: the first metric.
       examples: (config) -> prompts that previews show and that are drawn where none is given.

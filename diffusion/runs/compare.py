@@ -20,7 +20,7 @@ from diffusion.training import RunError
 from diffusion.training.workdir import flatten
 
 # What is stored beside the config and may differ.
-ABOUT = ("experiment", "image_shape", "num_classes", "begun", "provenance")
+ABOUT = ("experiment", "image_shape", "num_classes", "data", "begun", "provenance")
 METRICS = ("loss", "grad_norm", "learning_rate")
 NONE = "-"
 

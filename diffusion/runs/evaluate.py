@@ -67,7 +67,7 @@ def ready(call: Call) -> None:
 def of_images(call: Call, run: Run) -> list[Measurement]:
     """Returns the scores of samples against the training images, and draws those nearest to them.
 
-    Beside the Fréchet distance is that of held-out real images at the same count, and of small images with classes the
+    Beside the FID is that of held-out real images at the same count, and of small images with classes the
     share of each, counted by a classifier of the real ones.
     """
     settings, asked = run.config.evaluation, call.flags
@@ -130,7 +130,7 @@ def beside_held_out(
     extractor: Extractor,
     reference: ReferenceSet,
 ) -> list[Measurement]:
-    """Returns the Fréchet distance of unseen real images at the same count, and the samples' over it."""
+    """Returns the FID of unseen real images at the same count, and the samples' over it."""
     held_out = test.read(np.arange(test.num_examples))["image"]
     found = evaluation.held_out_score(samples, held_out, reference, extractor)
     what: dict[str, Any] = {"features": extractor.name, "reference": reference.reference}
@@ -138,8 +138,8 @@ def beside_held_out(
     note = f"1 is as good as unseen images; both over {found.count} images"
     made = {**what, **made_by(run), "seeds": seeds, "note": note}
     return [
-        Measurement("Fréchet distance of held-out real images", found.held_out, found.count, **unseen),
-        Measurement("samples' Fréchet distance over theirs", found.ratio, found.count, **made),
+        Measurement("FID of held-out real images", found.held_out, found.count, **unseen),
+        Measurement("samples' FID over theirs", found.ratio, found.count, **made),
     ]
 
 
@@ -162,7 +162,7 @@ def shares(run: Run, samples: np.ndarray, seeds: list[int], train: Source, test:
 
 
 def first_metric(call: Call, run: Run) -> Measurement:
-    """Returns the first of --metrics, else the Fréchet distance, of samples of one seed: what sweeps draw."""
+    """Returns the first of --metrics, else the FID, of samples of one seed: what sweeps draw."""
     settings, asked = run.config.evaluation, call.flags
     extractor = evaluation.make_extractor(settings.features, settings.weights)
     train = call.task.read(call.config, TRAIN)

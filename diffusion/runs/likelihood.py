@@ -17,8 +17,8 @@ from diffusion.runs.run import Run
 def likelihood(call: Call) -> None:
     """Writes likelihood/report.json, report.md and, for a chain, a picture of the bound's terms.
 
-    The first --num_samples test images (default 100). --sampling_steps are the ODE's; the bound takes every step of the chain,
-    and is left out for a process that is none.
+    The first --num_samples test images (default 100). --sampling_steps are the ODE's; the bound takes every step of the
+    chain, and is left out for a process that is none.
     """
     source, run = held_out(call), call.open()
     measurements = measure(run, source, call.flags.num_samples or 100, 0, call.flags.sampling_steps or 200)

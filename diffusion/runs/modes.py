@@ -61,7 +61,8 @@ def main(
     def work() -> None:
         values = flags.FlagValues()
         extra_flags(values)
-        call, mode = command_line.parse(compare.named(sys.argv), task, doc, Path(file).parent / "configs", config, modes, values)
+        folder = Path(file).parent / "configs"
+        call, mode = command_line.parse(compare.named(sys.argv), task, doc, folder, config, modes, values)
         modes[mode](call)
 
     command_line.run_to_end(work)

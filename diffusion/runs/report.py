@@ -32,7 +32,8 @@ def finish(folder: Path, title: str, measurements: Sequence[Measurement], about:
     if jax.process_index() != 0:
         return
     evaluation.write_report(folder, title, measurements, about)
-    print((folder / "report.md").read_text(encoding="utf-8"), end="")
+    print(evaluation.print_report(title, measurements, about))
+    print(folder / "report.md")
 
 
 def finish_run(

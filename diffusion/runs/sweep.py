@@ -43,7 +43,11 @@ def over(call: Call, name: str, label: str, values: list[float], at: Callable[[f
     if jax.process_index() == 0:
         folder = call.workdir / "sweeps" / name
         title = rows[0].name.removesuffix(f", {label} {values[0]:g}")
-        evaluation.draw_sweep(values, [headline(one.value) for one in rows], folder / "score.png", label, title)
+        bars = [one for one in map(spread, (row.value for row in rows)) if one]
+        said = f"{title}: {rows[0].num_samples} samples each" + (", bars: standard error" if bars else "")
+        values_of = [headline(one.value) for one in rows]
+        bars = bars if len(bars) == len(rows) else []
+        evaluation.draw_sweep(values, values_of, folder / "score.png", label, said, bars)
         finish(folder, f"Over the {label}", rows, {"experiment": call.task.name})
 
 
@@ -67,3 +71,9 @@ def numbers(flag: str, values: list[str], whole: bool = False) -> list[float]:
 def headline(value: float | Mapping[str, float]) -> float:
     """Returns a measurement's number: its mean, or its first part, where it has several."""
     return value.get("mean", next(iter(value.values()))) if isinstance(value, Mapping) else value
+
+
+def spread(value: float | Mapping[str, float]) -> tuple[float, float] | None:
+    """Returns how far below and above its headline a measurement may be, by its standard error; None: not known."""
+    error = value.get("standard error") if isinstance(value, Mapping) else None
+    return None if error is None else (error, error)
