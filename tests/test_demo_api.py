@@ -103,8 +103,9 @@ def test_pictures_to_begin_with(client, run, fields):
 
 
 def test_a_masks_greys_are_resized_before_they_are_cut(client, run):
-    """Of 8 columns that become 4, those beside the edge are a mixture, which white and black alone do not make."""
-    grey = np.repeat(np.uint8([[255, 255, 255, 255, 255, 100, 100, 100, 0, 0, 0, 0, 0, 0, 0, 0]]), 16, axis=0)
+    """As --mode=inpaint has it: of two columns that become one, white and a dark grey are more white than black."""
+    grey = np.zeros((16, 16), np.uint8)
+    grey[:, :5], grey[:, 5:8] = 255, 100
     large = PICTURE.repeat(2, axis=0).repeat(2, axis=1)
     answer = ask(client, label=2, seed=1, image=png(large), mask=png(grey))
     _, made = decoded(answer["pictures"][0])

@@ -163,6 +163,7 @@ def test_the_prompt_page_draws_and_shows_them(student, method):
         if method == "imitation":
             image, mask = np.full((8, 8, 1), 200, np.uint8), np.arange(8)[None].repeat(8, 0) > 3
             *_, filled = engine.submit(Request(image=image, mask=mask)).updates(300)
+            assert filled.pictures is not None
             assert np.all(filled.pictures[0][~mask] == 200) and np.any(filled.pictures[0][mask] != 200)
             with pytest.raises(ValueError, match="the policy was trained for 1 or 2 or 4 steps"):
                 engine.submit(Request(num_steps=3))

@@ -54,7 +54,7 @@ def test_methods_change_what_their_papers_changed_in_their_order():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nowhere", "no config file nowhere; .* are: autoencoder, captions, cifar10, clip, digits, flux2, .*sd3$"),
+        ("nowhere", "no config file nowhere; .* are: autoencoder, captions, cifar10, clip, digits, .*sd3$"),
         ("nowhere.py:flow", r"no config file nowhere\.py"),
         ("digits.py", r"no config file digits\.py"),
         ("_base", "no config file _base"),
@@ -89,6 +89,7 @@ def test_the_other_name_of_a_choice_brings_its_own_fields_and_keeps_shared_ones(
     assert plain(changed.optimizer) == {
         **{name: changed.optimizer[name] for name in ("warmup_steps", "cooldown_steps", "clip_norm")},
         "name": "muon",
+        "schedule": {"name": "wsd"},
         "learning_rate": 0.5,
         "b1": 0.9,
         "b2": 0.9,

@@ -78,7 +78,8 @@ def samplers_of(run: Run) -> list[str]:
 def can_guide(run: Run) -> bool:
     """Returns whether guidance is a choice: there is a condition that can be left out, and it is not trained in."""
     condition = run.model.condition
-    trained_in = run.stored.get("distilled", False) or run.model.objective.teacher
+    objective = run.model.objective
+    trained_in = run.stored.get("distilled", False) or objective.teacher or objective.guided
     return condition.kind != "nothing" and condition.optional and not trained_in
 
 
