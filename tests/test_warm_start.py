@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,10 +14,11 @@ from test_sd3 import import_into
 
 import diffusion
 from diffusion import training
-from diffusion.model.config import make_settings
+from diffusion.model.config import make_settings, plain
 from diffusion.model.experiment import abstract_batch, make_learner
+from diffusion.model.fields import load_config
 from diffusion.runs import export
-from diffusion.runs.begin import find_origin, first_weights
+from diffusion.runs.begin import Origin, adopt, find_origin, first_weights
 from diffusion.runs.run import load, open_run, read_description
 from diffusion.runs.train import describe
 from diffusion.training import RunError, digest, make_mesh
@@ -166,3 +168,12 @@ def test_a_pipeline_is_exported_as_it_was(published, tmp_path):
     config = "scheduler/scheduler_config.json"
     shifts = [json.loads((path / config).read_text())["shift"] for path in (folder, tmp_path / "out")]
     assert shifts == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("asked, expected", [((), 1.0), (("process.time_scale",), 1000.0)])
+def test_a_student_embeds_times_as_its_teacher(asked, expected):
+    student = load_config("digits:imitation", {"loss.teacher": "runs/flow"})
+    theirs = load_config("digits:flow", {"process.time_scale": 1.0})
+    origin = Origin(Path("runs/flow"), None, False, ("network",), {"config": plain(theirs)})
+    assert student.process.time_scale == 1000.0
+    assert adopt(student, origin, asked).process.time_scale == expected
