@@ -81,8 +81,8 @@ def interpolate(call: Call) -> None:
     left, right = (np.repeat(end, len(strengths), axis=0)[:, None] for end in (first, second))
     heads = ["an image", [f"{share:.3g}" for share in SHARES], "the other"]
     names = [f"strength {strength:g}" for strength in strengths] * num_pairs if len(strengths) > 1 else None
-    write_rows(kept.path, [left, rows, right], heads, names, rows, image=image)
     kept.write_note()
+    write_rows(kept.path, [left, rows, right], heads, names, rows, image=image)
 
 
 def interpolate_prompts(call: Call, run: Run) -> None:
@@ -116,8 +116,8 @@ def interpolate_prompts(call: Call, run: Run) -> None:
     refuse_not_finite(np.isfinite(x_0).all(axis=tuple(range(1, x_0.ndim))))
     rows = np.asarray(jax.jit(model.space.decode)(parts(model, run.params).space, x_0))
     heads = [[f"{share:.3g}" for share in SHARES]]
-    write_rows(kept.path, [rows], heads, [f"{prompts[0]} -> {prompts[1]}"] * count, rows)
     kept.write_note()
+    write_rows(kept.path, [rows], heads, [f"{prompts[0]} -> {prompts[1]}"] * count, rows)
 
 
 def inpaint(call: Call) -> None:
@@ -137,8 +137,8 @@ def inpaint(call: Call) -> None:
     shown = [image, np.where(known, image, np.uint8(128)), rows]
     of_rows = requests[::DRAWS]
     names, classes = names_of(run, of_rows), labels_of(of_rows)
-    write_rows(kept.path, shown, ["an image", "known", "samples"], names, rows, classes, image=image[:, 0], known=known)
     kept.write_note()
+    write_rows(kept.path, shown, ["an image", "known", "samples"], names, rows, classes, image=image[:, 0], known=known)
 
 
 def img2img(call: Call) -> None:
@@ -158,8 +158,8 @@ def img2img(call: Call) -> None:
     heads = ["an image", texts[0] if draws > 1 else texts]
     of_rows = requests[::draws]
     names, classes = names_of(run, of_rows), labels_of(of_rows)
-    write_rows(kept.path, [image, rows], heads, names, rows, classes, image=image[:, 0])
     kept.write_note()
+    write_rows(kept.path, [image, rows], heads, names, rows, classes, image=image[:, 0])
 
 
 def progressive(call: Call) -> None:
@@ -175,8 +175,8 @@ def progressive(call: Call) -> None:
     rows = films[:, [*shown, num_steps]]
     heads = [[f"step {i + 1}" for i in shown], "sample"]
     names, classes = names_of(run, requests), labels_of(requests)
-    write_rows(kept.path, [rows[:, :-1], rows[:, -1:]], heads, names, rows, classes, step=shown + 1)
     kept.write_note()
+    write_rows(kept.path, [rows[:, :-1], rows[:, -1:]], heads, names, rows, classes, step=shown + 1)
 
 
 def apply(call: Call, run: Run, use: Callable[..., Any], requests: list[Any], images: list[np.ndarray]) -> np.ndarray:

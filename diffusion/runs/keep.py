@@ -45,7 +45,7 @@ class Place(NamedTuple):
         return everywhere(self.path.exists() and note.exists() and note.read_text() == self.note)
 
     def write_note(self) -> None:
-        """Writes the .json; last, for with it the files are whole."""
+        """Writes the .json; the .npz comes last, for with it all are there."""
         if jax.process_index() == 0:
             with replacing(self.path.with_suffix(".json")) as temporary:
                 temporary.write_text(self.note)

@@ -61,12 +61,12 @@ def sample_like(call: Call) -> None:
     images = draw_plans(run, plans, Watch() if made["watched"] else None)
     images = images[row : row + 1] if count == 1 else images
     if jax.process_index() == 0:
-        save_samples(kept.path, images, labels_of([plan.asked] * count))
+        kept.write_note()
         if count == 1:
             write_png(images[0], account, kept.picture)
         else:
             save_png(kept.picture, image_grid(images), smallest_side=720)
-        kept.write_note()
+        save_samples(kept.path, images, labels_of([plan.asked] * count))
         print(f"{count} samples: {kept.path}\na picture of them: {kept.picture}")
 
 

@@ -128,9 +128,9 @@ def write_rows(
     if jax.process_index() != 0:
         return
     label = None if classes is None else np.repeat(classes, rows.shape[1])
-    save_samples(path, rows.reshape(-1, *rows.shape[2:]), label, **arrays)
     picture = path.with_suffix(".png")
     save_sheet(picture, blocks, heads, labels)
+    save_samples(path, rows.reshape(-1, *rows.shape[2:]), label, **arrays)
     print(f"images: {path}\na picture of them: {picture}")
 
 

@@ -152,8 +152,8 @@ def draw_and_keep(
     parts = kept.path.with_name(f".{kept.path.stem}-{kept.key[:16]}")
     images = draw(run.painter, requests, index, seed, references=references, negative=negative, folder=parts)
     if jax.process_index() == 0:
-        save_samples(kept.path, images, labels_of(requests))
         names = names_of(run, requests)
+        kept.write_note()
         if len(images) == 1:
             plan = Plan(requests[0], negative, seed, int(index[0]), references=tuple(references))
             write_png(images[0], made_of(run, plan, watched=False), kept.picture, smallest_side=720)
@@ -165,7 +165,7 @@ def draw_and_keep(
             save_classes(kept.picture, images[:SHOWN], names[:SHOWN])
         else:
             save_png(kept.picture, image_grid(images[:SHOWN]), smallest_side=720)
-        kept.write_note()
+        save_samples(kept.path, images, labels_of(requests))  # last: with it all are there
         remove_parts(parts)
     return images
 
