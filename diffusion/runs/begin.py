@@ -155,10 +155,9 @@ def settle(
 def adopt(config: Config, origin: Origin, asked: Sequence[str] = ()) -> Config:
     """Returns `config` with the blocks of `origin` for the parts that it leaves open; see the module's lines."""
     theirs, config = from_plain(origin.stored["config"]), from_plain(plain(config))
-    if "teacher" in config.get("loss", {}) and config.process.name == theirs.process.name:
-        # A student begins as its teacher, and so embeds times as it does.
-        if "time_scale" in config.process and "process.time_scale" not in asked:
-            config.process.time_scale = theirs.process.time_scale
+    scaled = "time_scale" in config.process and config.process.name == theirs.process.name
+    if scaled and "teacher" in config.loss and "process.time_scale" not in asked:
+        config.process.time_scale = theirs.process.time_scale  # a student embeds times as the teacher that it begins as
     left_open = [
         block
         for part, block in PARTS.items()
