@@ -44,7 +44,7 @@ OF_KIND = {
 
 
 def test_the_table_has_every_mode():
-    assert set(ASKED) | {"train", "import", "export"} == set(MODES)
+    assert set(ASKED) | {"train", "import", "export", "compare"} == set(MODES)
 
 
 @pytest.mark.parametrize("mode", ASKED)
@@ -53,7 +53,7 @@ def test_a_mode_leaves_whole_files(kind, mode, kinds, copied, capsys):
     folder = copied(kind)
     arguments = [*ASKED[mode], *(OF_KIND[kind] if mode == "evaluate" else ())]
     if mode == "sweep" and kind in ("cifar10", "captions"):
-        arguments.append("--metrics=kid")  # the Fréchet distance of so many pixels takes minutes
+        arguments.append("--metrics=kid")  # the FID of so many pixels takes minutes
     if mode == "check":
         arguments += [*kinds[kind].flags]
     if kind == "captions" and mode in ("sample", "progressive"):  # it has no examples of its own
