@@ -1,11 +1,12 @@
 """Quality against network evaluations and against the cost of training: few-step models beside their flow teacher.
 
-    python -m benchmarks.few_step digits flow=runs/digits_flow mean_flow=runs/digits_mean_flow imitation=runs/pi_2,runs/pi_4
+    python -m benchmarks.few_step digits flow=runs/digits_flow mean_flow=runs/mean_flow progressive=runs/pd_2,runs/pd_4
     python -m benchmarks.few_step scenes flow=runs/scenes imitation=runs/scenes_imitation
 
-The first is the teacher, which is also drawn with --teacher_steps evaluations. A model that is trained for one number
-of evaluations, as a policy is, has a run for each. Digits: Fréchet distance in pixels of --num_samples samples to the
-training images. Scenes: share of prompts, in combinations that training never shows, that pictures wholly satisfy.
+The first is the teacher, which is also drawn with --teacher_steps evaluations. A distilled model is drawn with the
+numbers of evaluations that it was distilled for; where each has a run of its own, all are named. Digits: Fréchet
+distance in pixels of --num_samples samples to the training images. Scenes: share of prompts, in combinations that
+training never shows, that pictures wholly satisfy.
 Writes benchmarks/results/few_step_NAME.json, and a figure beside it.
 """
 
@@ -26,14 +27,14 @@ from diffusion.runs.run import Run
 from experiments import scenes
 
 EVALUATIONS = (1, 2, 4, 8)
-FIXED = ("imitation", "progressive")  # losses of a model for one number of evaluations
 
 Quality = Callable[[Run], float]
 
 
 def counts_of(run: Run, counts: Sequence[int]) -> list[int]:
-    """Returns the numbers of evaluations that a run is drawn with: `counts`, or the one that it was trained for."""
-    return [run.config.sampling.num_steps] if run.config.loss.name in FIXED else list(counts)
+    """Returns the numbers of evaluations that a run is drawn with: `counts`, or those that it was distilled for."""
+    trained = run.config.loss.get("num_steps", tuple(counts))
+    return list(trained) if isinstance(trained, tuple) else [trained]
 
 
 def measure(runs: Sequence[Run], counts: Sequence[int], quality: Quality) -> list[dict[str, Any]]:
