@@ -5,6 +5,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import diffusion
-from benchmarks import common, compare, processes, samplers, saving, scenes, soak, turns
+from benchmarks import common, compare, few_step, processes, samplers, saving, scenes, soak, turns
 from diffusion.data.sources import digits
 from diffusion.training.workdir import flatten
 
@@ -352,3 +353,25 @@ def test_every_kind_of_damage_is_drawn(tmp_path):
         (tmp_path / "file").write_bytes(b"\x01" * 100)
         kinds.add(soak.damage(tmp_path / "file", random.Random(seed)))
     assert kinds == {"bit flip", "truncation", "deletion", "garbage", "zeros"}
+
+
+@pytest.mark.parametrize(
+    "methods, expected", [("flow", [1, 2]), ("mean_flow", [1, 2]), ("imitation", [4]), ("progressive", [4])]
+)
+def test_distilled_models_are_drawn_with_their_own_numbers_of_steps(methods, expected):
+    run: Any = SimpleNamespace(config=diffusion.load_config(f"digits:{methods}"))
+    assert few_step.counts_of(run, (1, 2)) == expected
+
+
+def test_few_step_methods_stand_in_one_table(tmp_path):
+    teacher = {"minutes": [9.0], "rows": [{"evaluations": n, "quality": 1 / n} for n in (1, 2, 50)]}
+    student = {"minutes": [1.0, 2.5], "rows": [{"evaluations": n, "quality": 0.125} for n in (1, 2)]}
+    methods = {"flow": teacher, "progressive": student}
+    assert few_step.table(methods).splitlines() == [
+        "| method | 1 | 2 | 50 | minutes |",
+        "|---|---|---|---|---|",
+        "| flow | 1.000 | 0.500 | 0.020 | 9.0 |",
+        "| progressive | 0.125 | 0.125 |  | 1.0, 2.5 |",
+    ]
+    few_step.draw(methods, "distance", tmp_path / "few.png", log=True)
+    assert (tmp_path / "few.png").stat().st_size > 10_000
