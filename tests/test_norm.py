@@ -46,7 +46,7 @@ def test_all_of_it_equals_the_definition_in_float64(device, mean):
     layer = GroupNorm(3, activation=nn.silu)
     apply: Any = jax.jit(lambda *parts: layer.apply({"params": {"scale": scale, "bias": bias}}, *parts, **told))
     told = {"before": before, "after": after}
-    expected = exact(*rounded[:3], 3, *rounded[3:])
+    expected = exact(rounded[0], rounded[1], rounded[2], 3, rounded[3], rounded[4])
     # A sum of 256 is off by sqrt(256) roundings of what is summed, of size mean + 4, twice, times gains of up to 10.
     bound = 2 * 16 * (4 + mean) * ROUNDING * 10
     np.testing.assert_allclose(apply(x[..., :5], x[..., 5:]), expected, atol=bound)
@@ -58,7 +58,7 @@ def test_one_pass_keeps_the_variance_of_a_pixel_far_from_all_others():
     # The worst case: the pixel that differences are taken from is the only one that differs.
     x = np.zeros((1, 32, 32, 2), np.float32)
     x[0, 0, 0] = 1000.0, -3.0
-    x += np.float32([5.0, 10_000.0])
+    x += np.array([5.0, 10_000.0], np.float32)
     mean, variance = jax.jit(moments)(jnp.asarray(x))
     wide = x.astype(np.float64)
     np.testing.assert_allclose(mean, wide.mean((1, 2)), rtol=4 * ROUNDING)
@@ -78,7 +78,8 @@ def test_derivatives_are_the_same_whatever_the_device(monkeypatch):
 
         def loss(params, x, skip, embedding):
             rngs = {"dropout": jax.random.key(1)}
-            return jnp.sum(jnp.sin(block.apply(params, (x, skip), embedding, True, rngs=rngs)))
+            y: Any = block.apply(params, (x, skip), embedding, True, rngs=rngs)
+            return jnp.sum(jnp.sin(y))
 
         def slope(*primals, loss=loss):
             return jax.jvp(loss, primals, jax.tree.map(jnp.ones_like, primals))[1]

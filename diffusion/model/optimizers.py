@@ -39,10 +39,10 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
 def clip(largest: float) -> optax.GradientTransformation:
     """Returns optax's `clip_by_global_norm`, by the norm that a train step computes for its report already."""
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        norm, _ = gradient_norms(grads)
-        return jax.tree.map(lambda g: jnp.where(norm < largest, g, g / norm.astype(g.dtype) * largest), grads), state
+        norm, _ = gradient_norms(updates)
+        return jax.tree.map(lambda g: jnp.where(norm < largest, g, g / norm.astype(g.dtype) * largest), updates), state
 
     return optax.GradientTransformation(optax.clip_by_global_norm(largest).init, update)
 

@@ -4,7 +4,7 @@ Parameters are float32 whatever the compute `dtype` is, and so are normalisation
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import flax.linen as nn
@@ -105,7 +105,8 @@ class Conv(nn.Module):
         shape = (self.size, self.size, sum(x.shape[-1] for x in parts), self.channels)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32).astype(self.dtype)
         kernels = jnp.split(kernel, np.cumsum([x.shape[-1] for x in parts])[:-1], axis=2)
-        y = sum(self._convolve(x.astype(self.dtype), kernel) for x, kernel in zip(parts, kernels, strict=True))
+        products = (self._convolve(x.astype(self.dtype), kernel) for x, kernel in zip(parts, kernels, strict=True))
+        y = reduce(jnp.add, products)
         if not self.use_bias:
             return y
         return y + self.param("bias", zeros_init, (self.channels,), jnp.float32).astype(self.dtype)
@@ -279,7 +280,7 @@ class ResidualBlock(nn.Module):
         parts = x if isinstance(x, tuple) else (x,)
         resample = self.resample or (lambda x: x)
         norm = partial(GroupNorm, self.num_groups, self.norm_eps, self.dtype, nn.silu)
-        shortcut = tuple(map(resample, parts))
+        shortcut: Any = tuple(map(resample, parts))
         if len(parts) > 1 or parts[0].shape[-1] != self.channels:
             # Before the norm, so that in the backward pass its product is added to the norm's gradient, not before it.
             shortcut = (Conv(self.channels, size=1, dtype=self.dtype, name="shortcut")(*shortcut),)
