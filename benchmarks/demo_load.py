@@ -90,7 +90,7 @@ def main() -> None:
     results = {
         "question": "requests per second of the prompt page, asked at once and one by one",
         "requests": arguments.requests,
-        "rounds": arguments.rounds,
+        "num_rounds": arguments.rounds,
         "largest batch": arguments.batch,
         "model": {
             "experiment": "digits",

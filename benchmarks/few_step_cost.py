@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/few_step_cost.json"))
     asked = parser.parse_args()
     found = {case: measure(case, asked.losses, asked.rounds, asked.steps) for case in asked.only}
-    print(write_results(asked.out, {"rounds": asked.rounds, "steps_per_round": asked.steps, "cases": found}))
+    print(write_results(asked.out, {"num_rounds": asked.rounds, "steps_per_round": asked.steps, "cases": found}))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def test_fields_are_overridden_with_their_own_type(tmp_path):
 def test_the_fields_of_a_choice_are_those_of_its_name(tmp_path):
     config = parse(tmp_path, "--config.sampling.sampler.order=3", "--sampler=unipc", "--config.process=flow").config
     assert config.sampling.sampler.to_dict() == {"name": "unipc", "order": 3}
-    assert config.process.to_dict() == {"name": "flow", "times": "uniform"}
+    assert config.process.to_dict() == {"name": "flow", "times": "uniform", "shift": 1.0, "time_scale": 1000.0}
     with pytest.raises(RunError, match=r"eta is not a field of sampling\.sampler\.name=unipc: it has order"):
         parse(tmp_path, "--config.sampling.sampler.eta=0.5", "--sampler=unipc")
     assert parse(tmp_path, "--config.training.num_steps=1e3").config.training.num_steps == 1000

@@ -280,10 +280,10 @@ class ResidualBlock(nn.Module):
         parts = x if isinstance(x, tuple) else (x,)
         resample = self.resample or (lambda x: x)
         norm = partial(GroupNorm, self.num_groups, self.norm_eps, self.dtype, nn.silu)
-        shortcut: Any = tuple(map(resample, parts))
-        if len(parts) > 1 or parts[0].shape[-1] != self.channels:
+        shortcut = resample(parts[0])
+        if len(parts) > 1 or shortcut.shape[-1] != self.channels:
             # Before the norm, so that in the backward pass its product is added to the norm's gradient, not before it.
-            shortcut = (Conv(self.channels, size=1, dtype=self.dtype, name="shortcut")(*shortcut),)
+            shortcut = Conv(self.channels, size=1, dtype=self.dtype, name="shortcut")(*map(resample, parts))
         h = resample(norm(name="norm_1")(*parts))
         h = Conv(self.channels, dtype=self.dtype, name="conv_1")(h)
         told: dict[str, Any] = {}
@@ -295,7 +295,7 @@ class ResidualBlock(nn.Module):
             told["dropped"] = Dropout(self.dropout)(h.shape)
         h = norm(name="norm_2")(h, **told)
         h = Conv(self.channels, dtype=self.dtype, kernel_init=zeros_init, name="conv_2")(h)
-        return shortcut[0] + h
+        return shortcut + h
 
 
 class Attention(nn.Module):

@@ -73,7 +73,8 @@ def tensorboard(workdir: Path, start_step: int | None) -> Writer:
     """
     folder = workdir / "tensorboard"
     folder.mkdir(parents=True, exist_ok=True)
-    board = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
+    # Files are named by the second: two that a process begins in one would be the same file.
+    board = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}.{time.monotonic_ns()}")
 
     def write(step: int, **what: Any) -> None:
         board.write_event(Event(wall_time=time.time(), step=step, **what))
