@@ -221,9 +221,7 @@ def test_training_lowers_the_loss_and_reports(trained):
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"] and lines[-1]["psnr"] > lines[0]["psnr"] + 1
     report = {one["name"]: one for one in json.loads((trained / "report.json").read_text())["measurements"]}
     assert report["PSNR in dB"]["num_samples"] == 24 and report["PSNR in dB"]["value"]["mean"] > 10
-    assert {"FID of reconstructions", "latents' mean", "KL to the unit normal in nats per image"} < {
-        *report
-    }
+    assert {"FID of reconstructions", "latents' mean", "KL to the unit normal in nats per image"} < {*report}
     with Image.open(trained / "reconstructions.png") as picture:
         assert picture.size[0] > picture.size[1]  # 8 columns, and 2 rows above 2
     assert (trained / "curves.png").exists()

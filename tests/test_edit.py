@@ -77,7 +77,7 @@ def test_img2img_shows_every_strength_of_an_image_in_its_row(call):
     arrays, picture = call("img2img", "--num_samples=3", "--strength=0.02,1.0", "--seed=1")
     rows, image = arrays["arr_0"].reshape(3, 2, 8, 8, 1), arrays["image"]
     np.testing.assert_array_equal(near(rows, image[:, None]), [[True, False]] * 3)
-    # 3 images a row, each enlarged to 64 pixels, with lines of 4 between and one of 12 after the first; above are heads.
+    # 3 images a row, each enlarged to 64 pixels, lines of 4 between and one of 12 after the first; above are heads.
     picture = picture[6:-6, 6:-6]  # without its margin
     assert picture.shape[0] > 3 * 64 + 2 * 4 and picture.shape[1:] == (3 * 64 + 4 + 12, 3)
     heads, picture = picture[: -(3 * 64 + 2 * 4)], picture[-(3 * 64 + 2 * 4) :, :, 0]

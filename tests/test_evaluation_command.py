@@ -83,9 +83,7 @@ def test_clip_judges_samples_by_features_and_by_prompts(clip_folder, tmp_path, m
     cosine = np.sum(np.asarray(image) * np.asarray(caption), axis=1)
     assert found["CLIP score"] == pytest.approx(100 * np.maximum(cosine, 0).mean(), rel=1e-4)
     own, other = (metrics.statistics(load_encoder(clip_folder).image(x).astype(np.float64)) for x in images)
-    assert found["FID"] == pytest.approx(
-        metrics.frechet_distance(own.mean, own.cov, other.mean, other.cov), rel=1e-6
-    )
+    assert found["FID"] == pytest.approx(metrics.frechet_distance(own.mean, own.cov, other.mean, other.cov), rel=1e-6)
 
 
 def test_line_n_of_the_prompts_is_that_of_picture_n(clip_folder, tmp_path, capsys, monkeypatch):
