@@ -11,6 +11,7 @@ import copy
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -194,7 +195,7 @@ def test_what_format_2_did_not_store_is_as_it_was():
 
 @pytest.mark.quick
 def test_what_format_3_trained_is_the_denoising_loss():
-    stored = formats.current(copy.deepcopy(STORED["digits:flow"])) | {"format": 3}
+    stored: dict[str, Any] = formats.current(copy.deepcopy(STORED["digits:flow"])) | {"format": 3}
     stored["config"]["loss"].pop("name")
     now = formats.current(stored)
     assert now["config"]["loss"]["name"] == "denoising" and now["config"]["loss"]["prediction"] == "velocity"

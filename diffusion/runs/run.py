@@ -314,8 +314,8 @@ def load(
             raise RunError(f"{workdir} is a published model, without averages: leave --ema_length out")
         params = published.load_params(workdir, stored, config, model, mesh)
         own = published.digest_of(stored)
-        step, average = stored.get("step", 0), stored.get("average")  # which artefacts of ours have
-        return Run(stored["experiment"], workdir, config, mesh, model, params, step, average, {}, own, stored)
+        at, average = stored.get("step", 0), stored.get("average")  # which artefacts of ours have
+        return Run(stored["experiment"], workdir, config, mesh, model, params, at, average, {}, own, stored)
     settings = make_settings(config)
     learner = make_learner(config, model)
     abstract = training.abstract_train_state(learner, settings, mesh, abstract_batch(config, model))
