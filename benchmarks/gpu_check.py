@@ -1,0 +1,125 @@
+"""Is what a GPU computes right? Fused attention beside XLA's, values and gradients, in bfloat16; networks beside a CPU's.
+
+    python -m benchmarks.gpu_check --json OUT.json
+
+Errors are |a - b| / |b|, b from float32 products at the highest precision. Needs a GPU; `benchmarks/on_gpu.sh` runs it
+with what else is to be known there.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.common import make_parser, write_results
+from diffusion.networks import attention
+from diffusion.networks.mmdit import MMDiT
+from diffusion.networks.unet import UNet
+
+# (batch, tokens of query, tokens of key, heads, width of a head, causal)
+SHAPES = [
+    (8, 256, 256, 4, 64, False),
+    (2, 4429, 4429, 24, 64, False),
+    (4, 77, 77, 12, 64, True),
+    (4, 512, 512, 24, 128, False),
+    (8, 256, 256, 1, 256, False),
+]
+LARGEST = 1e-2  # of an error in bfloat16
+
+
+def relative(found: Any, expected: Any) -> float:
+    """Returns |found - expected| / |expected|."""
+    found, expected = (np.asarray(x, np.float64) for x in (found, expected))
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def attention_errors(shape: tuple[int, int, int, int, int, bool]) -> dict[str, Any]:
+    """Returns the errors of `attention` in bfloat16, its gradients and its forward mode, and whether it is fused."""
+    batch, queries, keys, heads, width, causal = shape
+    draws = jax.random.split(jax.random.key(0), 5)
+    sizes = [(batch, n, heads, width) for n in (queries, keys, keys, queries, queries)]
+    query, key, value, cotangent, tangent = (
+        jax.random.normal(k, size).astype(jnp.bfloat16) for k, size in zip(draws, sizes, strict=True)
+    )
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention.attention(q, k, v, is_causal=causal)
+
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="xla")
+
+    def both(function: Any, *heads: jax.Array) -> Any:
+        output, pull = jax.vjp(function, *heads)
+        return output, *pull(cotangent.astype(output.dtype))
+
+    exact = [x.astype(jnp.float32) for x in (query, key, value)]
+    found = jax.jit(lambda *h: both(attend, *h))(query, key, value)
+    expected = jax.jit(lambda *h: both(plain, *h))(*exact)
+    push = jax.jit(lambda q, t: jax.jvp(lambda q: attend(q, key, value), (q,), (t,)))(query, tangent)[1]
+    pushed = jax.jit(lambda q, t: jax.jvp(lambda q: plain(q, *exact[1:]), (q,), (t,)))(
+        exact[0], tangent.astype(jnp.float32)
+    )[1]
+    text = jax.jit(attend).lower(query, key, value).compile().as_text() or ""
+    names = ("output", "query", "key", "value")
+    errors = {name: relative(a, b) for name, a, b in zip(names, found, expected, strict=True)}
+    return {"shape": shape, "fused": "fmha" in text, **errors, "forward mode": relative(push, pushed)}
+
+
+def network_errors() -> dict[str, float]:
+    """Returns the errors of small networks and of their gradients on this device, in float32, beside the CPU's."""
+    x, time = np.random.RandomState(0).randn(4, 16, 16, 4).astype(np.float32), np.linspace(0, 1, 4, dtype=np.float32)
+    context, pooled = (np.random.RandomState(1).randn(*size).astype(np.float32) for size in ((4, 7, 32), (4, 24)))
+    cases: dict[str, Any] = {
+        "unet": (UNet(channels=32, multipliers=(1, 2), attention_resolutions=(8,), num_groups=8, dropout=0.0), {}),
+        "mmdit": (
+            MMDiT(width=64, depth=2, num_heads=2, context_width=32, pooled_width=24, out_channels=4),
+            {"context": context, "pooled": pooled},
+        ),
+    }
+    found = {}
+    for name, (network, told) in cases.items():
+        with jax.default_device(jax.devices("cpu")[0]):
+            params = jax.jit(lambda key, n=network, t=told: n.init(key, x, time, **t))(jax.random.key(0))
+            draws = np.random.RandomState(2)
+            params = jax.tree.map(
+                lambda p, d=draws: np.asarray(p) + 0.05 * d.randn(*p.shape).astype(np.float32), params
+            )
+
+        def gradient(params: Any, network: Any = network, told: Any = told) -> Any:
+            with jax.default_matmul_precision("highest"):
+                return jax.value_and_grad(lambda p: jnp.square(network.apply(p, x, time, **told)).mean())(params)
+
+        results = []
+        for device in (jax.devices()[0], jax.devices("cpu")[0]):
+            with jax.default_device(device):
+                loss, grads = jax.jit(gradient)(params)
+                results.append((np.asarray(loss), np.concatenate([np.ravel(g) for g in jax.tree.leaves(grads)])))
+        found |= {f"{name}, loss": relative(results[0][0], results[1][0])}
+        found |= {f"{name}, gradient": relative(results[0][1], results[1][1])}
+    return found
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        parser.error(f"this checks a GPU, and JAX has {jax.default_backend()}")
+    rows = [attention_errors(shape) for shape in SHAPES]
+    networks = network_errors()
+    print(write_results(arguments.json, {"attention": rows, "networks": networks}))
+    wrong = [
+        (row["shape"], name)
+        for row in rows
+        for name, error in row.items()
+        if name not in ("shape", "fused") and not error < LARGEST
+    ]
+    if wrong or not all(error < LARGEST for error in networks.values()):
+        raise SystemExit(f"error: further off than {LARGEST:g}: {wrong or networks}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# What is to be known of a GPU, within ten minutes: are its numbers right, and how fast is the exact U-Net beside
+# compiled PyTorch? Results go to the folder that is named, benchmarks/results by default.
+#
+#     benchmarks/on_gpu.sh [FOLDER]        PYTHON=... names the interpreter, PEER=... one with torch and diffusers
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out=${1:-benchmarks/results}
+python=${PYTHON:-python3}
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.45} # the peer needs the rest
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
+code=0
+timeout 180 "$python" -m benchmarks.gpu_check --json "$out/gpu_check.json" || code=$?
+timeout 400 "$python" -m benchmarks.unet --batch "${BATCH:-512}" --dtype bfloat16 --rounds 5 --count 8 \
+  --peer_python "${PEER:-$python}" --peer_modes compiled --json "$out/unet_gpu.json" || code=$?
+exit $code
