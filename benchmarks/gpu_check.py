@@ -1,4 +1,4 @@
-"""Is what a GPU computes right? Fused attention beside XLA's, values and gradients, in bfloat16; networks beside a CPU's.
+"""Is what a GPU computes right? Fused attention beside XLA's, values and gradients; small networks beside a CPU's.
 
     python -m benchmarks.gpu_check --json OUT.json
 

@@ -11,7 +11,6 @@ from optax.contrib import muon as optax_muon
 
 from diffusion.model.choices import pick
 from diffusion.model.config import Config
-from diffusion.training.step import gradient_norms
 
 LAYERS = ("block", "attention")  # in the names of modules between a network's first and last layer
 SHARED = ("learning_rate", "schedule", "warmup_steps", "cooldown_steps", "clip_norm")  # fields of every optimizer
@@ -33,18 +32,7 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
     learning_rate = make_learning_rate(config)
     own = {name: value for name, value in settings.items() if name not in SHARED}
     update = pick(OPTIMIZERS, own, "optimizer")(learning_rate)
-    return optax.chain(clip(settings.clip_norm), update), learning_rate
-
-
-def clip(largest: float) -> optax.GradientTransformation:
-    """Returns optax's `clip_by_global_norm`, by the norm that a train step computes for its report already."""
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        norm, _ = gradient_norms(updates)
-        return jax.tree.map(lambda g: jnp.where(norm < largest, g, g / norm.astype(g.dtype) * largest), updates), state
-
-    return optax.GradientTransformation(optax.clip_by_global_norm(largest).init, update)
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update), learning_rate
 
 
 def make_learning_rate(config: Config) -> optax.Schedule:

@@ -4,7 +4,7 @@ Parameters are float32 whatever the compute `dtype` is, and so are normalisation
 """
 
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from diffusion.networks.attention import attention
 
@@ -100,34 +100,24 @@ class Conv(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, *parts: Float[Array, "B H W _"]) -> Float[Array, "B h w out"]:
-        """Returns the convolution plus the bias, computed in `dtype`, of x, or of parts that are its channels."""
-        shape = (self.size, self.size, sum(x.shape[-1] for x in parts), self.channels)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32).astype(self.dtype)
-        kernels = jnp.split(kernel, np.cumsum([x.shape[-1] for x in parts])[:-1], axis=2)
-        products = (self._convolve(x.astype(self.dtype), kernel) for x, kernel in zip(parts, kernels, strict=True))
-        y = reduce(jnp.add, products)
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w out"]:
+        """Returns the convolution plus the bias, computed in `dtype`."""
+        kernel = self.param("kernel", self.kernel_init, (self.size, self.size, x.shape[-1], self.channels), jnp.float32)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if self.size == self.stride == 1:
+            # The same as a matrix product, whose gradient by the kernel XLA computes several times faster on CPUs.
+            y = merged_dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
+        else:
+            strides = (self.stride, self.stride)
+            padding = "SAME" if self.padding is None else ((self.padding, self.padding),) * 2
+            y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
         if not self.use_bias:
             return y
         return y + self.param("bias", zeros_init, (self.channels,), jnp.float32).astype(self.dtype)
 
-    def _convolve(self, x: Float[Array, "B H W C"], kernel: Float[Array, "s s C out"]) -> Float[Array, "B h w out"]:
-        if self.size == self.stride == 1:
-            # The same as a matrix product, whose gradient by the kernel XLA computes several times faster on CPUs.
-            return merged_dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
-        strides = (self.stride, self.stride)
-        padding = "SAME" if self.padding is None else ((self.padding, self.padding),) * 2
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
 
 class GroupNorm(nn.Module):
     """Normalises groups of channels of [B, ..., C] with statistics in float32; the output is in `dtype`.
-
-    Reads x once for the statistics and once for the result. On accelerators the backward pass keeps x and two numbers
-    for each channel of each example, and computes all else again, which is less work than to read it from memory.
-
-    Attributes:
-      activation: of what is normalised, in float32.
 
     Source: Wu & He 2018.
     """
@@ -135,118 +125,27 @@ class GroupNorm(nn.Module):
     num_groups: int
     epsilon: float = 1e-6
     dtype: Any = jnp.float32
-    activation: Callable[[Array], Array] | None = None
 
     @nn.compact
-    def __call__(
-        self,
-        *parts: Float[Array, "B *space _"],
-        before: Float[Array, "B C"] | None = None,
-        after: tuple[Float[Array, "B C"], Float[Array, "B C"]] | None = None,
-        dropped: tuple[Bool[Array, "B *space C"], float] | None = None,
-    ) -> Float[Array, "B *space C"]:
-        """Returns activation(normalised (x + before) (1 + scale) + shift), with zeros where `dropped` says.
-
-        Args:
-          *parts: of x, which are its channels one after the other; they are not joined in memory.
-          before: is added to x.
-          after: scale and shift.
-          dropped: which features are kept, and what they are divided by; see `Dropout`.
-
-        Raises:
-          ValueError: the groups do not divide the channels.
-        """
-        channels = sum(x.shape[-1] for x in parts)
+    def __call__(self, x: Float[Array, "B *space C"]) -> Float[Array, "B *space C"]:
+        """Returns x normalised; raises ValueError when the groups do not divide the channels."""
+        channels = x.shape[-1]
         if channels % self.num_groups:
             raise ValueError(f"{self.num_groups} groups do not divide {channels} channels: choose another num_groups")
         scale = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
         bias = self.param("bias", zeros_init, (channels,), jnp.float32)
-        # Per channel first, then per group, which reads x in the order of memory.
-        mean_c, variance_c = (jnp.concatenate(of, axis=-1) for of in zip(*map(moments, parts), strict=True))
-        before = jnp.zeros(()) if before is None else before.astype(jnp.float32)
-        mean_c = mean_c + before
-        groups = (len(mean_c), self.num_groups, channels // self.num_groups)
-        mean, variance = moments_of_groups(mean_c.reshape(groups), variance_c.reshape(groups))
-        gain = (jax.lax.rsqrt(variance + self.epsilon) * scale.reshape(groups[1:])).reshape(mean_c.shape)
-        shift = bias + (before - jnp.broadcast_to(mean, groups).reshape(mean_c.shape)) * gain
-        if after is not None:
-            more = 1 + after[0].astype(jnp.float32)
-            gain, shift = gain * more, shift * more + after[1].astype(jnp.float32)
-        ends = np.cumsum([x.shape[-1] for x in parts])[:-1]
-        affine = [jnp.split(y, ends, axis=-1) for y in (gain, shift)]
-
-        def finish(parts: Any, affine: Any, dropped: Any) -> Array:
-            pieces = []
-            for x, gain, shift in zip(parts, *affine, strict=True):
-                gain, shift = (jnp.expand_dims(y, range(1, x.ndim - 1)) for y in (gain, shift))
-                y = x.astype(jnp.float32) * gain + shift
-                pieces.append(y if self.activation is None else self.activation(y))
-            y = jnp.concatenate(pieces, axis=-1)
-            return (y if dropped is None else jnp.where(dropped[0], y / dropped[1], 0)).astype(self.dtype)
-
-        if is_for_cpu():
-            return finish(parts, affine, dropped)
-        return jax.checkpoint(partial(apart, finish))(parts, affine, dropped)
-
-
-def is_for_cpu() -> bool:
-    """Returns whether what is traced will run on a CPU: by the mesh where one is known, else as JAX does."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return (device.platform if device is not None else jax.default_backend()) == "cpu"
-
-
-def moments(x: Float[Array, "B *space C"]) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
-    """Returns means and variances over space, float32, of one pass over x.
-
-    E[d^2] - E[d]^2 of differences d from one of the pixels: that of x itself would lose the variance of channels whose
-    mean is large. One of n pixels is at most sqrt(n) standard deviations off their mean, so at least 1 / n of E[d^2] is
-    left, and mostly about half.
-    """
-    space = tuple(range(1, x.ndim - 1))
-    pixel = jax.lax.stop_gradient(x[(slice(None), *(slice(1) for _ in space))]).astype(jnp.float32)
-    d = x.astype(jnp.float32) - pixel
-    mean, square = jnp.mean(d, axis=space), jnp.mean(jnp.square(d), axis=space)
-    return pixel.reshape(mean.shape) + mean, square - jnp.square(mean)
-
-
-def moments_of_groups(
-    mean_c: Float[Array, "B groups C"], variance_c: Float[Array, "B groups C"]
-) -> tuple[Float[Array, "B groups 1"], Float[Array, "B groups 1"]]:
-    """Returns means and variances of groups of channels by those of each channel, as `moments`: from the first one."""
-    first = jax.lax.stop_gradient(mean_c[..., :1])
-    d = mean_c - first
-    mean = jnp.mean(d, axis=-1, keepdims=True)
-    return first + mean, jnp.mean(variance_c + jnp.square(d), axis=-1, keepdims=True) - jnp.square(mean)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def apart(function: Callable[..., Array], x: Any, affine: Any, fixed: Any) -> Array:
-    """Returns function(x, affine, fixed), whose derivatives by x and by `affine` share no results.
-
-    The gradient by `affine` is a sum, and that by x waits for it. What both share would be written to memory, in
-    float32, where computing it twice is cheaper.
-    """
-    return function(x, affine, fixed)
-
-
-@apart.defjvp
-def _apart_jvp(function: Callable[..., Array], primals: Any, tangents: Any) -> tuple[Array, Array]:
-    x, affine, fixed = primals
-    out, by_x = jax.jvp(lambda x: function(x, affine, fixed), (x,), tangents[:1])
-    again = jax.lax.optimization_barrier(x)
-    return out, by_x + jax.jvp(lambda affine: function(again, affine, fixed), (affine,), tangents[1:2])[1]
-
-
-class Dropout(nn.Module):
-    """Draws from the key "dropout" which features are kept, all of `shape` with the share 1 - rate, and that share."""
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, shape: tuple[int, ...]) -> tuple[Array, float]:
-        """Returns bool[shape] and what to divide by."""
-        kept = 1.0 - self.rate
-        return jax.random.bernoulli(self.make_rng("dropout"), kept, shape), kept
+        x = x.astype(jnp.float32)
+        space = tuple(range(1, x.ndim - 1))
+        # Per channel first, then per group, which reads x in the order of memory. The mean is subtracted before
+        # squaring: E[x^2] - E[x]^2 would lose the variance of channels whose mean is large.
+        mean_c = jnp.mean(x, axis=space, keepdims=True)
+        variance_c = jnp.mean(jnp.square(x - mean_c), axis=space, keepdims=True)
+        groups = (*mean_c.shape[:-1], self.num_groups, channels // self.num_groups)
+        mean = jnp.mean(mean_c.reshape(groups), axis=-1, keepdims=True)
+        variance = jnp.mean(variance_c.reshape(groups) + jnp.square(mean_c.reshape(groups) - mean), -1, keepdims=True)
+        gain = jax.lax.rsqrt(variance + self.epsilon) * scale.reshape(groups[-2:])
+        shift = bias.reshape(groups[-2:]) - mean * gain
+        return (x * gain.reshape(mean_c.shape) + shift.reshape(mean_c.shape)).astype(self.dtype)
 
 
 class ResidualBlock(nn.Module):
@@ -268,34 +167,29 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "B H W _"] | tuple[Float[Array, "B H W _"], ...],
-        embedding: Float[Array, "B E"] | None = None,
-        train: bool = False,
+        self, x: Float[Array, "B H W C"], embedding: Float[Array, "B E"] | None = None, train: bool = False
     ) -> Float[Array, "B h w out"]:
-        """Returns the block of x, or of parts of it that are joined along their channels.
-
-        `embedding` is SiLU(time and class embedding), or None; with `train` dropout draws from the key "dropout".
-        """
-        parts = x if isinstance(x, tuple) else (x,)
-        resample = self.resample or (lambda x: x)
-        norm = partial(GroupNorm, self.num_groups, self.norm_eps, self.dtype, nn.silu)
-        shortcut = resample(parts[0])
-        if len(parts) > 1 or shortcut.shape[-1] != self.channels:
-            # Before the norm, so that in the backward pass its product is added to the norm's gradient, not before it.
-            shortcut = Conv(self.channels, size=1, dtype=self.dtype, name="shortcut")(*map(resample, parts))
-        h = resample(norm(name="norm_1")(*parts))
+        """`embedding` is SiLU(time and class embedding), or None; with `train` dropout draws from the key "dropout"."""
+        h = nn.silu(GroupNorm(self.num_groups, self.norm_eps, self.dtype, name="norm_1")(x))
+        if self.resample is not None:
+            x, h = self.resample(x), self.resample(h)
         h = Conv(self.channels, dtype=self.dtype, name="conv_1")(h)
-        told: dict[str, Any] = {}
-        if embedding is not None:
+        norm_2 = GroupNorm(self.num_groups, self.norm_eps, self.dtype, name="norm_2")
+        if embedding is None:
+            h = norm_2(h)
+        else:
             width = 2 * self.channels if self.scale_shift else self.channels
-            shift = Dense(width, dtype=self.dtype, name="embedding")(embedding)
-            told = {"after": tuple(jnp.split(shift, 2, axis=-1))} if self.scale_shift else {"before": shift}
-        if train and self.dropout:
-            told["dropped"] = Dropout(self.dropout)(h.shape)
-        h = norm(name="norm_2")(h, **told)
+            shift = Dense(width, dtype=self.dtype, name="embedding")(embedding)[:, None, None]
+            if self.scale_shift:
+                scale, shift = jnp.split(shift, 2, axis=-1)
+                h = norm_2(h) * (1 + scale) + shift
+            else:
+                h = norm_2(h + shift)
+        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
         h = Conv(self.channels, dtype=self.dtype, kernel_init=zeros_init, name="conv_2")(h)
-        return shortcut + h
+        if x.shape[-1] != self.channels:
+            x = Conv(self.channels, size=1, dtype=self.dtype, name="shortcut")(x)
+        return x + h
 
 
 class Attention(nn.Module):

@@ -190,7 +190,7 @@ class UNet(nn.Module):
 
         for level in reversed(range(num_levels)):
             for i in range(self.num_blocks + 1):
-                h = block((h, skips.pop()), level, f"up_{level}_block_{i}")
+                h = block(jnp.concatenate([h, skips.pop()], axis=-1), level, f"up_{level}_block_{i}")
                 if h.shape[1] in up:
                     h = attend(h, level, f"up_{level}_attention_{i}")
             if level > 0:
@@ -200,7 +200,7 @@ class UNet(nn.Module):
                 else:
                     h = Conv(h.shape[-1], dtype=self.dtype, name=name)(upsample(h))
 
-        h = GroupNorm(self.num_groups, self.norm_eps, activation=nn.silu, name="norm_out")(h)
+        h = nn.silu(GroupNorm(self.num_groups, self.norm_eps, name="norm_out")(h))
         return Conv(self.out_channels or x_t.shape[-1], kernel_init=zeros_init, name="conv_out")(h)
 
     def level_widths(self) -> list[int]:

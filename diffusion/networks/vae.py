@@ -208,5 +208,5 @@ def _middle(network: Encoder | Decoder, h: Float[Array, "B h w C"]) -> Float[Arr
 
 def _out(network: Encoder | Decoder, h: Float[Array, "B h w C"]) -> Float[Array, "B h w out"]:
     """Returns the last layer's output; in float32, and not zero at the start: an encoder of zeros has no gradient."""
-    h = GroupNorm(network.groups, activation=nn.silu, name="norm_out")(h)
+    h = nn.silu(GroupNorm(network.groups, name="norm_out")(h))
     return Conv(network.out_channels, kernel_init=ddpm_init, name="conv_out")(h)

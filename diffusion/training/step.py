@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from diffusion.averages import power_exponent, power_rate
 from diffusion.training.experiment import Batch, Experiment, Mean, Params, TrainState, averaged, run_key, trained
@@ -39,22 +38,6 @@ def parameter_groups(params: Params) -> dict[str, list[Any]]:
         names = [name for name in jax.tree_util.keystr(keys, simple=True, separator="/").split("/") if name != "params"]
         groups.setdefault(names[0] if names else "params", []).append(leaf)
     return groups
-
-
-def gradient_norms(grads: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the norm of a whole gradient, and that of each group of parameters.
-
-    One sum of each kernel's squares along all axes but the last, and one of all that is left: a sum for each of
-    hundreds of biases alone takes an accelerator longer to start than to run.
-    """
-
-    def rest(x: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.square(x), axis=tuple(range(x.ndim - 1))).ravel()
-
-    groups = {name: jnp.concatenate([*map(rest, leaves)]) for name, leaves in parameter_groups(grads).items()}
-    groups = jax.lax.optimization_barrier(groups)  # else XLA takes the joined vectors apart again
-    squares = jnp.stack([jnp.sum(group) for group in groups.values()])
-    return jnp.sqrt(jnp.sum(squares)), dict(zip(groups, jnp.sqrt(squares), strict=True))
 
 
 def ema_decay_at(step: int | jax.Array, decay: float) -> jax.Array:
@@ -136,14 +119,13 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Report]:
         key = run_key(seed, "train", state.step)
         (loss, metrics), grads = accumulated_gradient(state.params, batch, key)
-        # As the parameters lie in memory; else XLA turns them, their averages and moments to how convolutions lie.
-        grads = jax.tree.map(lambda g: with_layout_constraint(g, Layout(tuple(range(g.ndim)))), grads)
-        grad_norm, group_norms = gradient_norms(grads)
+        grad_norm = optax.global_norm(grads)
         before = state.metrics["loss"]
         usual_loss = before.total / before.count
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
         if spike_factor:
             bad |= loss > spike_factor * usual_loss  # false where usual_loss is nan, the mean of nothing
+        group_norms = {name: optax.global_norm(leaves) for name, leaves in parameter_groups(grads).items()}
         report = Report(bad, loss, grad_norm, usual_loss, group_norms, metrics)
         learned = trained(state.params, experiment.frozen)
         updates, opt_state = experiment.optimizer.update(grads, state.opt_state, learned)
