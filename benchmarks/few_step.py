@@ -100,7 +100,7 @@ def draw(methods: Mapping[str, Mapping[str, Any]], label: str, path: Path, log: 
     by_count.set_xlabel("network evaluations per image")
     by_count.set_ylabel(label)
     by_count.legend(frameon=False)
-    by_cost.set_xlim(left=0)
+    by_cost.set_xlim(0, 1.08 * max(sum(method["minutes"]) for method in methods.values()))
     by_cost.set_xlabel("minutes of training, beside the teacher's (numbers: evaluations)")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)
