@@ -15,18 +15,7 @@ def get_config(methods: str = "") -> ConfigDict:
     config = _base.captioned_config(image_size=64, batch_size=256, num_samples=5000)
     config.condition.update(width=384, length=32, size=8192)
     config.network.update(width=384, depth=12, num_heads=6, patch=4, table_size=32, base_size=32, dtype="bfloat16")
-    config.optimizer = ConfigDict(
-        dict(
-            name="muon",
-            learning_rate=3e-4,
-            warmup_steps=1000,
-            cooldown_steps=20_000,
-            clip_norm=1.0,
-            b1=0.9,
-            b2=0.99,
-            muon_rate=3.0,
-        )
-    )
+    _base.muon(config, learning_rate=3e-4, warmup_steps=1000, cooldown_steps=20_000)
     config.training.update(
         num_steps=200_000,
         ema_decay=0.9999,

@@ -43,18 +43,7 @@ def get_config(methods: str = "") -> ConfigDict:
     config.loss.prediction = "v"
     config.network.update(width=128, depth=6, num_heads=4, patch=1)
     config.condition.update(width=128)
-    config.optimizer = ConfigDict(
-        dict(
-            name="muon",
-            learning_rate=1e-3,
-            warmup_steps=100,
-            cooldown_steps=3500,
-            clip_norm=1.0,
-            b1=0.9,
-            b2=0.99,
-            muon_rate=3.0,
-        )
-    )
+    _base.muon(config, learning_rate=1e-3, warmup_steps=100, cooldown_steps=3500)
     config.training.update(
         num_steps=14_000,
         ema_decay=0.999,
