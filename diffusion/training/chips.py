@@ -50,45 +50,17 @@ class Chip(NamedTuple):
 
 
 LAUNCH = 2e-6
-CHIPS = {
+HOPPER = (9, 132, 128, 233_472, 52_428_800, 1.98)
+AMPERE = (8, 108, 64, 167_936, 41_943_040, 1.41)
+CHIPS = {  # kind, platform, bf16, f32, memory, bandwidth, links, network, launch, per_host, and gpu or sides
     "h100": Chip(
-        "NVIDIA H100 SXM 80GB",
-        "cuda",
-        bf16=989e12,
-        f32=495e12,
-        memory=84_942_979_072,
-        bandwidth=3.35232e12,
-        links=450e9,
-        network=50e9,
-        launch=LAUNCH,
-        per_host=8,
-        gpu=(9, 132, 128, 233_472, 52_428_800, 1.98),
+        "NVIDIA H100 SXM 80GB", "cuda", 989e12, 495e12, 84_942_979_072, 3.35232e12, 450e9, 50e9, LAUNCH, 8, HOPPER
     ),
     "h200": Chip(
-        "NVIDIA H200 SXM 141GB",
-        "cuda",
-        bf16=989e12,
-        f32=495e12,
-        memory=151_397_597_184,
-        bandwidth=4.8e12,
-        links=450e9,
-        network=50e9,
-        launch=LAUNCH,
-        per_host=8,
-        gpu=(9, 132, 128, 233_472, 52_428_800, 1.98),
+        "NVIDIA H200 SXM 141GB", "cuda", 989e12, 495e12, 151_397_597_184, 4.8e12, 450e9, 50e9, LAUNCH, 8, HOPPER
     ),
     "a100": Chip(
-        "NVIDIA A100 SXM 80GB",
-        "cuda",
-        bf16=312e12,
-        f32=156e12,
-        memory=85_100_068_864,
-        bandwidth=2.03904e12,
-        links=300e9,
-        network=25e9,
-        launch=LAUNCH,
-        per_host=8,
-        gpu=(8, 108, 64, 167_936, 41_943_040, 1.41),
+        "NVIDIA A100 SXM 80GB", "cuda", 312e12, 156e12, 85_100_068_864, 2.03904e12, 300e9, 25e9, LAUNCH, 8, AMPERE
     ),
     "v5e": Chip("TPU v5e", "tpu", 197e12, 197e12, 16e9, 0.819e12, 200e9, 200e9, 0.0, 4, sides=2),
     "v5p": Chip("TPU v5p", "tpu", 459e12, 459e12, 95e9, 2.765e12, 600e9, 600e9, 0.0, 4, sides=3),
