@@ -12,11 +12,12 @@ from helpers import CONFIGS, SHORT, SMALL, SMALL_TEXT, do_call, make_call
 from diffusion.demo.controls import properties_of
 from diffusion.demo.engine import Engine
 from diffusion.demo.requests import Limits, Request
-from diffusion.model.experiment import abstract_batch, make_learner, make_model, warnings_of, with_steps
+from diffusion.model.experiment import abstract_batch, make_learner, make_model, with_steps
 from diffusion.model.fields import change, load
 from diffusion.model.losses import LOSSES
 from diffusion.model.model import make_generate, steered
 from diffusion.model.sampling import make_sampling
+from diffusion.model.warnings import warnings_of
 from diffusion.runs.begin import asked_origin, find_origin, first_weights
 from diffusion.runs.run import open_run
 from diffusion.runs.train import describe

@@ -16,10 +16,11 @@ from safetensors.numpy import load_file, save_file
 from diffusion import training
 from diffusion.files import check_file, check_folder
 from diffusion.model.config import make_settings, plain
-from diffusion.model.experiment import abstract_batch, make_learner, make_model, warnings_of
+from diffusion.model.experiment import abstract_batch, make_learner, make_model
 from diffusion.model.fields import load_config
 from diffusion.model.processes import make_process
 from diffusion.model.sampling import make_sampling
+from diffusion.model.warnings import warnings_of
 from diffusion.runs import check, edit, modes, sample
 from diffusion.runs.command_line import run_to_end
 from diffusion.runs.draw import draw

@@ -12,9 +12,9 @@ from published_sd3 import ASKED, GOLDEN, T5_LENGTH, noise, write_pipeline
 
 from diffusion import editing
 from diffusion.model.autoencoders import restore
-from diffusion.model.experiment import warnings_of
 from diffusion.model.model import parts, steered
 from diffusion.model.sampling import make_sampling
+from diffusion.model.warnings import warnings_of
 from diffusion.runs import weights
 from diffusion.runs.run import open_run
 from diffusion.training import RunError

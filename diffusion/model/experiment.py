@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -39,7 +38,6 @@ RULES = {"unet": unet.RULES, "mmdit": mmdit.RULES, "flux2": flux2.RULES}  # how 
 TWO_TIMES = ("unet", "mmdit")  # can be told where a step ends
 READ_REFERENCES = ("flux2",)  # are told of pictures to edit
 Batches = Generator[dict[str, Any], None, None]
-LARGEST_TERMINAL_SIGNAL = 1e-3  # alpha_bar_T; DDPM's own is 4e-5
 CONDITIONS = {
     "nothing": nothing,
     "classes": classes,
@@ -164,37 +162,6 @@ def stored_of(model: Model) -> dict[str, Any]:
         "frozen": list(model.frozen),
         **({"teacher": dict(model.teacher.description)} if model.teacher else {}),
     }
-
-
-def warnings_of(config: Config, model: Model) -> list[str]:
-    """Returns what is likely not meant in a config, a line each."""
-    found = []
-    schedule = model.process.schedule
-    if schedule is not None and (left := float(schedule.alpha_bar[-1])) > LARGEST_TERMINAL_SIGNAL:
-        found.append(
-            f"process.num_steps={config.process.num_steps} ends at alpha_bar_T = {left:.2g}: sampling starts from pure "
-            "noise, which training never shows. Raise process.last, or choose process.beta=linear_for_steps"
-        )
-    if model.objective.by_time and (dtype := dtype_of(config)) != jnp.float32:
-        found.append(
-            f"network.dtype={dtype.name}: loss.name={config.loss.name} differentiates the network by time, which is "
-            "noisy in so few digits: use float32"
-        )
-    if model.objective.by_time and (scale := model.process.time_scale) > 1:
-        found.append(
-            f"process.time_scale={scale:g} is a factor on the derivative by time that loss.name={config.loss.name} "
-            "takes of the network: set it to 1"
-        )
-    if config.sampling.guidance != 1.0 and config.condition.get("dropout") == 0:
-        found.append(
-            f"sampling.guidance={config.sampling.guidance:g} leads away from no condition, which condition.dropout=0 "
-            "never shows in training"
-        )
-    if config.sampling.guidance == 1.0 and len(config.sampling.guidance_interval) == 2:
-        found.append("sampling.guidance_interval changes nothing at sampling.guidance=1")
-    if config.sampling.guidance == 1.0 and config.sampling.get("skip_layers"):
-        found.append("sampling.skip_layers change nothing at sampling.guidance=1")
-    return found
 
 
 def make_run_optimizer(config: Config, model: Model) -> tuple[optax.GradientTransformation, optax.Schedule | None]:

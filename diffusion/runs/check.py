@@ -10,7 +10,7 @@ import jax
 
 from diffusion.data.sources import Source
 from diffusion.model.config import make_settings
-from diffusion.model.experiment import warnings_of
+from diffusion.model.warnings import warnings_of
 from diffusion.runs.begin import asked_origin, first_weights
 from diffusion.runs.call import TRAIN, Call
 from diffusion.runs.target import check_target, is_asked, report_target

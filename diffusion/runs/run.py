@@ -21,11 +21,12 @@ from diffusion.data.images import check_uint8_images
 from diffusion.model import formats
 from diffusion.model.condition import rows_of
 from diffusion.model.config import Config, from_plain, make_settings, plain
-from diffusion.model.experiment import abstract_batch, check_references, make_learner, make_model, warnings_of
+from diffusion.model.experiment import abstract_batch, check_references, make_learner, make_model
 from diffusion.model.fields import change
 from diffusion.model.likelihood import Likelihood, bits_per_dim
 from diffusion.model.model import Model, from_noise, guided
 from diffusion.model.sampling import make_sampling
+from diffusion.model.warnings import warnings_of
 from diffusion.runs import published
 from diffusion.runs.draw import Painter, Programs, draw
 from diffusion.runs.pictures import fit_reference

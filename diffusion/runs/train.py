@@ -16,11 +16,12 @@ from diffusion.data.captions import with_text
 from diffusion.data.sources import Source, each_part, facts_of
 from diffusion.model import formats, prompts
 from diffusion.model.config import Config, from_plain, make_settings, plain
-from diffusion.model.experiment import check_references, make_experiment, make_model, stored_of, warnings_of
+from diffusion.model.experiment import check_references, make_experiment, make_model, stored_of
 from diffusion.model.model import Model
 from diffusion.model.optimizers import GIVEN
 from diffusion.model.space import with_latents
 from diffusion.model.teacher import check_teacher, describe_teacher
+from diffusion.model.warnings import warnings_of
 from diffusion.runs.begin import Origin, asked_origin, check_fit, find_origin, first_weights, settle, teacher_of
 from diffusion.runs.call import TRAIN, Call, words_of_captions
 from diffusion.runs.evaluate import evaluate, ready

@@ -1,0 +1,39 @@
+"""What is likely not meant in a config: reported where it is used, and nothing is refused."""
+
+import jax.numpy as jnp
+
+from diffusion.model.config import Config, dtype_of
+from diffusion.model.model import Model
+
+LARGEST_TERMINAL_SIGNAL = 1e-3  # alpha_bar_T; DDPM's own is 4e-5
+
+
+def warnings_of(config: Config, model: Model) -> list[str]:
+    """Returns what is likely not meant in a config, a line each."""
+    found = []
+    schedule = model.process.schedule
+    if schedule is not None and (left := float(schedule.alpha_bar[-1])) > LARGEST_TERMINAL_SIGNAL:
+        found.append(
+            f"process.num_steps={config.process.num_steps} ends at alpha_bar_T = {left:.2g}: sampling starts from pure "
+            "noise, which training never shows. Raise process.last, or choose process.beta=linear_for_steps"
+        )
+    if model.objective.by_time and (dtype := dtype_of(config)) != jnp.float32:
+        found.append(
+            f"network.dtype={dtype.name}: loss.name={config.loss.name} differentiates the network by time, which is "
+            "noisy in so few digits: use float32"
+        )
+    if model.objective.by_time and (scale := model.process.time_scale) > 1:
+        found.append(
+            f"process.time_scale={scale:g} is a factor on the derivative by time that loss.name={config.loss.name} "
+            "takes of the network: set it to 1"
+        )
+    if config.sampling.guidance != 1.0 and config.condition.get("dropout") == 0:
+        found.append(
+            f"sampling.guidance={config.sampling.guidance:g} leads away from no condition, which condition.dropout=0 "
+            "never shows in training"
+        )
+    if config.sampling.guidance == 1.0 and len(config.sampling.guidance_interval) == 2:
+        found.append("sampling.guidance_interval changes nothing at sampling.guidance=1")
+    if config.sampling.guidance == 1.0 and config.sampling.get("skip_layers"):
+        found.append("sampling.skip_layers change nothing at sampling.guidance=1")
+    return found
