@@ -6,6 +6,8 @@ Fixtures that any test may use:
 - `kinds`: kinds of runs by name, digits, digits_classes, cifar10, scenes, captions; see `helpers.Kind`.
 - `trained(name)`: the folder of a run of that kind after six steps, made once; write nothing there.
 - `copied(name)`: a copy of that folder, in `tmp_path`.
+- `refused(message, work)`: checks that work() is refused in a line, and changes no file.
+- `untrained`: what would train raises `helpers.Begun` instead.
 """
 
 import gc
@@ -57,11 +59,11 @@ SLOW = (
 # `trained` are among them, as a run has the bits of another only where both were compiled alike.
 # fmt: off
 UNOPTIMIZED = (
-    "autoencoder_experiment", "benchmarks", "captions_experiment", "clip", "demo_api", "demo_engine", "demo_page",
-    "distillation", "docs", "edit", "emoji", "evaluation_command", "experiments", "few_step_runs", "flux2_pipeline",
-    "formats", "keep", "lora", "meshes", "mmdit", "modes", "own_training", "pretrained_sd3", "prompts",
-    "provenance", "refusals", "run", "scenes_experiment", "sd3", "second_time", "space", "spine", "sweeps", "traps",
-    "unet", "warm_start", "weights",
+    "autoencoder_experiment", "benchmarks", "captions_experiment", "checked_first", "clip", "demo_api",
+    "demo_engine", "demo_page", "distillation", "docs", "edit", "emoji", "evaluation_command", "experiments",
+    "few_step_runs", "field_values", "flux2_pipeline", "formats", "keep", "lora", "meshes", "mmdit", "modes",
+    "not_finite", "own_training", "pretrained_sd3", "prompts", "provenance", "refusals", "run", "scenes_experiment",
+    "sd3", "second_time", "space", "spine", "sweeps", "traps", "unet", "warm_start", "warnings", "weights",
 )
 # fmt: on
 # The dearest, of 30 and more seconds of CPU time: they come first, for one that came last would leave a core idle.
@@ -153,3 +155,38 @@ def trained(shared, kinds):
 def copied(trained, tmp_path):
     """copied(name) -> a copy of that folder, of this test alone."""
     return lambda name: Path(shutil.copytree(trained(name), tmp_path / name))
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """refused(message, work) checks that work() is refused in a line of that message, and that no file changes."""
+    from diffusion.training import RunError
+
+    def listing():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+    def one(message, work):
+        before = listing()
+        with pytest.raises((RunError, ValueError), match=message) as error:
+            work()
+        assert "\n" not in str(error.value) and len(str(error.value)) < 600
+        assert listing() == before
+
+    return one
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """What would train raises `helpers.Begun` instead, after the check of its settings."""
+    from helpers import Begun
+
+    from diffusion import training
+    from diffusion.training import settings
+
+    def train(experiment, given, *, mesh, **more):
+        settings.check_settings(given, experiment, mesh)
+        begun = Begun()
+        begun.settings, begun.experiment = given, experiment
+        raise begun
+
+    monkeypatch.setattr(training, "train", train)

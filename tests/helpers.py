@@ -16,13 +16,17 @@ from PIL import Image
 
 from diffusion.data import scenes as scene_data
 from diffusion.data.sources import Source, array_source
+from diffusion.model.config import Config
+from diffusion.model.fields import load_config
 from diffusion.runs import command_line, modes
 from diffusion.runs.call import Call, Task
 from diffusion.training import make_mesh
-from experiments import captions, cifar10, digits, scenes
+from experiments import captions, cifar10, clip, digits, scenes
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "experiments" / "configs"
+
+CLIP: Any = {"modes": clip.MODES, "define_flags": clip.define_flags}  # more of make_call's arguments, for clip.TASK
 
 # A U-Net of one level; six steps, stored after four.
 SMALL = (
@@ -84,11 +88,28 @@ def make_call(
     return call._replace(mesh=make_mesh(num_devices))
 
 
+def do(call: Call) -> None:
+    """Does what a call asks for."""
+    modes.MODES[call.flags.mode](call)
+
+
 def do_call(task: Task, config: str, folder: Path, *arguments: str, num_devices: int | None = 1) -> Call:
     """Does what `make_call` returns, and returns it."""
     call = make_call(task, config, folder, *arguments, num_devices=num_devices)
-    modes.MODES[call.flags.mode](call)
+    do(call)
     return call
+
+
+def config_of(spec: str, **changes: Any) -> Config:
+    """Returns the config of `spec` with fields changed: process__num_steps=100."""
+    return load_config(spec, {name.replace("__", "."): value for name, value in changes.items()}, CONFIGS)
+
+
+class Begun(Exception):
+    """What would be compiled is begun: a training, with its settings and experiment, or a drawing."""
+
+    settings: Any
+    experiment: Any
 
 
 def random_images(num_examples: int = 40, split: str = "train") -> Source:

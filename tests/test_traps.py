@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import CONFIGS, make_call
+from helpers import CONFIGS, do, make_call
 from test_workdir import CONFIG, changed, do_train, rewrite_description, stored_configs
 
 from diffusion.data.sources import array_source, check_apart, digits, facts_of
 from diffusion.model.config import plain
 from diffusion.model.fields import load_config
 from diffusion.model.idle import idle
-from diffusion.runs import likelihood, modes
+from diffusion.runs import likelihood
 from diffusion.runs.run import open_run, read_description
 from diffusion.runs.train import describe
 from diffusion.training import RunError, started
@@ -23,11 +23,6 @@ from experiments import captions, scenes
 from experiments import digits as digits_experiment
 
 ITSELF = "the held-out images .* are the training images themselves"
-
-
-def do(call):
-    """Does what a call asks for."""
-    modes.MODES[call.flags.mode](call)
 
 
 def snapshot(folder):
