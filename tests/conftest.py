@@ -5,6 +5,7 @@ Fixtures that any test may use:
 - `real`: the images and labels of both splits of the digits.
 - `kinds`: kinds of runs by name, digits, digits_classes, cifar10, scenes, captions; see `helpers.Kind`.
 - `trained(name)`: the folder of a run of that kind after six steps, made once; write nothing there.
+- `float64`: JAX computes in float64.
 - `copied(name)`: a copy of that folder, in `tmp_path`.
 - `refused(message, work)`: checks that work() is refused in a line, and changes no file.
 - `untrained`: what would train raises `helpers.Begun` instead.
@@ -45,7 +46,7 @@ install_import_hook("diffusion", "beartype.beartype(conf=beartype.BeartypeConf(i
 QUICK = (
     "architecture", "averages", "chains", "consistency", "contrastive", "distillation", "editing", "fields", "flow",
     "flow_map", "gaussian", "grids", "guidance", "likelihood", "losses", "metrics", "predictions", "randomness",
-    "samplers", "schedules", "weightings",
+    "released_samplers", "samplers", "schedules", "stepping", "weightings",
 )
 # fmt: on
 # But these, of 10 seconds and more, which would be a third of it.
@@ -155,6 +156,15 @@ def trained(shared, kinds):
 def copied(trained, tmp_path):
     """copied(name) -> a copy of that folder, of this test alone."""
     return lambda name: Path(shutil.copytree(trained(name), tmp_path / name))
+
+
+@pytest.fixture
+def float64():
+    """JAX computes in float64."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield
 
 
 @pytest.fixture

@@ -33,12 +33,6 @@ every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=list(S
 KEY = jax.random.key(0)
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def make_gaussian():
     return Gaussian(jnp.asarray([0.3, -0.5]), jnp.asarray([0.7, 0.4]))
 

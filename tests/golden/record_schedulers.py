@@ -1,7 +1,7 @@
 """Records schedulers.npz: what diffusers' schedulers make of one fixed "network", step by step.
 
 Recorded with diffusers 0.42.1 and PyTorch 2.13 on CPU, by `python tests/golden/record_schedulers.py` in an environment
-that has both. tests/test_samplers.py has the same network (`toy_network`) and needs neither.
+that has both. tests/test_released_samplers.py has the same network (`toy_network`) and needs neither.
 
 For each case: grid [3, N + 1] (signal, noise, time of each visited point), x_0_hats (what each evaluation of the
 network means, before it is clipped; left out where there are 1000), x_0 (the result). All start at x_T * noise[0] of
