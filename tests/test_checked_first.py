@@ -9,7 +9,6 @@ from PIL import Image
 
 from diffusion.files import check_file, check_folder
 from diffusion.runs import edit, sample
-from diffusion.runs.report import finish_run
 from diffusion.runs.run import open_run
 from experiments import captions, digits, folder
 
@@ -132,12 +131,3 @@ def test_paths_begin_with_a_tilde(kinds, trained, shared, tmp_path, monkeypatch)
     assert [captions.read(call.config, split).num_examples for split in ("train", "test")] == [48, 24]
     call = make_call(captions.TASK, "captions", trained("captions"), "--mode=sample", "--prompts=~/prompts.txt")
     assert sample.read_prompts(call) == ["a red two"]
-
-
-def test_a_log_whose_last_line_was_cut_off_keeps_no_report_from_being_written(copied):
-    """As a run leaves it that was killed while it wrote the line."""
-    folder = copied("digits")
-    course = folder / "metrics.jsonl"
-    course.write_text(course.read_text() + '{"step": 6, "lo')
-    finish_run(folder, "digits", 6, [])
-    assert (folder / "report.md").exists() and (folder / "curves.png").stat().st_size > 1000

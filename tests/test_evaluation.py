@@ -1,7 +1,5 @@
-"""Evaluation: sample files, the held-out score, the classifier, and reports without bare numbers."""
+"""Evaluation: features, the held-out score, the classifier, scores and the references they are of."""
 
-import json
-import pickle
 from typing import Any
 
 import jax
@@ -11,11 +9,9 @@ import pytest
 
 from diffusion import metrics
 from diffusion.data import digits
-from diffusion.data.samples import load_samples, save_samples
 from diffusion.evaluation import (
     METRICS,
     PIXELS,
-    Measurement,
     Reference,
     ReferenceSet,
     bias_note,
@@ -27,92 +23,13 @@ from diffusion.evaluation import (
     fixed_subset,
     held_out_score,
     network_extractor,
-    over_seeds,
     pixel_features,
     read_statistics,
     reference_of,
     reference_set,
-    write_report,
 )
 
 rng = np.random.RandomState(0)
-
-
-# --- sample files
-
-
-def test_samples_are_the_convention_of_adm(tmp_path):
-    image = rng.randint(0, 256, (5, 4, 3, 1), np.uint8)
-    save_samples(tmp_path / "new" / "samples.npz", image)
-    with np.load(tmp_path / "new" / "samples.npz") as arrays:
-        assert arrays.files == ["arr_0"] and arrays["arr_0"].dtype == np.uint8 and (arrays["arr_0"] == image).all()
-    assert (load_samples(tmp_path / "new" / "samples.npz") == image).all()
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["samples.npz"]
-
-
-def test_bad_samples_are_not_written(tmp_path):
-    for image, name, line in [
-        (np.zeros((5, 4, 4, 3), np.float32), "a.npz", r"float32 in \[0, 0\], not uint8"),
-        (np.zeros((5, 4, 4), np.uint8), "a.npz", r"shape \[5, 4, 4\]"),
-        (np.zeros((5, 4, 4, 1), np.uint8), "a.npy", r"\.npz file, not to .*a\.npy"),
-    ]:
-        with pytest.raises(ValueError, match=line):
-            save_samples(tmp_path / name, image)
-    assert not list(tmp_path.iterdir())
-
-
-class Hostile:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, trace):
-        self.trace = trace
-
-    def __reduce__(self):
-        return open, (str(self.trace), "w")
-
-
-def test_bad_sample_files_get_one_line_and_run_nothing(tmp_path):
-    trace = tmp_path / "trace"
-    whole = tmp_path / "whole.npz"
-    save_samples(whole, rng.randint(0, 256, (50, 8, 8, 3), np.uint8))
-    content = whole.read_bytes()
-    flipped = bytearray(content)
-    flipped[len(content) // 2] ^= 4
-    for name, written in [
-        ("truncated.npz", content[:-100]),
-        ("flipped.npz", bytes(flipped)),
-        ("empty.npz", b""),
-        ("text.npz", b"these are not samples"),
-        ("pickle.npz", pickle.dumps(Hostile(trace))),
-    ]:
-        (tmp_path / name).write_bytes(written)
-    np.savez(tmp_path / "object.npz", arr_0=np.array([Hostile(trace)], object))
-    np.savez(tmp_path / "other.npz", images=np.zeros(3))
-    np.savez(tmp_path / "float.npz", arr_0=np.zeros((2, 4, 4, 3)))
-    np.savez(tmp_path / "nan.npz", arr_0=np.full((2, 4, 4, 3), np.nan))
-    np.savez(tmp_path / "flat.npz", arr_0=np.zeros((2, 48), np.uint8))
-    np.save(tmp_path / "array.npy", np.zeros((2, 4, 4, 3), np.uint8))
-    for name, line in [
-        ("truncated.npz", "not a whole .npz"),
-        ("flipped.npz", "not a whole .npz"),
-        ("empty.npz", "not a whole .npz"),
-        ("text.npz", "not a whole .npz"),
-        ("pickle.npz", "not a whole .npz"),
-        ("object.npz", "not a whole .npz"),
-        ("missing.npz", "not a whole .npz.*No such file"),
-        ("array.npy", "not a whole .npz"),
-        ("other.npz", "no array arr_0"),
-        ("float.npz", r"float64 in \[0, 0\], not uint8"),
-        ("nan.npz", "nan at example 0"),
-        ("flat.npz", r"shape \[2, 48\]"),
-    ]:
-        with pytest.raises(ValueError, match=line) as error:
-            load_samples(tmp_path / name)
-        assert "\n" not in str(error.value) and name in str(error.value)
-    assert not trace.exists()
-
-
-# --- features and scores
 
 
 def test_pixel_features_are_the_pixels():
@@ -297,7 +214,7 @@ def test_features_that_are_not_finite_are_refused():
         extractor.extract(image)
 
 
-# --- statistics in files
+# --- references
 
 
 def test_statistics_in_float32_are_read_despite_their_rounding(tmp_path, real, train_set):
@@ -332,15 +249,6 @@ def test_matrices_that_are_no_covariances_are_refused(tmp_path):
             read_statistics(tmp_path / "f.npz")
 
 
-def test_over_seeds():
-    assert over_seeds([1.5]) == 1.5
-    assert over_seeds([{"mean": 1.0, "error": 2.0}]) == {"mean": 1.0, "error": 2.0}
-    assert over_seeds([3.0, 1.0, 2.0]) == {"mean": 2.0, "min": 1.0, "max": 3.0}
-    assert over_seeds([{"mean": 1.0, "error": 2.0}, {"mean": 3.0, "error": 4.0}]) == {
-        "mean": 2.0, "min": 1.0, "max": 3.0, "error mean": 3.0, "error min": 2.0, "error max": 4.0,
-    }  # fmt: skip
-
-
 def test_fixed_subset_depends_on_content_alone(real):
     image = real["train"]["image"]
     chosen = fixed_subset(image, 300)
@@ -353,57 +261,6 @@ def test_fixed_subset_depends_on_content_alone(real):
     assert np.abs(shares - 0.1).max() < 4 * (0.1 * 0.9 / 300) ** 0.5
     with pytest.raises(ValueError, match="1298 images cannot be chosen from 1297"):
         fixed_subset(image, 1298)
-
-
-# --- reports
-
-TRAIN = Reference("digits", "train", 1297, "sha256:abc")
-DISTANCE = Measurement(
-    name="Frechet distance",
-    value=0.31254321,
-    num_samples=500,
-    features="pixels in [-1, 1]",
-    reference=TRAIN,
-    sampler="ddim",
-    num_steps=50,
-    seeds=(0, 1),
-    ema=0.999,
-    note="biased | at this count",
-)
-SHARES = DISTANCE._replace(
-    name="shares", value={"0": np.float64(0.25), "1": 0.75}, reference=None, sampler="real images", num_steps=None,
-    seeds=(), ema=None, note="",
-)  # fmt: skip
-
-
-def test_report_keeps_how_a_number_was_made(tmp_path):
-    write_report(tmp_path / "new", "Digits", [DISTANCE, SHARES], {"step": 1000, "jax": "0.10.2"})
-    content = json.loads((tmp_path / "new" / "report.json").read_text())
-    assert content["title"] == "Digits" and content["about"] == {"step": 1000, "jax": "0.10.2"}
-    first, second = content["measurements"]
-    assert first == DISTANCE._asdict() | {"seeds": [0, 1], "reference": TRAIN._asdict()}
-    assert second["value"] == {"0": 0.25, "1": 0.75} and second["reference"] is None and second["ema"] is None
-    rows = [line for line in (tmp_path / "new" / "report.md").read_text().splitlines() if line.startswith("|")]
-    assert rows[2] == (
-        "| Frechet distance [1] | 0.31254 | 500 | ddim, 50 steps | 0, 1 | 0.999 | pixels in [-1, 1] | "
-        "digits train, 1297 images |"
-    )
-    assert rows[3] == "| shares | 0 0.25, 1 0.75 | 500 | real images | - | - | pixels in [-1, 1] | - |"
-    text = (tmp_path / "new" / "report.md").read_text()
-    assert "- digits train: sha256:abc" in text and "1. biased | at this count" in text and "- step: 1000" in text
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["report.json", "report.md"]
-
-
-def test_report_without_a_number_is_not_written(tmp_path):
-    write_report(tmp_path, "Digits", [DISTANCE], {})
-    before = (tmp_path / "report.json").read_text()
-    for bad, where in [
-        (DISTANCE._replace(value=float("nan")), "because Frechet distance is nan"),
-        (SHARES._replace(value={"0": 0.5, "1": float("inf")}), "shares, 1 is inf"),
-    ]:
-        with pytest.raises(ValueError, match=where):
-            write_report(tmp_path, "Digits", [DISTANCE, bad], {})
-    assert (tmp_path / "report.json").read_text() == before
 
 
 def test_reference_names_the_whole_source():
