@@ -1,4 +1,4 @@
-"""What the benchmarks share: their flags, rounds in turns, a small run of the digits, and results as JSON."""
+"""What the benchmarks share: flags, rounds in turns, a small run of the digits, peak memory, and results as JSON."""
 
 import argparse
 import contextlib
@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import resource
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -59,6 +60,11 @@ def take_turns(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[s
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
     """Returns the median of the ratios round by round."""
     return statistics.median([a / b for a, b in zip(numerators, denominators, strict=True)])
+
+
+def peak_bytes() -> int:
+    """Returns the most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def write_results(path: str | os.PathLike | None, results: Mapping[str, Any]) -> str:

@@ -11,9 +11,6 @@ before, beside the products and the memory of this machine. Writes benchmarks/re
 import json
 import math
 import resource
-import shutil
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -25,15 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from benchmarks.common import make_parser, write_results
+from benchmarks import pipelines
 from diffusion.data import chat
 from diffusion.model.model import make_denoise, network_alone
 from diffusion.networks.flux2 import Flux2
 from diffusion.networks.qwen3 import Qwen3
 from diffusion.networks.vae import Autoencoder
 from diffusion.pretrained import flux2, klein, qwen3, vae
-from diffusion.runs.run import open_run
 
+NAME = "benchmarks.klein_4b"
 PROMPT = "A cat holding a sign that says hello world"
 NOISE = 2_000_003  # drawn numbers, of which all weights are views
 
@@ -117,8 +114,7 @@ def machine() -> dict[str, float]:
 def measure(workdir: Path, side: int, num_steps: int, out: Path) -> None:
     """Writes the seconds of each stage, and the products and bytes of weights that each asks for."""
     reached = machine()
-    changes = {"sampling.size": (side, side), "sampling.num_steps": num_steps, "sampling.batch_size": 1}
-    opened, run = seconds_of(lambda: open_run(workdir, changes=changes, num_devices=1))
+    opened, run = seconds_of(lambda: pipelines.open_sized(workdir, side, num_steps))
     model, params = run.model, run.params
     rows = model.condition.read([PROMPT])
     x_t, time_ = jax.random.normal(jax.random.key(0), (1, *model.space.shape)), jnp.full(1, 0.9)
@@ -149,7 +145,7 @@ def measure(workdir: Path, side: int, num_steps: int, out: Path) -> None:
         lambda own, told, x, t: make_denoise(model, own, told)(x, t), network_alone(model, params), told, x_t, time_
     )
     decode, image = stage(model.space.decode, params["space"], x_0)
-    assert image.shape == (1, side, side, 3) and len(np.unique(image)) > 16
+    pipelines.check_drawn(image, side)
     found = {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "parameters_gb": round(sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e9, 2),
@@ -161,51 +157,31 @@ def measure(workdir: Path, side: int, num_steps: int, out: Path) -> None:
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="for the weights, 16 GB; made where it is not there")
-    parser.add_argument("--side", type=int, default=256)
-    parser.add_argument("--num_steps", type=int, default=4)
-    parser.add_argument(
-        "--stage", choices=("all", "write", "measure"), default="all", help="one alone, in this process"
-    )
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/klein_4b_cpu.json"))
-    arguments = parser.parse_args()
-    published, workdir = arguments.folder / "published", arguments.folder / "run"
-    found, side = arguments.folder / "found.json", arguments.side
+    arguments = pipelines.parse(__doc__, 16, 4, "measure", "benchmarks/results/klein_4b_cpu.json")
+    workdir, side, num_steps = arguments.run, arguments.side, arguments.num_steps
     if arguments.stage == "write":
-        return write_folder(published)
+        return write_folder(arguments.published)
     if arguments.stage == "measure":
-        return measure(workdir, side, arguments.num_steps, found)
-
-    def again(*flags: str) -> float:
-        begun = time.perf_counter()
-        subprocess.run([sys.executable, "-m", *flags], check=True)
-        return round(time.perf_counter() - begun, 1)
-
-    own = ["benchmarks.klein_4b", f"--folder={arguments.folder}", f"--side={side}"]
-    if not published.exists():
-        again(*own, "--stage=write")
-    shutil.rmtree(workdir, ignore_errors=True)
-    imported = again("experiments.flux2", "--mode=import", f"--weights={published}", f"--workdir={workdir}")
+        return measure(workdir, side, num_steps, arguments.found)
+    imported = pipelines.import_anew(NAME, arguments, "experiments.flux2")
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    drawn = again(
+    drawn = pipelines.run_module(
         *("experiments.flux2", f"--workdir={workdir}", "--mode=sample", f"--prompt={PROMPT}", "--num_samples=1"),
-        *(f"--config.sampling.size=({side}, {side})", f"--steps={arguments.num_steps}"),
+        *(f"--config.sampling.size=({side}, {side})", f"--steps={num_steps}"),
     )
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     if peak <= before:
         raise RuntimeError("importing took more memory than drawing: measure in a process of its own")
-    again(*own, f"--num_steps={arguments.num_steps}", "--stage=measure")
+    pipelines.do_stage(NAME, arguments, "measure")
     results = {
         "side": side,
-        "num_steps": arguments.num_steps,
+        "num_steps": num_steps,
         "seconds_to_import": imported,
         "seconds_to_open_compile_and_draw": drawn,
         "peak_gb_drawing": round(peak * 1024 / 1e9, 2),
-        **json.loads(found.read_text()),
+        **json.loads(arguments.found.read_text()),
     }
-    print(json.dumps(results))
-    write_results(arguments.out, results)
+    pipelines.finish(arguments.out, results)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,6 @@ is that of this process, its programs included. Writes benchmarks/results/sd3_me
 """
 
 import json
-import resource
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,15 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import make_parser, write_results
+from benchmarks import pipelines
+from benchmarks.common import peak_bytes
 from diffusion.networks.clip import TextTower
 from diffusion.networks.mmdit import MMDiT
 from diffusion.networks.vae import Autoencoder
 from diffusion.pretrained import clip, mmdit, vae
 from diffusion.pretrained.folder import write_json
 from diffusion.pretrained.sd3 import CLASS, SCALING_FACTOR, SCHEDULER, SHIFT, SHIFT_FACTOR
-from diffusion.runs.run import open_run
 
+NAME = "benchmarks.sd3_medium"
 PROMPT = "An astronaut riding a horse"
 TOWERS = {
     "": TextTower(width=768, num_layers=12, num_heads=12, mlp_width=3072, activation="quick_gelu", projection=768),
@@ -86,25 +83,19 @@ def write_folder(folder: Path) -> None:
     write_json(folder / "model_index.json", {**index, "scheduler": ["diffusers", SCHEDULER]})
 
 
-def peak_gb() -> float:
-    """Returns the most memory that this process has had."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2)
-
-
 def draw(workdir: Path, side: int, num_steps: int, out: Path) -> None:
     """Draws one picture, twice, and writes what it took: the first time compiles."""
     begun = time.perf_counter()
-    changes = {"sampling.size": (side, side), "sampling.num_steps": num_steps, "sampling.batch_size": 1}
-    run = open_run(workdir, changes=changes, num_devices=1)
+    run = pipelines.open_sized(workdir, side, num_steps)
     jax.block_until_ready(run.params)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(run.params))
-    opened, after = time.perf_counter() - begun, peak_gb()
+    opened, after = time.perf_counter() - begun, peak_bytes()
     seconds = []
     for seed in range(2):
         begun = time.perf_counter()
         image = run.sample(prompts=[PROMPT], num_samples=1, seed=seed)
         seconds.append(round(time.perf_counter() - begun, 1))
-        assert image.shape == (1, side, side, 3) and len(np.unique(image)) > 16
+        pipelines.check_drawn(image, side)
     results = {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(run.params)),
         "parameters_gb": round(size / 1e9, 2),
@@ -112,44 +103,24 @@ def draw(workdir: Path, side: int, num_steps: int, out: Path) -> None:
         "num_steps": num_steps,
         "network_evaluations": 2 * num_steps,
         "seconds_to_open": round(opened, 1),
-        "peak_gb_after_opening": after,
+        "peak_gb_after_opening": round(after / 1e9, 2),
         "peak_after_opening_over_parameters": round(after * 1e9 / size, 3),
         "seconds_first_picture": seconds[0],
         "seconds_second_picture": seconds[1],
-        "peak_gb": peak_gb(),
+        "peak_gb": round(peak_bytes() / 1e9, 2),
     }
     out.write_text(json.dumps(results))
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="for the weights, 6 GB; made where it is not there")
-    parser.add_argument("--side", type=int, default=256)
-    parser.add_argument("--num_steps", type=int, default=2)
-    parser.add_argument("--stage", choices=("all", "write", "draw"), default="all", help="one alone, in this process")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sd3_medium_cpu.json"))
-    arguments = parser.parse_args()
-    published, workdir = arguments.folder / "published", arguments.folder / "run"
-    found = arguments.folder / "found.json"
+    arguments = pipelines.parse(__doc__, 6, 2, "draw", "benchmarks/results/sd3_medium_cpu.json")
     if arguments.stage == "write":
-        return write_folder(published)
+        return write_folder(arguments.published)
     if arguments.stage == "draw":
-        return draw(workdir, arguments.side, arguments.num_steps, found)
-
-    def again(*flags: str) -> float:
-        begun = time.perf_counter()
-        subprocess.run([sys.executable, "-m", *flags], check=True)
-        return round(time.perf_counter() - begun, 1)
-
-    own = ["benchmarks.sd3_medium", f"--folder={arguments.folder}", f"--side={arguments.side}"]
-    if not published.exists():
-        again(*own, "--stage=write")
-    shutil.rmtree(workdir, ignore_errors=True)
-    imported = again("experiments.sd3", "--mode=import", f"--weights={published}", f"--workdir={workdir}")
-    again(*own, f"--num_steps={arguments.num_steps}", "--stage=draw")
-    results = {"seconds_to_import": imported, **json.loads(found.read_text())}
-    print(json.dumps(results))
-    write_results(arguments.out, results)
+        return draw(arguments.run, arguments.side, arguments.num_steps, arguments.found)
+    imported = pipelines.import_anew(NAME, arguments, "experiments.sd3")
+    pipelines.do_stage(NAME, arguments, "draw")
+    pipelines.finish(arguments.out, {"seconds_to_import": imported, **json.loads(arguments.found.read_text())})
 
 
 if __name__ == "__main__":

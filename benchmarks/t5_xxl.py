@@ -8,7 +8,6 @@ each some rounds. The peak is that of the process, its programs included. Writes
 
 import json
 import math
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import make_parser, take_turns, write_results
+from benchmarks.common import make_parser, peak_bytes, take_turns, write_results
 from diffusion.networks.t5 import T5Encoder
 from diffusion.pretrained.t5 import shapes
 
@@ -41,11 +40,6 @@ def random_params(encoder: T5Encoder, dtype: Any, seed: int = 0) -> dict[str, An
         return jnp.asarray(made)
 
     return {"params": jax.tree_util.tree_map_with_path(make, shapes(encoder))}
-
-
-def peak_bytes() -> int:
-    """Returns the most memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(encoder: T5Encoder, rounds: int) -> dict[str, Any]:
