@@ -5,6 +5,7 @@ Fixtures that any test may use:
 - `real`: the images and labels of both splits of the digits.
 - `kinds`: kinds of runs by name, digits, digits_classes, cifar10, scenes, captions; see `helpers.Kind`.
 - `trained(name)`: the folder of a run of that kind after six steps, made once; write nothing there.
+- `pairs`: the folder of a dozen captioned pictures.
 - `float64`: JAX computes in float64.
 - `copied(name)`: a copy of that folder, in `tmp_path`.
 - `refused(message, work)`: checks that work() is refused in a line, and changes no file.
@@ -157,6 +158,14 @@ def trained(shared, kinds):
 def copied(trained, tmp_path):
     """copied(name) -> a copy of that folder, of this test alone."""
     return lambda name: Path(shutil.copytree(trained(name), tmp_path / name))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """The folder of a dozen captioned pictures."""
+    import helpers
+
+    return helpers.write_pairs(tmp_path_factory.mktemp("data") / "pairs", "train", 12)
 
 
 @pytest.fixture

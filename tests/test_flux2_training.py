@@ -67,12 +67,6 @@ def base(imported):
     return open_run(imported, num_devices=1)
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """A handful of captioned pictures."""
-    return write_pairs(tmp_path_factory.mktemp("data") / "pairs", "train", 12)
-
-
 def tune(imported, folder, pairs, *flags):
     """Trains a run that begins with the imported one, and returns it."""
     do_call(TASK, "flux2", folder, f"--init_from={imported}", f"--config.data.dir={pairs}", *FLAGS, *flags)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import do_call, make_call, write_pairs
+from helpers import do_call, make_call
 from published_sd3 import noise, write_pipeline
 from safetensors.numpy import load_file, save_file
 from test_sd3 import draw, import_into
@@ -56,12 +56,6 @@ def imported(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(imported):
     return open_run(imported, num_devices=1)
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """A handful of captioned pictures."""
-    return write_pairs(tmp_path_factory.mktemp("data") / "pairs", "train", 12)
 
 
 @pytest.fixture(scope="module")
