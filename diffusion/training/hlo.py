@@ -12,7 +12,6 @@ SLICES = {"slice", "dynamic-slice", "gather"}
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _START = re.compile(r"\s+(ROOT )?%([\w.\-]+) = ")
-_CALLED = re.compile(r"(body|condition|calls|to_apply|\w+_computations?)=(\{[^}]*\}|%[\w.\-]+)")
 _PARENTHESIS = re.compile(r"[()]")
 
 
