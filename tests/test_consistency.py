@@ -23,11 +23,7 @@ from few_step import (
 from diffusion import consistency, flow, flow_map
 from diffusion.schedules import flow_grid, karras_grid
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def end(x, sigma):

@@ -14,11 +14,7 @@ from diffusion import distillation, schedules
 from diffusion.samplers import ddim
 from diffusion.schedules import Grid, flow_grid
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def make_policy(r, t, count=5, shift=1.0, seed=3):

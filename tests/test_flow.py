@@ -9,11 +9,7 @@ from scipy import stats
 
 from diffusion import flow
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def images(seed=0, shape=(3, 2, 2, 1)):

@@ -25,11 +25,7 @@ from diffusion import flow, flow_map
 from diffusion.samplers import ddim
 from diffusion.schedules import flow_grid
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def make_mixture():

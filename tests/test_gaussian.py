@@ -19,12 +19,7 @@ LEVELS = np.arange(256) / 127.5 - 1
 
 # Float64 keeps 16 digits; at t = T of the cosine chain alpha_bar is 2e-9, and its square root costs at most 5 of them.
 assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.fixture(params=BETAS)

@@ -29,12 +29,7 @@ from diffusion.schedules import (
 
 LEVELS = np.arange(256) / 127.5 - 1
 BITS_OF_A_BIN = np.log2(127.5)  # -log2 of the width 2 / 255
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def exact(data, schedule):

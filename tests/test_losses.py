@@ -11,12 +11,7 @@ from diffusion.gaussian import Normal
 from diffusion.schedules import cosine_beta, linear_beta, make_schedule
 
 LEVELS = np.arange(256) / 127.5 - 1
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def images(count, seed=0, shape=(5, 3, 2, 1), dtype="float64"):

@@ -19,12 +19,7 @@ PROCESSES = {
     "other": [(0.3, 0.2), (2.0, 3.0)],
 }
 POINTS = [point for points in PROCESSES.values() for point in points]
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def images(seed=0, shape=(3, 2, 2, 1), dtype=np.float64):

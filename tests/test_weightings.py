@@ -30,12 +30,7 @@ WEIGHTINGS = {
 
 # A handful of float64 operations each, and quotients of squares that cost 4 digits at most
 assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-11)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.fixture(params=PROCESSES)
