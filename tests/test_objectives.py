@@ -9,11 +9,12 @@ import optax
 import pytest
 from closed_form import Gaussian
 
+from diffusion.flow_map import draw_times, straight
 from diffusion.flow_map import mean_flow as jumps
-from diffusion.flow_map import straight
 from diffusion.model.losses import LOSSES
 from diffusion.model.objectives import Drawn
 from diffusion.model.processes import PROCESSES
+from diffusion.predictions import diffuse
 from diffusion.samplers import ddim
 from diffusion.schedules import flow_grid
 
@@ -45,6 +46,19 @@ def test_guidance_is_trained_in_only_where_the_condition_is_shown():
     assert np.all(np.abs(guided - plain)[~hidden] > 1e-3 * plain[~hidden])
 
 
+@pytest.mark.parametrize("share", [0.0, 0.75, 1.0])
+def test_a_mean_flow_is_told_where_its_steps_end(share):
+    drawn = make_drawn(linear)
+    losses, _ = LOSSES["mean_flow"](FLOW, share=share, p=0.0).compute(drawn)
+    r, t = (np.asarray(time, np.float64)[:, None] for time in draw_times(drawn.key, 8, share=share))
+    assert np.sum(r == t) == round(8 * share)
+    v = np.asarray(drawn.eps - drawn.x_0, np.float64)
+    z = np.asarray(drawn.x_0, np.float64) + t * v
+    slope = 1 + t + 0.5 * r
+    expected = np.sum((z * slope - v + (t - r) * (v * slope + z)) ** 2, axis=1)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)  # some 10 roundings of float32 numbers below 10
+
+
 def test_the_tangent_is_the_networks_own_where_it_is_to_be_predicted():
     drawn = make_drawn(lambda x, time, next_time=None: -x)
     share = {"share": 0.0, "p": 0.0}
@@ -67,6 +81,8 @@ def test_consistency_is_given_the_same_levels_on_every_process(process):
     def network(x, time):
         signal, noise = process.at(time)
         seen.append(noise / signal)
+        # The time's rounding is worth 1e-7 (1 + sigma) of x, and sigma is below 30 here.
+        np.testing.assert_allclose(x, diffuse(drawn.x_0, drawn.eps, signal, noise), atol=1e-5 * np.abs(x).max())
         return 0.5 * drawn.x_0
 
     objective = LOSSES["consistency"](process, prediction="x_0", stage_steps=2, num_stages=8)
@@ -103,6 +119,9 @@ def test_the_tangent_of_continuous_consistency_is_warmed_up():
     ]
     assert np.all(np.abs(losses[0] - losses[1]) > 1e-4)
     np.testing.assert_array_equal(losses[1], losses[2])
+    at_once = LOSSES["continuous_consistency"](FLOW, warmup_steps=0)
+    first = at_once.compute(make_drawn(lambda x, time: 3 * time[:, None] * x))[1]["error"].total
+    np.testing.assert_array_equal(first, losses[1])
 
 
 def test_a_policy_that_is_its_linear_teacher_has_no_loss():
@@ -138,6 +157,7 @@ def test_progressive_distillation_of_a_straight_teacher_is_the_teacher():
         ("consistency", PROCESSES["ddpm"](), {}, "loss.name=consistency draws noise levels: it needs process.name=edm"),
         ("consistency", FLOW, {"stage_steps": 0}, "loss.stage_steps is 0"),
         ("continuous_consistency", EDM, {}, "it needs process.name=flow"),
+        ("continuous_consistency", FLOW, {"warmup_steps": -1}, "loss.warmup_steps is -1"),
         ("imitation", EDM, {}, "it needs process.name=flow"),
         ("imitation", FLOW, {"num_values": 1}, "loss.num_values is 1"),
         ("imitation", FLOW, {"num_steps": ()}, "loss.num_steps is"),

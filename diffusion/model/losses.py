@@ -188,17 +188,20 @@ def continuous_consistency(
       mean: of the logit of times, which is ln(noise / signal).
       std: of it.
       c: of the tangent's norm.
-      warmup_steps: updates until the tangent is whole; before the first the loss is flow matching's, but for the norm.
+      warmup_steps: updates until the tangent is whole, 0: it is at once; before the first of several the loss is flow
+        matching's, but for the norm.
 
     Source: Lu & Song 2024, "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models".
     """
     check_flow(process, "continuous_consistency")
+    if warmup_steps < 0:
+        raise ValueError(f"loss.warmup_steps is {warmup_steps}: give the number of updates, or 0 for none")
 
     def compute(drawn: Drawn) -> Found:
         assert drawn.step is not None
         t = flow.logit_normal_time(drawn.key, len(drawn.x_0), mean, std)
         z_t, v = flow.interpolate(drawn.x_0, drawn.eps, t), flow.velocity(drawn.x_0, drawn.eps)
-        warmup = jnp.minimum(drawn.step / max(warmup_steps, 1), 1.0)
+        warmup = jnp.minimum(drawn.step / warmup_steps, 1.0) if warmup_steps else 1.0
         losses, error = consistency.continuous_consistency_loss(drawn.network, z_t, t, v, warmup, c)
         return losses, errors(error, t)
 
