@@ -1,0 +1,152 @@
+"""What students are compared with: the teacher's times, guidance and words; and what they begin as."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import config_of
+from test_objectives import FLOW, make_drawn
+
+from diffusion.model.config import plain
+from diffusion.model.distilled import drawn_interval, policy_values
+from diffusion.model.experiment import make_learner, make_model
+from diffusion.model.losses import LOSSES
+from diffusion.model.model import init, make_denoise
+from diffusion.model.teacher import describe_teacher, fit_network
+from diffusion.schedules import flow_grid
+from diffusion.training import Mean, run_key
+
+WORDS = ["a", "blue", "red", "two"]
+TINY = dict(network__width=16, network__depth=1, network__num_heads=2, condition__width=8, data__batch_size=4)
+
+
+def test_intervals_are_those_of_one_grid_each_equally_often():
+    grids = [flow_grid(1), flow_grid(2)]
+    for seed in range(3):
+        t, r = drawn_interval(jax.random.key(seed), 6, grids)
+        pairs = sorted(zip(np.asarray(t).tolist(), np.asarray(r).tolist(), strict=True))
+        assert pairs == [(0.5, 0.0)] * 2 + [(1.0, 0.0)] * 2 + [(1.0, 0.5)] * 2
+    alone = {tuple(float(end[0]) for end in drawn_interval(jax.random.key(seed), 1, grids)) for seed in range(20)}
+    assert alone == set(pairs)
+
+
+@pytest.mark.parametrize("window", [0.0, 3 / 128, 1.0])
+def test_one_image_in_one_step_has_a_finite_loss_and_gradient(window):
+    objective = LOSSES["imitation"](FLOW, num_steps=(1,), num_values=3, window=window)
+
+    def loss(weight):
+        drawn = make_drawn(
+            lambda x, t, next_time: jnp.tile(weight * x, 3), batch_size=1, teacher=lambda x, time: 0.5 * x
+        )
+        return objective.compute(drawn)[0].sum()
+
+    value, slope = jax.value_and_grad(loss)(0.3)
+    assert np.isfinite(value) and value > 0 and np.isfinite(slope) and slope != 0
+
+
+def test_progressive_distillation_takes_two_steps_of_the_teacher():
+    """Of a teacher that depends on its time, from each second point of twice the steps."""
+    times = []
+
+    def network(x, time):
+        times.append(np.asarray(time, np.float64))
+        return x / time[:, None]  # x_0_hat is 0
+
+    drawn = make_drawn(network, teacher=lambda x, time: x * time[:, None])
+    losses, _ = LOSSES["progressive"](FLOW, num_steps=4).compute(drawn)
+    (t,) = times
+    np.testing.assert_array_equal(np.sort(t), [0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1, 1])
+    t = t[:, None]
+    x_t = x = (1 - t) * np.asarray(drawn.x_0, np.float64) + t * np.asarray(drawn.eps, np.float64)
+    for here, there in ((t, t - 0.125), (t - 0.125, t - 0.25)):
+        x = x + (there - here) * (x - here * x) / here  # Euler's method
+    target = (x - (t - 0.25) / t * x_t) / (1 - (t - 0.25) - (t - 0.25) / t * (1 - t))
+    expected = np.maximum((1 - t) / t, 1)[:, 0] ** 2 * np.mean(target**2, axis=1)
+    # A difference of numbers of size 1 over 1/4 at least: some 10 roundings of float32.
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
+
+
+def scenes_student(**fields):
+    """Returns the config and the model of a student of scenes, and its teacher's."""
+    flow = config_of("scenes", **TINY)
+    theirs = make_model(flow, (16, 16, 3), vocabulary=WORDS)
+    stored = {"config": plain(flow), "image_shape": [16, 16, 3], "num_classes": None}
+    about = describe_teacher({**stored, "condition": dict(theirs.condition.description or {})})
+    config = config_of("scenes:imitation", **TINY, loss__num_values=3, loss__teacher="runs/flow", **fields)
+    return config, make_model(config, (16, 16, 3), None, {"teacher": about}, WORDS), theirs
+
+
+def moved(params):
+    """Returns parameters away from those that are drawn, of which the last layer's are 0."""
+    keys = iter(jax.random.split(jax.random.key(7), len(jax.tree.leaves(params))))
+    return jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), params)
+
+
+@pytest.mark.parametrize(("asked", "scale"), [(0.0, 3.0), (2.0, 2.0), (1.0, 1.0)])
+def test_a_teacher_is_guided_as_its_run_draws_or_as_the_loss_has_it(asked, scale):
+    _, student, _ = scenes_student(loss__guidance=asked)
+    assert student.teacher is not None and student.teacher.sampling.scale == scale
+
+
+def test_a_policy_of_pictures_in_colour_begins_as_its_teacher():
+    """Whose patches hold several pixels of three channels."""
+    _, student, theirs = scenes_student()
+    key = jax.random.key(0)
+    network = moved(jax.jit(lambda: init(theirs, key)["network"])())
+    x_t, t = jax.random.normal(key, (2, 16, 16, 3)), jnp.asarray([0.9, 0.3])
+    told = {"context": jnp.ones((2, 12, 8)), "pooled": jnp.ones((2, 8))}
+
+    @jax.jit
+    def both():
+        fitted = fit_network(student, network, key)
+        velocities = student.network.apply(fitted, x_t, t, **told, next_time=t / 2)
+        return policy_values(velocities, x_t, t), x_t - t[:, None, None, None] * theirs.network.apply(
+            network, x_t, t, **told
+        )
+
+    values, expected = both()
+    assert values.shape == (2, 3, 16, 16, 3) and np.abs(x_t - expected).max() > 0.1
+    for number in range(3):
+        np.testing.assert_allclose(values[:, number], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_teacher_reads_its_own_words_guided_and_nothing_where_they_are_hidden():
+    config, student, theirs = scenes_student(condition__dropout=0.5)
+    x, time = jax.random.normal(jax.random.key(1), (8, 16, 16, 3)), jnp.linspace(0.2, 1, 8)
+
+    def compute(drawn):
+        found = {"teacher": drawn.teacher(x, time), "student": drawn.network(x, time)}
+        found |= {"nothing": drawn.unconditional(x, time), "hidden": drawn.hidden}
+        return jnp.zeros(8), {name: Mean(value, value) for name, value in found.items()}
+
+    seen = student._replace(objective=student.objective._replace(compute=compute))
+    params = moved(jax.jit(lambda: init(seen, jax.random.key(2)))())
+    text = student.condition.read(["a red two", "a blue two"] * 4)
+    batch = {"image": np.zeros((8, 16, 16, 3), np.uint8), "label": np.arange(8, dtype=np.int32), "text": text}
+    found = jax.jit(make_learner(config, seen).loss)(params, batch, run_key(0, "train"))[1]
+    found = {name: mean.total for name, mean in found.items()}
+    hidden = np.asarray(found["hidden"])
+    assert hidden.any() and not hidden.all()
+    read = np.where(hidden[:, None], student.condition.read([None]), text)
+    none = student.condition.read([None] * 8)
+
+    @jax.jit
+    def expected():
+        def hats(rows):
+            told = student.condition.of_request(params["teacher"]["text"], rows)
+            return make_denoise(theirs, {"network": params["teacher"]["network"]}, told)(x, time)
+
+        def velocities(rows):
+            told = student.condition.of_request(params["text"], rows)
+            return student.network.apply(params["network"], x, time, **told)
+
+        return {
+            "teacher": hats(none) + 3 * (hats(read) - hats(none)),
+            "student": velocities(read),
+            "nothing": velocities(none),
+        }
+
+    for name, value in expected().items():
+        # Guided, the roundings of two evaluations count five times.
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=2e-5, err_msg=name)
+    assert np.abs(found["student"] - found["nothing"])[~hidden].max() > 1e-2
