@@ -44,6 +44,23 @@ def test_one_image_in_one_step_has_a_finite_loss_and_gradient(window):
     assert np.isfinite(value) and value > 0 and np.isfinite(slope) and slope != 0
 
 
+def test_errors_of_steps_are_reported_by_their_place_least_noise_first():
+    teacher = lambda x, time: 0 * x  # noqa: E731
+    for name, fields in (("imitation", {"num_values": 2}), ("progressive", {})):
+        times = []
+
+        def network(x, t, next_time=None, name=name, times=times):
+            times.append(t)
+            return jnp.tile(x / t[:, None], 2 if name == "imitation" else 1) + t[:, None]  # wrong by t
+
+        drawn = make_drawn(network, teacher=teacher)
+        error = LOSSES[name](FLOW, **{"num_steps": (4,) if name == "imitation" else 4}, **fields).compute(drawn)[1]
+        for part, t in enumerate((0.25, 0.5, 0.75, 1.0), 1):
+            found = error[f"error_part_{part}_of_4"]
+            np.testing.assert_array_equal(found.count, times[0] == t)
+            np.testing.assert_array_equal(found.total > 0, times[0] == t)
+
+
 def test_progressive_distillation_takes_two_steps_of_the_teacher():
     """Of a teacher that depends on its time, from each second point of twice the steps."""
     times = []

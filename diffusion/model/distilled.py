@@ -55,7 +55,7 @@ def imitation(
             return policy_values(drawn.network(x_t, t, next_time=r), x_t, t)
 
         losses, error = distillation.imitation_loss(student, drawn.teacher, x_t, r, t, points, window, shift)
-        return losses, errors(error, t)
+        return losses, errors(error, (r + t) / 2)
 
     return Objective(
         compute,
@@ -105,7 +105,7 @@ def progressive(
         x_t = predictions.diffuse(drawn.x_0, drawn.eps, *process.at(t))
         student = predictions.denoiser(prediction, drawn.network, process.at)
         losses, error = distillation.progressive_loss(student, drawn.teacher, process.at, x_t, t, s, r)
-        return losses, errors(error, step / (2 * num_steps))
+        return losses, errors(error, 1 - (step + 1) / (2 * num_steps))
 
     return Objective(compute, prediction, mean=False, teacher=True, teacher_scale=guidance)
 
