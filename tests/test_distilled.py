@@ -12,7 +12,7 @@ from diffusion.model.distilled import drawn_interval, policy_values
 from diffusion.model.experiment import make_learner, make_model
 from diffusion.model.losses import LOSSES
 from diffusion.model.model import init, make_denoise
-from diffusion.model.teacher import describe_teacher, fit_network
+from diffusion.model.teacher import check_teacher, describe_teacher, fit_network
 from diffusion.schedules import flow_grid
 from diffusion.training import Mean, run_key
 
@@ -167,3 +167,12 @@ def test_a_teacher_reads_its_own_words_guided_and_nothing_where_they_are_hidden(
         # Guided, the roundings of two evaluations count five times.
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=2e-5, err_msg=name)
     assert np.abs(found["student"] - found["nothing"])[~hidden].max() > 1e-2
+
+
+def test_a_policy_is_no_teacher():
+    config, student, _ = scenes_student()
+    about = {"config": plain(config), "image_shape": [16, 16, 3], "num_classes": None}
+    about |= {"condition": dict(student.condition.description or {})}
+    of_policy = make_model(config, (16, 16, 3), None, {"teacher": about}, WORDS)
+    with pytest.raises(ValueError, match=r"^loss.teacher=runs/flow was trained by loss.name=imitation,"):
+        check_teacher(config, of_policy)
