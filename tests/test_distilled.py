@@ -13,6 +13,7 @@ from diffusion.model.experiment import make_learner, make_model
 from diffusion.model.losses import LOSSES
 from diffusion.model.model import init, make_denoise
 from diffusion.model.teacher import check_teacher, describe_teacher, fit_network
+from diffusion.model.warnings import warnings_of
 from diffusion.schedules import flow_grid
 from diffusion.training import Mean, run_key
 
@@ -176,3 +177,16 @@ def test_a_policy_is_no_teacher():
     of_policy = make_model(config, (16, 16, 3), None, {"teacher": about}, WORDS)
     with pytest.raises(ValueError, match=r"^loss.teacher=runs/flow was trained by loss.name=imitation,"):
         check_teacher(config, of_policy)
+
+
+def test_guidance_on_top_of_what_is_trained_in_is_reported():
+
+    def warned(spec, guidance):
+        config = config_of(spec, sampling__guidance=guidance)
+        return warnings_of(config, make_model(config, (16, 16, 3), vocabulary=WORDS))
+
+    line = "sampling.guidance=3 comes on top of what loss.name={} trains the network to have: set it to 1"
+    for name in ("progressive", "mean_flow"):
+        assert warned(f"scenes:{name}", 3.0) == [line.format(name)]
+        assert warned(f"scenes:{name}", 1.0) == []
+    assert warned("scenes", 3.0) == []

@@ -27,6 +27,11 @@ def warnings_of(config: Config, model: Model) -> list[str]:
             f"process.time_scale={scale:g} is a factor on the derivative by time that loss.name={config.loss.name} "
             "takes of the network: set it to 1"
         )
+    if config.sampling.guidance != 1.0 and (model.objective.teacher or model.objective.guided):
+        found.append(
+            f"sampling.guidance={config.sampling.guidance:g} comes on top of what loss.name={config.loss.name} trains "
+            "the network to have: set it to 1"
+        )
     if config.sampling.guidance != 1.0 and config.condition.get("dropout") == 0:
         found.append(
             f"sampling.guidance={config.sampling.guidance:g} leads away from no condition, which condition.dropout=0 "
