@@ -3,6 +3,8 @@
 The kernel is cuDNN's on GPUs alone; here one of the same formula, with a gradient and no forward mode, is in its place.
 """
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,3 +109,12 @@ def test_what_no_kernel_takes_is_left_to_xla(kernel):
 def test_without_a_plugin_of_gpus_all_is_xlas(monkeypatch):
     monkeypatch.setattr(attention, "has_kernels", lambda: False)
     assert not attention.fits(*heads(dtype=jnp.bfloat16))
+
+
+@pytest.mark.parametrize(("capabilities", "expected"), [((), True), (("9.0",), True), (("10.3", "7.5"), False)])
+def test_a_gpu_older_than_the_kernel_is_left_to_xla(monkeypatch, capabilities, expected):
+    """On a machine without one the program may be compiled for another that has it."""
+    gpus = [SimpleNamespace(compute_capability=capability) for capability in capabilities]
+    monkeypatch.setattr(attention, "PLUGINS", ("jax",))
+    monkeypatch.setattr(jax, "local_devices", lambda: gpus or [SimpleNamespace()])
+    assert attention.has_kernels.__wrapped__() is expected

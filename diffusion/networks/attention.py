@@ -17,6 +17,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
 LARGEST_HEAD = 128  # of cuDNN's kernel with a gradient, on every GPU since Ampere
+OLDEST = 8.0  # compute capability: Ampere
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # without them JAX cannot even trace cuDNN's kernel
 
 Heads = Float[Array, "B T heads head"]
@@ -50,8 +51,14 @@ def fits(*heads: Array) -> bool:
 
 @functools.cache
 def has_kernels() -> bool:
-    """Returns whether JAX is installed for GPUs; the program decides by the device it is compiled for."""
-    return any(importlib.util.find_spec(name) is not None for name in PLUGINS)
+    """Returns whether JAX is installed for GPUs, and none here is older than the kernel.
+
+    The program decides by the device it is compiled for, which may be one that is not here; JAX compiles the kernel for
+    any GPU, and an older one then finds no engine that runs it.
+    """
+    if not any(importlib.util.find_spec(name) is not None for name in PLUGINS):
+        return False
+    return all(float(getattr(device, "compute_capability", OLDEST)) >= OLDEST for device in jax.local_devices())
 
 
 def by_xla(query: Heads, key: Array, value: Array, is_causal: bool, scale: float | None) -> Heads:
