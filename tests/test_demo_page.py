@@ -136,7 +136,7 @@ def test_cancel_ends_it(visit, site):
 @needs_browser
 def test_of_two_visitors_one_cancels_his_own(visit):
     first, second = visit(), visit()
-    set_steps(first, 50)  # long enough to be seen and cancelled on a busy machine
+    first.fill("#num_steps input[type=number]", "50")  # long enough to be seen and cancelled on a busy machine
     ask(first, "a red three", pictures=2, seed=1)
     ask(second, "two green fours", seed=2)
     wait(first, "drawing")

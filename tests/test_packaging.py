@@ -54,8 +54,10 @@ def test_what_is_imported_is_a_dependency_or_is_in_an_extra(path):
 
 @pytest.mark.parametrize("extra", extras.EXTRAS)
 def test_the_modules_of_an_extra_are_those_that_it_installs(extra):
-    brought = modules_of(one.name for one in requirements(PROJECT["optional-dependencies"][extra]))
     first, *others = extras.EXTRAS[extra]
+    if importlib.util.find_spec(first) is None:
+        pytest.skip(f"the extra {extra} is not installed here: pip install -e '.[{extra}]'")
+    brought = modules_of(one.name for one in requirements(PROJECT["optional-dependencies"][extra]))
     assert first in brought
     if extra in ("runs", "tfds"):  # of others some come with the first
         assert set(others) <= brought
