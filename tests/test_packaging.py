@@ -1,6 +1,7 @@
 """What is installed: the papers alone, extras for the machinery, pinned versions, and launch.sh's set-up of them."""
 
 import ast
+import importlib.util
 import os
 import re
 import shutil
