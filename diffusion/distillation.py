@@ -168,6 +168,26 @@ def imitation_loss(
     """
     x_t = jnp.asarray(x_t)
     policy = make_policy(student(x_t, t, r), r, t, shift)
+    return policy_loss(policy, teacher, x_t, r, t, points, window)
+
+
+def policy_loss(
+    policy: Policy,
+    teacher: Denoise,
+    x_t: Images,
+    r: Float[Array, " B"],
+    t: Float[Array, " B"],
+    points: Float[Array, "count B"],
+    window: float = 3 / 128,
+) -> Losses:
+    """Returns `imitation_loss` of what the student has returned already, the policy of [r, t].
+
+    Example:
+      >>> policy = make_policy(jnp.zeros((1, 3, 2)), jnp.zeros(1), jnp.ones(1))
+      >>> ends, points = (jnp.zeros(1), jnp.ones(1)), jnp.full((2, 1), 0.5)
+      >>> print(*policy_loss(policy, lambda x, t: 0 * x, jnp.ones((1, 2)), *ends, points))
+      [0.] [0.]
+    """
     detached = jax.lax.stop_gradient(policy)
 
     def at(point: Array) -> Array:
@@ -182,6 +202,51 @@ def imitation_loss(
 
     loss = jax.lax.map(at, points).mean(axis=0)
     return loss, loss
+
+
+def trajectory_loss(
+    student: Student,
+    teacher: Denoise,
+    x_T: Images,
+    times: Float[Array, " N_plus_1"],
+    key: Keys,
+    count: int = 2,
+    window: float = 3 / 128,
+    shift: float = 1.0,
+) -> tuple[Float[Array, "N B"], Float[Array, "N B"]]:
+    """Returns `imitation_loss` of each interval of a grid, each from where the student's own steps before it led.
+
+    A student of data is trained where data is; a guided teacher leads elsewhere. This one needs no data, and as many
+    evaluations for N intervals of an image as `imitation_loss` for N images.
+
+    Args:
+      student: as that of `imitation_loss`.
+      teacher: likewise.
+      x_T: noise, at times[0].
+      times: of the grid, falling.
+      key: of the points.
+      count: of points in an interval.
+      window: of `imitation_loss`, at most an interval.
+      shift: of `make_policy`.
+
+    Source: Chen et al. 2025, section 4 (data-free training).
+
+    Example:
+      >>> zeros = lambda x_t, t, r: jnp.zeros((1, 3, *x_t.shape[1:]))
+      >>> times = jnp.asarray([1.0, 0.5, 0.0])
+      >>> print(trajectory_loss(zeros, lambda x, t: 0 * x, jnp.ones((1, 2)), times, jax.random.key(0))[0].shape)
+      (2, 1)
+    """
+
+    def step(x_t: Array, interval: tuple[Array, Array, Array]) -> tuple[Array, Losses]:
+        t, r = (jnp.broadcast_to(time, x_t.shape[:1]) for time in interval[1:])
+        points = draw_points(fold_in(key, interval[0]), count, r, t, jnp.minimum(window, t - r))
+        policy = make_policy(student(x_t, t, r), r, t, shift)
+        losses = policy_loss(policy, teacher, x_t, r, t, points, window)
+        return roll_out(jax.lax.stop_gradient(policy), x_t, t, r), losses
+
+    intervals = (jnp.arange(len(times) - 1), times[:-1], times[1:])
+    return jax.lax.scan(step, jnp.asarray(x_T), intervals)[1]
 
 
 def policy(

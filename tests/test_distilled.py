@@ -118,7 +118,7 @@ def test_a_policy_of_pictures_in_colour_begins_as_its_teacher():
     def both():
         fitted = fit_network(student, network, key)
         velocities = student.network.apply(fitted, x_t, t, **told, next_time=t / 2)
-        return policy_values(velocities, x_t, t), x_t - t[:, None, None, None] * theirs.network.apply(
+        return policy_values("velocity", velocities, x_t, 1 - t, t), x_t - t[:, None, None, None] * theirs.network.apply(
             network, x_t, t, **told
         )
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from diffusion import distillation, flow, predictions, schedules
+from diffusion.model.choices import of_name
 from diffusion.model.objectives import Drawn, Found, Objective, check_flow, errors
 from diffusion.model.processes import Process
-from diffusion.types import per_example
 
 
 def imitation(
@@ -21,6 +21,8 @@ def imitation(
     num_values: int = 10,
     num_points: int = 2,
     window: float = 3 / 128,
+    start: str = "data",
+    prediction: str = "velocity",
 ) -> Objective:
     """Returns pi-Flow's imitation of a trained flow by a policy for whole steps (`distillation.imitation_loss`).
 
@@ -33,6 +35,9 @@ def imitation(
       num_values: of x_0 in a step.
       num_points: of a step at which teacher and policy are compared.
       window: over which the policy's velocity is averaged, in time.
+      start: of an interval: data, with noise added; or own, where the student's own steps led, all of an image's
+        intervals in turn, which costs as much as a batch so many times as large, and is the better for guidance.
+      prediction: what the network returns, so often as there are values; the teacher's, where the student begins as it.
 
     Source: Chen et al. 2025, "pi-Flow: Policy-Based Few-Step Generation via Imitation Distillation".
     """
@@ -43,23 +48,39 @@ def imitation(
         raise ValueError(f"loss.num_values is {num_values} and num_points {num_points}: at least 2 and 1 are needed")
     if not 0 <= window <= 1:
         raise ValueError(f"loss.window is {window}: it is a share of the time from 0 to 1")
+    along = of_name({"data": False, "own": True}, start, "loss.start")
     grids = tuple(schedules.flow_grid(count, shift) for count in num_steps)
 
     def compute(drawn: Drawn) -> Found:
+        def student(x_t: jax.Array, t: jax.Array, r: jax.Array) -> jax.Array:
+            signal, noise = process.at(t)
+            output = drawn.network(predictions.network_input(prediction, x_t, signal, noise), t, next_time=r)
+            return policy_values(prediction, output, x_t, signal, noise)
+
+        if along:
+            return of_trajectories(drawn, student)
         keys = jax.random.split(drawn.key)
         t, r = drawn_interval(keys[0], len(drawn.x_0), grids)
         points = distillation.draw_points(keys[1], num_points, r, t, jnp.minimum(window, t - r))
         x_t = flow.interpolate(drawn.x_0, drawn.eps, t)
-
-        def student(x_t: jax.Array, t: jax.Array, r: jax.Array) -> jax.Array:
-            return policy_values(drawn.network(x_t, t, next_time=r), x_t, t)
-
         losses, error = distillation.imitation_loss(student, drawn.teacher, x_t, r, t, points, window, shift)
         return losses, errors(error, (r + t) / 2)
 
+    def of_trajectories(drawn: Drawn, student: distillation.Student) -> Found:
+        found, middles = [], []
+        for number, grid in enumerate(grids):
+            times, key = jnp.asarray(grid.time, jnp.float32), jax.random.fold_in(drawn.key, number)
+            found += distillation.trajectory_loss(
+                student, drawn.teacher, drawn.eps, times, key, num_points, window, shift
+            )[:1]
+            middles += [(times[:-1] + times[1:]) / 2]
+        losses, middle = jnp.concatenate(found), jnp.concatenate(middles)
+        error = errors(losses, jnp.broadcast_to(middle[:, None], losses.shape))
+        return jax.tree.map(lambda by_interval: by_interval.mean(axis=0), (losses, error))
+
     return Objective(
         compute,
-        "velocity",
+        prediction,
         ("policy",),
         mean=False,
         two_times=True,
@@ -70,10 +91,12 @@ def imitation(
     )
 
 
-def policy_values(velocity: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
-    """Returns the values of x_0 [B, N, ...] that N velocities, which a network returns as channels, have at x_t."""
-    velocities = velocity.reshape(*x_t.shape[:-1], -1, x_t.shape[-1])
-    return x_t[:, None] - per_example(t, x_t)[:, None] * jnp.moveaxis(velocities, -2, 1)
+def policy_values(
+    prediction: str, output: jax.Array, x_t: jax.Array, signal: jax.Array, noise: jax.Array
+) -> jax.Array:
+    """Returns the values of x_0 [B, N, ...] of N predictions at x_t, which a network returns as channels."""
+    outputs = jnp.moveaxis(output.reshape(*x_t.shape[:-1], -1, x_t.shape[-1]), -2, 1)
+    return jax.vmap(lambda one: predictions.to_x_0(prediction, one, x_t, signal, noise), in_axes=1, out_axes=1)(outputs)
 
 
 def progressive(

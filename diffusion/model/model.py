@@ -184,7 +184,9 @@ def steered(model: Model, sampling: Sampling, params: Any, told: Told, fro: Told
         network = network_of(model, params, told)
 
         def values(x_t: jax.Array, time: jax.Array, next_time: jax.Array) -> jax.Array:
-            return policy_values(network(x_t, time, next_time=next_time), x_t, time)
+            kind, (signal, noise) = model.objective.prediction, model.process.at(time)
+            output = network(predictions.network_input(kind, x_t, signal, noise), time, next_time=next_time)
+            return policy_values(kind, output, x_t, signal, noise)
 
         return values
     if sampling.asks == "jump":

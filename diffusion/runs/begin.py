@@ -156,8 +156,11 @@ def adopt(config: Config, origin: Origin, asked: Sequence[str] = ()) -> Config:
     """Returns `config` with the blocks of `origin` for the parts that it leaves open; see the module's lines."""
     theirs, config = from_plain(origin.stored["config"]), from_plain(plain(config))
     scaled = "time_scale" in config.process and config.process.name == theirs.process.name
-    if scaled and "teacher" in config.loss and "process.time_scale" not in asked:
+    student = "teacher" in config.loss
+    if scaled and student and "process.time_scale" not in asked:
         config.process.time_scale = theirs.process.time_scale  # a student embeds times as the teacher that it begins as
+    if student and "prediction" in theirs.loss and "loss.prediction" not in asked:
+        config.loss.prediction = theirs.loss.prediction  # and returns what that returns
     left_open = [
         block
         for part, block in PARTS.items()

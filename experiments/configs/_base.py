@@ -352,11 +352,14 @@ def imitation(config: ConfigDict) -> None:
             teacher="",  # work folder of a run of `flow`, as whose copy the student begins
             guidance=0.0,  # of the teacher; 0: as its run samples
             num_steps=(4,),  # in how many the student draws; (1, 2, 4): in each
+            shift=config.sampling.grid.shift,  # of the times of steps, and of values in a step, towards noise
             num_values=10,  # of x_0 in a step
             num_points=2,  # of a step that the teacher evaluates
+            start="data",  # of a step: data with noise added; or own, where the student's steps before it led
+            prediction="velocity",  # what the network returns, so many times; that of the teacher, which it begins as
         )
     )
-    config.sampling.sampler = ConfigDict(dict(name="policy"))
+    config.sampling.sampler = ConfigDict(dict(name="policy", shift=config.loss.shift))
 
 
 def progressive(config: ConfigDict) -> None:
@@ -368,7 +371,7 @@ def progressive(config: ConfigDict) -> None:
             teacher="",  # work folder of a run of `flow`, or of the round before
             guidance=0.0,  # of the teacher; 0: as its run samples
             num_steps=4,  # of the student
-            prediction="velocity",
+            prediction="velocity",  # what the network returns; that of the teacher, which it begins as
         )
     )
 

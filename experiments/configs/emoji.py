@@ -17,7 +17,7 @@ from experiments.configs import _base
 
 
 def get_config(methods: str = "") -> ConfigDict:
-    """Returns the config with `clip` applied."""
+    """Returns the config with `clip` or one of `_base.FEW_STEPS` applied."""
     config = _base.text_config()
     config.data = ConfigDict(
         dict(
@@ -68,7 +68,7 @@ def get_config(methods: str = "") -> ConfigDict:
             after_training=True,
         )
     )
-    return _base.apply(config, methods, {"clip": clip})
+    return _base.apply(config, methods, {"clip": clip, **_base.FEW_STEPS})
 
 
 def clip(config: ConfigDict) -> None:
