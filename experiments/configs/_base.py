@@ -43,6 +43,7 @@ WORDS = dict(
     length=12,  # words that are read of a caption
     size=0,  # of the vocabulary: the most frequent words; 0: every word
     dropout=0.1,  # share of the captions that training hides, for guidance
+    word_dropout=0.0,  # and of the words of the others
 )
 
 
