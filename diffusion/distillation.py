@@ -200,7 +200,7 @@ def policy_loss(
             velocity = (x - roll_out(policy, x, point, ahead)) / per_example(point - ahead, x)
         return weighted_mse(1.0, target, velocity)
 
-    loss = jax.lax.map(at, points).mean(axis=0)
+    loss = jax.vmap(at)(points).mean(axis=0)
     return loss, loss
 
 
@@ -246,7 +246,8 @@ def trajectory_loss(
         return roll_out(jax.lax.stop_gradient(policy), x_t, t, r), losses
 
     intervals = (jnp.arange(len(times) - 1), times[:-1], times[1:])
-    return jax.lax.scan(step, jnp.asarray(x_T), intervals)[1]
+    # Unrolled: XLA runs convolutions in a loop on one core of a CPU, without oneDNN.
+    return jax.lax.scan(step, jnp.asarray(x_T), intervals, unroll=True)[1]
 
 
 def policy(

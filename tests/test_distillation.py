@@ -11,6 +11,7 @@ from few_step import GOLDEN, make_gaussian, points
 from scipy.integrate import solve_ivp
 
 from diffusion import distillation, schedules
+from diffusion.randomness import fold_in
 from diffusion.samplers import ddim
 from diffusion.schedules import Grid, flow_grid
 
@@ -122,6 +123,38 @@ def test_a_teacher_that_is_linear_in_time_is_copied(window, count):
     np.testing.assert_array_equal(loss, error)
     wrong, _ = distillation.imitation_loss(lambda *a: student(*a) + 1, teacher, x, r, t, drawn, 0.0)
     np.testing.assert_allclose(wrong, jnp.mean(drawn**-2.0, axis=0), rtol=1e-10)  # 1 of x_0 is 1 / t of the velocity
+
+
+def test_losses_of_own_trajectories_are_those_of_each_interval_from_where_the_ones_before_led():
+    """Of a student that is wrong, so that it does not lead where the teacher does."""
+    x, *_, x_0, eps = points()
+    teacher, _ = linear(x_0, eps)
+    times, key = jnp.asarray([1.0, 0.7, 0.2, 0.0]), jax.random.key(3)
+    wrong = lambda x, t, r: straight_values(teacher, 3)(x, t, r) + t[:, None, None]  # noqa: E731
+    losses, error = distillation.trajectory_loss(wrong, teacher, x, times, key, count=2, window=0.25)
+    assert losses.shape == (3, len(x)) and np.all(losses > 1e-3)
+    np.testing.assert_array_equal(losses, error)
+    for number in range(3):
+        t, r = (jnp.broadcast_to(times[number + i], x.shape[:1]) for i in range(2))
+        drawn = distillation.draw_points(fold_in(key, number), 2, r, t, jnp.minimum(0.25, t - r))
+        expected, _ = distillation.imitation_loss(wrong, teacher, x, r, t, drawn, 0.25)
+        np.testing.assert_allclose(losses[number], expected, rtol=1e-12)
+        x = distillation.roll_out(distillation.make_policy(wrong(x, t, r), r, t), x, t, r)
+
+
+def test_a_student_learns_of_each_interval_alone():
+    """Where its own steps lead is given: no gradient flows from an interval to the ones before."""
+    x, *_, x_0, eps = points()
+    teacher, _ = linear(x_0, eps)
+    student = straight_values(teacher, 3)
+
+    def last(scales):
+        wrong = lambda x, t, r: student(x, t, r) + jnp.where(t == 1, *scales)[:, None, None]  # noqa: E731
+        times = jnp.asarray([1.0, 0.5, 0.0])
+        return distillation.trajectory_loss(wrong, teacher, x, times, jax.random.key(0))[0][1].sum()
+
+    first, second = jax.grad(last)(jnp.asarray([0.1, 0.2]))
+    assert first == 0 and second != 0
 
 
 def test_a_gaussian_teacher_is_copied_to_the_second_order_of_the_values_distance():

@@ -7,6 +7,7 @@ import pytest
 from helpers import config_of
 from test_objectives import FLOW, make_drawn
 
+from diffusion import predictions
 from diffusion.model.config import plain
 from diffusion.model.distilled import drawn_interval, policy_values
 from diffusion.model.experiment import make_learner, make_model
@@ -60,6 +61,38 @@ def test_errors_of_steps_are_reported_by_their_place_least_noise_first():
             found = error[f"error_part_{part}_of_4"]
             np.testing.assert_array_equal(found.count, times[0] == t)
             np.testing.assert_array_equal(found.total > 0, times[0] == t)
+
+
+def test_a_student_of_its_own_steps_sees_no_data():
+    """Each of its grids from pure noise on, and as many intervals of each image as they have."""
+
+    def network(x, t, next_time):
+        return jnp.tile(x * (1 + t - next_time)[:, None], 2)
+
+    found = {}
+    for start in ("data", "own"):
+        objective = LOSSES["imitation"](FLOW, num_steps=(1, 2), num_values=2, start=start)
+        drawn = make_drawn(network, teacher=lambda x, time: 0.5 * x)
+        other = drawn._replace(x_0=drawn.x_0 + 1)
+        found[start] = [objective.compute(one) for one in (drawn, other)]
+        losses, error = found[start][0]
+        np.testing.assert_allclose(error["error"].total.sum() / error["error"].count.sum(), losses.mean(), rtol=1e-6)
+        assert losses.shape == (8,)
+    assert not np.array_equal(*(losses for losses, _ in found["data"]))
+    np.testing.assert_array_equal(*(losses for losses, _ in found["own"]))
+
+
+@pytest.mark.parametrize("prediction", ["v", "velocity", "x_0"])
+def test_a_policy_holds_the_values_of_any_prediction(prediction):
+    """As many as there are, of channels that are not mixed."""
+    x_0, eps = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 2))
+    signal, noise = FLOW.at(jnp.asarray([0.2, 0.7, 1.0]))
+    x_t = predictions.diffuse(x_0, eps, signal, noise)
+    outputs = [predictions.target(prediction, x_0 + n, eps, signal, noise) for n in range(3)]
+    expected = [predictions.to_x_0(prediction, one, x_t, signal, noise) for one in outputs]
+    values = policy_values(prediction, jnp.concatenate(outputs, axis=-1), x_t, signal, noise)
+    np.testing.assert_allclose(values, jnp.stack(expected, axis=1), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(values[:, 0], x_0, atol=1e-5)
 
 
 def test_progressive_distillation_takes_two_steps_of_the_teacher():
@@ -118,9 +151,8 @@ def test_a_policy_of_pictures_in_colour_begins_as_its_teacher():
     def both():
         fitted = fit_network(student, network, key)
         velocities = student.network.apply(fitted, x_t, t, **told, next_time=t / 2)
-        return policy_values("velocity", velocities, x_t, 1 - t, t), x_t - t[:, None, None, None] * theirs.network.apply(
-            network, x_t, t, **told
-        )
+        velocity = theirs.network.apply(network, x_t, t, **told)
+        return policy_values("velocity", velocities, x_t, 1 - t, t), x_t - t[:, None, None, None] * velocity
 
     values, expected = both()
     assert values.shape == (2, 3, 16, 16, 3) and np.abs(x_t - expected).max() > 0.1

@@ -109,6 +109,18 @@ def test_a_student_resumes_to_the_bit_without_its_teacher(student, tmp_path):
     equal(open_run(folder, num_devices=1).params, open_run(student("imitation"), num_devices=1).params)
 
 
+@pytest.mark.parametrize("method", DISTILLED)
+def test_a_student_is_handed_on_without_its_teacher(student, method, tmp_path):
+    """Nor a trace of where that was; it draws the same pictures."""
+    artefact, run = tmp_path / "artefact", open_run(student(method), num_devices=1)
+    do_call(digits.TASK, f"digits:{method}", student(method), "--mode=export", f"--weights={artefact}")
+    stored = (artefact / "published.json").read_text()
+    assert json.loads(stored)["frozen"] == [] and "/" not in json.loads(stored)["config"]["loss"]["teacher"]
+    again = open_run(artefact, num_devices=1)
+    equal(again.params, run.params["network"])
+    np.testing.assert_array_equal(again.sample(4, seed=1), run.sample(4, seed=1))
+
+
 def test_what_depends_on_the_step_is_told_it_where_a_run_resumes():
     def batches():
         while True:

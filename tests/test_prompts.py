@@ -170,6 +170,25 @@ def test_the_prompts_of_a_share_are_dropped(parts, params):
         make_parts(changes={"condition.dropout": 1.5})
 
 
+def test_words_of_a_share_are_hidden_each_alone():
+    """In the captions that are not hidden whole, and nothing else of them is changed."""
+    ids = np.random.default_rng(0).integers(2, 9, (400, 12))
+    batch, key = {"text": jnp.asarray(ids), "label": jnp.zeros(400, jnp.int32)}, jax.random.key(1)
+    encoder = prompts.make_words(VOCABULARY, 8, 12)
+    encoder = encoder._replace(encode=lambda params, ids: prompts.Text(ids[..., None], ids))
+
+    def read(dropout, word_dropout):
+        return np.asarray(prompts.prompts(encoder, dropout, word_dropout).of_batch(None, batch, key)["pooled"])
+
+    words, captions = read(0.0, 0.3) == 0, read(0.5, 0.0) == 0
+    assert abs(words.mean() - 0.3) < 4 * (0.3 * 0.7 / words.size) ** 0.5
+    assert words.all(axis=1).sum() == 0 and set(words.sum(axis=1)) > {2, 3, 4, 5}
+    assert abs(np.corrcoef(words[:, 0], captions[:, 0])[0, 1]) < 4 / 400**0.5
+    np.testing.assert_array_equal(read(0.5, 0.3), np.where(words | captions, 0, ids))
+    with pytest.raises(ValueError, match=r"condition\.word_dropout is -1\.0: it has to lie in \[0, 1\]"):
+        make_parts(changes={"condition.word_dropout": -1.0})
+
+
 def test_prediction_f_scales_x_t_alike_in_training_and_sampling():
     """Where all data is one image, a perfect network knows eps from its input: its loss is 0, its sample the image."""
     level = 200

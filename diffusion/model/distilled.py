@@ -91,9 +91,7 @@ def imitation(
     )
 
 
-def policy_values(
-    prediction: str, output: jax.Array, x_t: jax.Array, signal: jax.Array, noise: jax.Array
-) -> jax.Array:
+def policy_values(prediction: str, output: jax.Array, x_t: jax.Array, signal: jax.Array, noise: jax.Array) -> jax.Array:
     """Returns the values of x_0 [B, N, ...] of N predictions at x_t, which a network returns as channels."""
     outputs = jnp.moveaxis(output.reshape(*x_t.shape[:-1], -1, x_t.shape[-1]), -2, 1)
     return jax.vmap(lambda one: predictions.to_x_0(prediction, one, x_t, signal, noise), in_axes=1, out_axes=1)(outputs)

@@ -62,7 +62,15 @@ class TextEncoder(NamedTuple):
     rules: Rules = ()
 
 
-def words(facts: Facts, *, width: int = 96, length: int = 12, size: int = 0, dropout: float = 0.1) -> Condition:
+def words(
+    facts: Facts,
+    *,
+    width: int = 96,
+    length: int = 12,
+    size: int = 0,
+    dropout: float = 0.1,
+    word_dropout: float = 0.0,
+) -> Condition:
     """Returns the condition of prompts read by word embeddings that are learned with the network.
 
     Args:
@@ -71,9 +79,12 @@ def words(facts: Facts, *, width: int = 96, length: int = 12, size: int = 0, dro
       length: words that are read of a prompt.
       size: of the vocabulary, the most frequent words; 0: all. Applied to `facts.vocabulary` where a run starts.
       dropout: share of the training captions that are hidden.
+      word_dropout: share of the words that are hidden in the others, each alone: what a word means is then learned
+        apart from those beside it, and holds in combinations that training never shows.
     """
     del size  # the vocabulary was made with it
-    return prompts(make_words(facts.stored.get("vocabulary", facts.vocabulary), width, length), dropout)
+    encoder = make_words(facts.stored.get("vocabulary", facts.vocabulary), width, length)
+    return prompts(encoder, dropout, word_dropout)
 
 
 def clip_text(facts: Facts, *, folder: str = "", precomputed: bool = False, dropout: float = 0.1) -> Condition:
@@ -89,7 +100,7 @@ def clip_text(facts: Facts, *, folder: str = "", precomputed: bool = False, drop
     return prompts(make_clip_text(folder, facts.stored or None), dropout)
 
 
-def prompts(encoder: TextEncoder, dropout: float) -> Condition:
+def prompts(encoder: TextEncoder, dropout: float, word_dropout: float = 0.0) -> Condition:
     """Returns the condition of prompts.
 
     Training reads "text", token ids int32[B, L], or the features "context" and "pooled" of `with_features`.
@@ -97,12 +108,14 @@ def prompts(encoder: TextEncoder, dropout: float) -> Condition:
     Args:
       encoder: reads them; its parameters are params["text"].
       dropout: share of the training captions that are replaced by the empty one.
+      word_dropout: share of the tokens of "text" that are, each, replaced by those of the empty one.
 
     Raises:
-      ValueError: `dropout` is outside [0, 1].
+      ValueError: `dropout` or `word_dropout` is outside [0, 1].
     """
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"condition.dropout is {dropout}: it has to lie in [0, 1]")
+    for name, share in {"dropout": dropout, "word_dropout": word_dropout}.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"condition.{name} is {share}: it has to lie in [0, 1]")
     (empty,) = encoder.tokenize([""])
 
     def read(requests: Sequence[str | None]) -> np.ndarray:
@@ -118,6 +131,9 @@ def prompts(encoder: TextEncoder, dropout: float) -> Condition:
     def of_batch(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Told:
         hidden = hide(batch, key)[:, None]
         if "text" in batch:
+            if word_dropout:
+                word_key = jax.random.fold_in(jax.random.split(key, 4)[2], 1)
+                hidden |= jax.random.bernoulli(word_key, word_dropout, batch["text"].shape)
             return of_request(params, jnp.where(hidden, empty, batch["text"]))
         none = encoder.encode(params, jnp.asarray(empty[None]))
         return {

@@ -1,7 +1,7 @@
 """A run's averaged weights as a folder to hand on: every model has this form, whether or not others publish it.
 
 published.json                what a checkpoint stores beside its weights: experiment, config, vocabulary
-pipeline/model.safetensors    every array, frozen ones too, under its place in the tree of the parameters
+pipeline/model.safetensors    every array, frozen ones too but for a student's teacher, under its place in the tree
 README.md                     the model card: what it is, of which data, under which licences, its figures
 
 `open_run` and every mode but training take the folder as a work folder; --mode=import makes one of it elsewhere.
@@ -25,7 +25,14 @@ from diffusion.training import workdir
 from diffusion.training.checkpoints import provenance
 from diffusion.training.description import FORMAT
 
-PATHS = ("dir", "folder", "package", "weights", "judge")  # fields of a config that name places of the machine
+PATHS = (
+    "dir",
+    "folder",
+    "package",
+    "weights",
+    "judge",
+    "teacher",
+)  # fields of a config that name places of the machine
 
 
 def write_artefact(folder: Path, run: Run, about: str = "") -> None:
@@ -39,6 +46,7 @@ def write_artefact(folder: Path, run: Run, about: str = "") -> None:
     Raises:
       ValueError: the folder is there already.
     """
+    run = without_teacher(run)
     params = jax.device_get(run.params)
     config = plain(portable(run.config))
     with new_folder(folder) as temporary:
@@ -47,7 +55,8 @@ def write_artefact(folder: Path, run: Run, about: str = "") -> None:
         save_file({name: np.array(leaf, order="C") for name, leaf in flatten_dict(params, sep="/").items()}, path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         described = {
-            **{name: run.stored[name] for name in ("image_shape", "num_classes", "condition", "space", "frozen")},
+            **{name: run.stored[name] for name in ("image_shape", "num_classes", "condition", "space")},
+            "frozen": list(run.model.frozen),
             "experiment": run.experiment,
             "config": config,
             "pipeline": OWN,
@@ -61,6 +70,16 @@ def write_artefact(folder: Path, run: Run, about: str = "") -> None:
         workdir.claim(temporary, run.experiment, config)
         (temporary / ABOUT).write_text(json.dumps(described, indent=2) + "\n", "utf-8")
         (temporary / "README.md").write_text(card(run, params, about), "utf-8")
+
+
+def without_teacher(run: Run) -> Run:
+    """Returns a run as it draws: what a student has learned from is needed no more."""
+    if run.model.teacher is None:
+        return run
+    frozen = tuple(name for name in run.model.frozen if name != "teacher")
+    model = run.model._replace(teacher=None, frozen=frozen)
+    params = {name: group for name, group in run.params.items() if name != "teacher"}
+    return run._replace(model=model, params=params if model.grouped else params["network"])
 
 
 def portable(config: Config) -> Config:
