@@ -7,6 +7,7 @@ gradient, AdamW and an average of the weights. Both take turns, medians are repo
 a peer only ours is timed. `--tiny` is a check of the script, not a measurement.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -32,10 +33,10 @@ def make_clip(dtype: str, tiny: bool) -> CLIP:
 def make_ours(clip: CLIP, batch_size: int) -> turns.Ours:
     """Returns this project's network and its own train step."""
     random = np.random.RandomState(0)
-    size, text = clip.image.image_size, clip.text
+    size, text = clip.image.height_width, clip.text
     ids = random.randint(0, text.vocabulary_size - 2, (batch_size, text.length))
     ids[:, -1] = text.end_of_text
-    batch = {"image": random.randn(batch_size, size, size, 3).astype(np.float32), "text": ids.astype(np.int32)}
+    batch = {"image": random.randn(batch_size, *size, 3).astype(np.float32), "text": ids.astype(np.int32)}
 
     def forward(params: Any, batch: Any) -> Any:
         return clip.apply(params, batch["image"], batch["text"])
@@ -58,7 +59,7 @@ def make_ours(clip: CLIP, batch_size: int) -> turns.Ours:
 def forward_flop(clip: CLIP) -> float:
     """Returns the operations of one pair's forward pass: two per product of a matrix multiplication."""
     image, text = clip.image, clip.text
-    patches = (image.image_size // image.patch_size) ** 2
+    patches = math.prod(image.height_width) // image.patch_size**2
     products = patches * 3 * image.patch_size**2 * image.width
     for tower, tokens in ((image, patches + 1), (text, text.length)):
         attention = 4 * tower.width**2 + 2 * tokens * tower.width

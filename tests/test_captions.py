@@ -75,8 +75,7 @@ def test_pictures_of_captions_that_are_broken_or_of_other_shapes(pairs, caplog):
     with pytest.raises(ValueError, match=r"line 4: .*wide.png is 8x6 but .*0.png is 8x8: .*data\.image_size=N"):
         caption_folder(folder, None)
     write({"image": "wide.png", "caption": "wide"})
-    with pytest.raises(ValueError, match=r"line 1: .*wide.png is 8x6, not square: .*data\.image_size=N"):
-        caption_folder(folder, None)
+    assert caption_folder(folder, None).image_shape == (6, 8, 3)
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:60])
     write(*GOOD)
     with pytest.raises(ValueError, match=r"line 2: .*1.png cannot be read"):

@@ -6,11 +6,12 @@ once per epoch whatever the batch size. NumPy's RandomState is used because its 
 
 import functools
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from diffusion.data.augmentations import augment, check_augmentations
 from diffusion.data.buckets import bucket_rows
 from diffusion.data.sources import Source
 from diffusion.data.streams import stream
@@ -74,6 +75,7 @@ def make_batches(
     start_step: int = 0,
     num_steps: int | None = None,
     flip: bool = False,
+    augmentations: Sequence[str] = (),
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 4,
@@ -86,23 +88,26 @@ def make_batches(
 
     Args:
       source: of the images.
-      seed: of the order and of the flips.
+      seed: of the order, the flips and the augmentations.
       batch_size: B, of all processes together.
       start_step: number of the first batch.
       num_steps: how many batches; None: without end.
       flip: mirror half of the images.
+      augmentations: of `augmentations.AUGMENTATIONS`, done to the images in turn, after the flip.
       process_index: p; process p returns rows [p * B/P, (p + 1) * B/P) of every batch, and reads no others.
       process_count: P. The global batch does not depend on it.
       num_threads: that read.
       prefetch: batches that are held at most.
 
     Raises:
-      ValueError: if the processes do not divide the batch, or the batch is larger than the data set.
+      ValueError: if the processes do not divide the batch, the batch is larger than the data set, or the images cannot
+        be flipped or augmented so.
     """
     import grain  # half a second that only training needs to spend
 
     if source.parts and flip:
         raise ValueError("data.flip=True does not go with data.buckets: leave one of them out")
+    check_augmentations(augmentations, [part.image_shape for part in source.parts or (source,)])
     batch_indices(seed, start_step, batch_size, source.num_examples)  # to refuse bad arguments now, not in a thread
     if not 0 <= process_index < process_count or batch_size % process_count:
         raise ValueError(
@@ -112,15 +117,21 @@ def make_batches(
     mine = slice(process_index * rows, (process_index + 1) * rows)
     columns_reversed = np.arange(source.image_shape[1])[::-1]  # taking these is twice as fast as [:, :, ::-1]
 
-    def batch(step: int) -> dict[str, np.ndarray]:
+    def read(step: int) -> dict[str, np.ndarray]:
         if source.parts:
             part, indices = bucket_rows(seed, step, batch_size, [part.num_examples for part in source.parts])
             return source.parts[part].read(indices[mine])
-        read = source.read(batch_indices(seed, step, batch_size, source.num_examples)[mine])
+        found = source.read(batch_indices(seed, step, batch_size, source.num_examples)[mine])
         if flip:
             mirrored = batch_flips(seed, step, batch_size, source.num_examples)[mine]
-            read["image"][mirrored] = read["image"][mirrored].take(columns_reversed, axis=2)
-        return read
+            found["image"][mirrored] = found["image"][mirrored].take(columns_reversed, axis=2)
+        return found
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        found = read(step)
+        if augmentations:
+            found["image"] = augment(found["image"], augmentations, seed, step, batch_size, mine)
+        return found
 
     def read_ahead() -> Generator[dict[str, np.ndarray], None, None]:
         stop = sys.maxsize if num_steps is None else start_step + num_steps

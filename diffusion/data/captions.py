@@ -87,11 +87,11 @@ def caption_folder(
 
     Args:
       folder: of captions.jsonl.
-      image_size: side, or (H, W), to which every picture is cropped and resized. None needs squares of one size.
+      image_size: side, or (H, W), to which every picture is cropped and resized. Without it all must have one size.
       split: what the source is called.
       skip_broken: skip pictures that cannot be read, with one warning, instead of raising.
-      buckets: what divides the sides of buckets of aspect ratios of about image_size^2 pixels: each picture is cropped
-        to the nearest, and the source has a part for each. 0: all are cropped alike.
+      buckets: what divides the sides of buckets of aspect ratios of about image_size^2 pixels, of one side then: each
+        picture is cropped to the nearest, and the source has a part for each. 0: all are cropped alike.
       references: how many every line names; 0: those that are named are not read.
 
     Raises:
@@ -127,12 +127,6 @@ def caption_folder(
     if buckets:
         return _in_buckets(files, every, places, split, image_size, buckets, skip_broken)
     decoded = _decoded(files, places, split, image_size, skip_broken)
-    height, width, _ = decoded.source.image_shape
-    if image_size is None and height != width:
-        raise ValueError(
-            f"{places[0]}{files[0][0]} is {width}x{height}, not square: crop it with image_size "
-            "(--config.data.image_size=N)"
-        )
     return with_captions(decoded.source, [every[number] for number in decoded.kept])
 
 
@@ -180,7 +174,7 @@ def _in_buckets(
 ) -> Source:
     """Returns a source with a part for each bucket that has pictures."""
     if not isinstance(side, int):
-        raise ValueError("data.buckets have about data.image_size^2 pixels each: set data.image_size")
+        raise ValueError("data.buckets have about data.image_size^2 pixels each: set data.image_size, to one side")
     shapes = bucket_shapes(side, multiple)
     numbers: dict[int, list[int]] = {}
     for number, file in enumerate(files):

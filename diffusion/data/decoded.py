@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from diffusion.data.pictures import VERSION, Size, decode, shape_of
+from diffusion.data.pictures import VERSION, Size, decode, height_width, shape_of
 from diffusion.data.sources import LARGEST_IN_MEMORY, Source, Unfit, array_source
 from diffusion.files import cache_folder, replacing
 
@@ -73,7 +73,7 @@ def decoded_files(
         image, kept, fingerprint = found
     else:
         if size is not None and channels:
-            shape = (*_height_width(size), channels)
+            shape = (*height_width(size), channels)
         else:
             headers = list(each(shape_of, f"reading the headers of {name} {split}"))
             shape = _shape(headers, files, places, size, channels)
@@ -137,7 +137,7 @@ def _shape(
         raise ValueError(f"none of the {len(files)} pictures can be read, the first is {files[0]}")
     depth = channels or max(shape[2] for shape, _ in known)
     if size is not None:
-        return (*_height_width(size), depth)
+        return (*height_width(size), depth)
     (height, width, _), first = known[0]
     for shape, i in known:
         if shape[:2] != (height, width):
@@ -147,10 +147,6 @@ def _shape(
                 "crop and resize all to one size first",
             )
     return height, width, depth
-
-
-def _height_width(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
 
 
 def _to_memory(decoded: Iterable[np.ndarray | None], count: int, shape: Shape) -> tuple[np.ndarray, list[int]]:

@@ -26,8 +26,34 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 VERSION = 2  # of what `decode` returns, for the keys of caches: increase it when pixels change
 
-Size = int | tuple[int, int]
+Size = int | tuple[int, int]  # the side of a square, or (height, width)
 PictureFile = str | os.PathLike | bytes | IO[bytes]
+
+
+def height_width(size: Size) -> tuple[int, int]:
+    """Returns (height, width) of a size that may be one side.
+
+    Example:
+      >>> height_width(64), height_width((48, 64))
+      ((64, 64), (48, 64))
+    """
+    return (size, size) if isinstance(size, int) else size
+
+
+def one_side(size: Size, what: str) -> int:
+    """Returns the side of a square size.
+
+    Args:
+      size: of pictures.
+      what: is square alone, for the error.
+
+    Raises:
+      ValueError: the size is not square.
+    """
+    height, width = height_width(size)
+    if height != width:
+        raise ValueError(f"{what} are square, and the size is {height}x{width}: give one side, as data.image_size=64")
+    return height
 
 
 def decode(source: PictureFile, *, channels: int | None = None, size: Size | None = None) -> UInt8[np.ndarray, "H W C"]:
@@ -148,7 +174,7 @@ def _pixels(picture: Any, size: Size | None) -> np.ndarray:
     from PIL import Image, ImageOps
 
     if size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = height_width(size)
         if picture.size != (width, height):
             picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
     pixels = np.asarray(picture)

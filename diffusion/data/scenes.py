@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from diffusion.data.captions import with_captions
+from diffusion.data.pictures import Size, one_side
 from diffusion.data.sources import Source, array_source, digits
 
 COLOURS = {
@@ -148,13 +149,14 @@ def draw(scene: Scene, split: str, canvas: int = 16) -> UInt8[np.ndarray, "canva
 
 
 def scenes(
-    split: str, canvas: int = 16, num_examples: int = 50_000, seed: int = 0, kinds: Sequence[str] = KINDS
+    split: str, canvas: Size = 16, num_examples: int = 50_000, seed: int = 0, kinds: Sequence[str] = KINDS
 ) -> Source:
     """Returns scenes 0..num_examples - 1 of a split, drawn once and held in memory.
 
     Raises:
-      ValueError: as `scene`, or if `num_examples` is below 1.
+      ValueError: as `scene`, or if `num_examples` is below 1, or the canvas no square.
     """
+    canvas = one_side(canvas, "scenes")
     if num_examples < 1:
         raise ValueError(f"a source needs at least 1 scene, not {num_examples}")
     image = np.empty((num_examples, canvas, canvas, 3), np.uint8)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from diffusion.data.pictures import VERSION, Size, decode
+from diffusion.data.pictures import VERSION, Size, decode, height_width
 from diffusion.data.sources import LARGEST_IN_MEMORY, Source, Unfit, array_source
 from diffusion.extras import need
 from diffusion.files import cache_folder, replacing
@@ -51,7 +51,7 @@ def tfds_source(
 
     height, width, depth = features["image"].shape
     if image_size is not None:
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        height, width = height_width(image_size)
     if height is None or width is None:
         raise Unfit(
             f"the images of {name} differ in size",

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from diffusion.data import text
 from diffusion.data.batches import full_batches
 from diffusion.data.images import check_uint8_images
+from diffusion.data.pictures import Size, height_width
 from diffusion.evaluation.features import Extracted, Extractor, check_finite_rows, network_extractor
 from diffusion.networks.clip import CLIP
 from diffusion.pretrained.clip import load_clip, load_normalisation
@@ -99,8 +100,12 @@ def load_encoder(folder: str | os.PathLike) -> Encoder:
     return make_encoder(clip, params, text.read_tokenizer(folder), mean, std)
 
 
-def fit(image: np.ndarray, size: int) -> np.ndarray:
-    """Returns images uint8[N, H, W, 3] as [N, size, size, 3]: resized (bicubic) to the shorter side, then cropped.
+def fit(image: np.ndarray, size: Size) -> np.ndarray:
+    """Returns images uint8[N, H, W, 3] of that size: resized (bicubic) until they just cover it, then cropped.
+
+    Args:
+      image: of any size.
+      size: the side of a square, where they are resized to the shorter side, or (height, width).
 
     Raises:
       ValueError: images that are not uint8, or have no 3 channels.
@@ -109,15 +114,16 @@ def fit(image: np.ndarray, size: int) -> np.ndarray:
     if image.shape[-1] != 3:
         raise ValueError(f"CLIP reads RGB images, not {image.shape[-1]} channels: repeat grey ones three times")
     height, width = image.shape[1:3]
-    if (height, width) == (size, size):
+    rows, columns = height_width(size)
+    if (height, width) == (rows, columns):
         return image
     from PIL import Image
 
-    shorter = min(height, width)
-    shape = (round(width * size / shorter), round(height * size / shorter))
-    left, top = (shape[0] - size) // 2, (shape[1] - size) // 2
+    wide = width * rows > columns * height  # for that size: its height is the one to be met
+    shape = (round(width * rows / height), rows) if wide else (columns, round(height * columns / width))
+    left, top = (shape[0] - columns) // 2, (shape[1] - rows) // 2
     resized = [np.asarray(Image.fromarray(one).resize(shape, Image.Resampling.BICUBIC)) for one in image]
-    return np.stack(resized)[:, top : top + size, left : left + size]
+    return np.stack(resized)[:, top : top + rows, left : left + columns]
 
 
 def clip_extractor(encoder: Encoder) -> Extractor:

@@ -12,9 +12,10 @@ from tokenizers import Tokenizer
 
 from diffusion import contrastive, training
 from diffusion.data import text
-from diffusion.data.batches import batch_indices, make_batches
+from diffusion.data.pictures import height_width
 from diffusion.data.sources import Source
 from diffusion.evaluation.clip_features import Encoder, make_encoder
+from diffusion.model.batches import check_batches, training_batches
 from diffusion.model.config import Config, check_ranges, dtype_of, from_plain, make_settings
 from diffusion.networks.clip import CLIP, RULES, ImageTower, TextTower
 from diffusion.training import Experiment, Mean, RunError, make_mesh
@@ -121,16 +122,15 @@ def make_contrast(config: Config, clip: CLIP, source: Any) -> Experiment:
         raise ValueError("the loss is over the whole batch: training.accumulate=1, and to save memory loss.rows")
     optimizer, learning_rate = make_adamw(config)
     batch_size = config.data.batch_size
-    size = config.data.image_size
+    size = height_width(config.data.image_size)
 
     def init(key: jax.Array) -> Any:
-        return clip.init(key, jnp.zeros((1, size, size, 3)), jnp.zeros((1, config.text.length), jnp.int32))
+        return clip.init(key, jnp.zeros((1, *size, 3)), jnp.zeros((1, config.text.length), jnp.int32))
 
     def batches(start_step: int) -> Any:
-        processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
-        return make_batches(source, config.seed, batch_size, start_step=start_step, flip=config.data.flip, **processes)
+        return training_batches(config, source, start_step)
 
-    batch_indices(config.seed, 0, batch_size, source.num_examples)
+    check_batches(config, source)
     loss = contrastive_loss(config, clip)
     experiment = Experiment(init, loss, optimizer, learning_rate, batches, batch_size, rules=RULES)
     shapes = jax.eval_shape(init, jax.random.key(0))
@@ -145,9 +145,9 @@ def make_dataless(config: Config, clip: CLIP) -> Experiment:
 
 def abstract_batch(config: Config) -> dict[str, Any]:
     """Returns the shapes of a global batch."""
-    batch, size = config.data.batch_size, config.data.image_size
+    batch, size = config.data.batch_size, height_width(config.data.image_size)
     return {
-        "image": jax.ShapeDtypeStruct((batch, size, size, 3), np.uint8),
+        "image": jax.ShapeDtypeStruct((batch, *size, 3), np.uint8),
         "label": jax.ShapeDtypeStruct((batch,), np.int32),
         "text": jax.ShapeDtypeStruct((batch, config.text.length), np.int32),
     }

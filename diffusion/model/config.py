@@ -90,6 +90,9 @@ def check_ranges(config: Config) -> None:
         value = config.get("data", {}).get(name, (0, 0, 0))
         if len(value) != 3 or not all(map(math.isfinite, value)):
             raise ValueError(f"data.{name} is {value}: give 3 finite numbers, for red, green and blue")
+    size = config.get("data", {}).get("image_size", 0)
+    if isinstance(size, tuple) and (len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size)):
+        raise ValueError(f"data.image_size is {size}: give one side, as 64, or height and width, as (48, 64)")
     for field, (smallest, limit) in RANGES.items():
         block, name = field.split(".")
         value = config.get(block, {}).get(name)

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from diffusion.data.batches import batch_indices, make_batches
 from diffusion.data.sources import Source
 from diffusion.model import flux2_text, lora, prompts, sd3_text
+from diffusion.model.batches import check_batches, training_batches
 from diffusion.model.choices import pick
 from diffusion.model.condition import Condition, Facts, classes, nothing
 from diffusion.model.config import Config, check_ranges, dtype_of, from_plain, round_up
@@ -256,26 +256,17 @@ def make_experiment(
       ValueError: whatever does not fit together; nothing has been allocated or written by then.
     """
     learner = make_learner(config, model)
-    batch_size = config.data.batch_size
     num_previews = round_up(config.training.num_previews, mesh.size)
 
     def batches(start_step: int) -> Any:
-        found = make_batches(
-            source,
-            config.seed,
-            batch_size,
-            start_step=start_step,
-            flip=config.data.flip,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        found = training_batches(config, source, start_step)
         return with_steps(found, start_step) if model.objective.by_step else found
 
     def preview(params: Any) -> jax.Array:
         return generate(params, rows, away, np.uint32(config.seed), np.arange(num_previews), references=seen)[0]
 
     # What does not fit together is found here, before anything is written: the data, the network, the sampler.
-    batch_indices(config.seed, 0, batch_size, source.num_examples)
+    check_batches(config, source)
     shown = model._replace(space=model.space._replace(decode=model.space.preview))
     generate = make_generate(shown, make_sampling(config, model.process), mesh)
     rows = model.condition.read(preview_requests(model.condition, max(num_previews, mesh.size), examples))

@@ -42,7 +42,9 @@ CHOICES: dict[str, Mapping[str, Any]] = {
     "sampling.threshold": THRESHOLDS,
 }
 ALWAYS = {"optimizer": SHARED}
-NAMES = ("evaluation.metrics", "condition.leave_out", "lora.targets")  # tuples of names; all others hold numbers
+# Tuples of names; all others hold numbers.
+NAMES = ("evaluation.metrics", "condition.leave_out", "lora.targets", "data.augment")
+SIDES = ("data.image_size",)  # hold one side, or a tuple of (height, width): a value of either type is taken
 NEAR = 0.75  # of difflib's ratio: a name less alike is not offered
 
 
@@ -140,6 +142,8 @@ def complete(config: Config) -> Config:
             config.loss.name = "denoising"
         if "skip_broken" in config.get("data", {}) and "split" in config.data and "buckets" not in config.data:
             config.data.buckets = 0  # of captioned folders
+        if "flip" in config.get("data", {}) and "augment" not in config.data:
+            config.data.augment = ()
         if config.get("optimizer", {}).get("name") in OPTIMIZERS and "schedule" not in config.optimizer:
             config.optimizer.schedule = ConfigDict(dict(name="wsd"))
         for place, table in CHOICES.items():
@@ -198,12 +202,21 @@ def change(config: Config, changes: Mapping[str, Any]) -> Config:
             continue
         check_field(config, field)
         old = flatten(plain(config))[field]
+        retype(config, field, isinstance(value, tuple | list))
         try:
             check_items(field, old, value)
             config.update_from_flattened_dict({field: value})
         except (TypeError, ValueError) as error:
             raise RunError(f"{field} is {value!r}: it must be like {old!r}") from error
     return config
+
+
+def retype(config: Config, field: str, to_tuple: bool) -> None:
+    """Makes a field of `SIDES` one that takes a tuple, or else a number, in place; others keep their type."""
+    block, _, name = field.rpartition(".")
+    if field in SIDES and isinstance(config[block][name], tuple) != to_tuple:
+        with config.ignore_type():
+            config[block][name] = () if to_tuple else 0
 
 
 def check_field(config: Config, field: str) -> None:

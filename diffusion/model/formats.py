@@ -41,8 +41,8 @@ def current(description: Mapping[str, Any]) -> dict[str, Any]:
     """
     stored = dict(description)
     stored["config"] = with_mesh(stored["config"])
-    if "image" in stored["config"].get("network", {}):
-        return stored  # a CLIP has one form so far
+    if "image" in stored["config"].get("network", {}):  # a CLIP, whose fields alone have grown
+        return stored | {"config": plain(complete(from_plain(stored["config"])))}
     if stored.get("format", 1) == 1:
         stored = from_format_1(stored)
     before = {"frozen": []} if stored.get("format", 1) < 3 else {}  # a frozen text encoder was averaged with the rest

@@ -13,10 +13,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion import autoencoding, training
-from diffusion.data.batches import batch_indices, make_batches
 from diffusion.data.images import to_float, to_uint8
 from diffusion.data.sources import Source
 from diffusion.files import replacing
+from diffusion.model.batches import check_batches, training_batches
 from diffusion.model.choices import pick
 from diffusion.model.config import Config, check_ranges, dtype_of, from_plain, make_settings
 from diffusion.model.optimizers import make_optimizer
@@ -185,19 +185,17 @@ def make_experiment(config: Config, source: Source) -> Experiment:
       ValueError: whatever does not fit together; nothing has been allocated or written by then.
     """
     learner, autoencoder = make_learner(config), make_autoencoder(config)
-    batch_size = config.data.batch_size
     check_fits(autoencoder, source)
 
     def batches(start_step: int) -> Any:
-        processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
-        rows = make_batches(source, config.seed, batch_size, start_step=start_step, flip=config.data.flip, **processes)
+        rows = training_batches(config, source, start_step)
         try:
             for step, batch in enumerate(rows, start_step):
                 yield {"image": batch["image"], "step": np.full(len(batch["image"]), step, np.int32)}
         finally:
             rows.close()
 
-    batch_indices(config.seed, 0, batch_size, source.num_examples)
+    check_batches(config, source)
     shapes = jax.eval_shape(learner.init, jax.random.key(0))
     jax.eval_shape(learner.loss, shapes, abstract_batch(config, source.image_shape), jax.random.key(0))
     shown = source.read(np.arange(min(config.training.num_previews, source.num_examples)))["image"]

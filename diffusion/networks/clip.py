@@ -83,13 +83,14 @@ class Block(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """Vision transformer over square images [B, image_size, image_size, C], normalised as its training was.
+    """Vision transformer over images of one size, [B, H, W, C], normalised as its training was.
 
-    The defaults are ViT-B/32. `dtype` is what products compute in; parameters, statistics of layer norms and softmax
-    are float32. `remat` recomputes every block's activations in the backward pass.
+    The defaults are ViT-B/32. `image_size` is the side of square images, or (H, W). `dtype` is what products compute
+    in; parameters, statistics of layer norms and softmax are float32. `remat` recomputes every block's activations in
+    the backward pass.
     """
 
-    image_size: int = 224
+    image_size: int | tuple[int, int] = 224
     patch_size: int = 32
     width: int = 768
     num_layers: int = 12
@@ -100,26 +101,36 @@ class ImageTower(nn.Module):
     dtype: Any = jnp.float32
     remat: bool = False
 
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Of the images."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
     @nn.compact
     def __call__(self, image: Float[Array, "B H W C"]) -> Features:
         """The features; raises ValueError for images of another size, or one that the patches do not divide."""
-        size, patch, width = self.image_size, self.patch_size, self.width
+        size, patch, width = self.height_width, self.patch_size, self.width
         batch, *shape, channels = image.shape
-        if shape != [size, size]:
+        if tuple(shape) != size:
             raise ValueError(
-                f"images of {shape[0]}x{shape[1]} pixels: this tower sees {size}x{size}, crop or resize them to that"
+                f"images of {shape[0]}x{shape[1]} pixels: this tower sees {size[0]}x{size[1]}, crop or resize them to "
+                "that"
             )
-        if size % patch:
-            raise ValueError(f"patches of {patch} pixels do not divide an image of {size}: choose another patch_size")
+        if size[0] % patch or size[1] % patch:
+            raise ValueError(
+                f"patches of {patch} pixels do not divide an image of {size[0]}x{size[1]}: choose another patch_size, "
+                f"or sides divisible by {patch}"
+            )
         _check(self)
-        grid = size // patch
+        rows, columns = size[0] // patch, size[1] // patch
         # A convolution whose stride is its size is a matrix product of the patches.
-        patches = image.reshape(batch, grid, patch, grid, patch, channels).swapaxes(2, 3)
-        patches = patches.reshape(batch, grid * grid, patch * patch * channels)
+        patches = image.reshape(batch, rows, patch, columns, patch, channels).swapaxes(2, 3)
+        patches = patches.reshape(batch, rows * columns, patch * patch * channels)
         std = (patch * patch * channels) ** -0.5
         x = Dense(width, use_bias=False, kernel_init=normal(std), dtype=self.dtype, name="patch_embedding")(patches)
         class_token = self.param("class_token", normal(width**-0.5), (width,), jnp.float32)
-        position = self.param("position", normal(width**-0.5), (grid * grid + 1, width), jnp.float32)
+        position = self.param("position", normal(width**-0.5), (rows * columns + 1, width), jnp.float32)
         class_token = jnp.broadcast_to(class_token.astype(self.dtype), (batch, 1, width))
         x = jnp.concatenate([class_token, x], axis=1) + position.astype(self.dtype)
         hidden = _blocks(self, LayerNorm(dtype=self.dtype, name="norm_in")(x), causal=False)

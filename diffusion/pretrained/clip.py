@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion.data.pictures import one_side
 from diffusion.data.text import END, START
 from diffusion.networks.clip import ACTIVATIONS, CLIP, ImageTower, TextTower
 from diffusion.pretrained.folder import new_folder, read_json, read_weights, resolve, write_json, write_weights
@@ -115,10 +116,8 @@ def load_clip(folder: str | os.PathLike, dtype: Any = jnp.float32) -> tuple[CLIP
     clip = CLIP(
         _image_tower(config["vision_config"] | shared, dtype), text_tower(config["text_config"] | shared, dtype)
     )
-    size = clip.image.image_size
-    like: Any = jax.eval_shape(
-        clip.init, jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros((1, 2), jnp.int32)
-    )
+    image = jnp.zeros((1, *clip.image.height_width, 3))
+    like: Any = jax.eval_shape(clip.init, jax.random.key(0), image, jnp.zeros((1, 2), jnp.int32))
     return clip, {"params": from_transformers(read_weights(folder, "model"), like["params"])}
 
 
@@ -198,13 +197,14 @@ def save_clip(
     """Writes a folder that transformers and `load_clip` read, with `normalisation` also how images are prepared.
 
     Raises:
-      ValueError: `folder` is there already, or this CLIP has a bias of the logits, which transformers' has not.
+      ValueError: `folder` is there already, or this CLIP has a bias of the logits, or sees images that are not square,
+        which transformers' does not.
     """
     if clip.bias is not None:
         raise ValueError("transformers' CLIPModel has no bias of the logits: train with loss.name=softmax to write it")
     image, text = clip.image, clip.text
-
-    sizes = {"image_size": image.image_size, "patch_size": image.patch_size, "num_channels": 3}
+    side = one_side(image.image_size, "images of transformers' CLIPModel")
+    sizes = {"image_size": side, "patch_size": image.patch_size, "num_channels": 3}
     config = {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
@@ -220,7 +220,7 @@ def save_clip(
         reader = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": START, "model_max_length": text.length}
         write_json(temporary / "tokenizer_config.json", reader | dict.fromkeys(("eos_token", "pad_token"), END))
         if normalisation:
-            write_json(temporary / "preprocessor_config.json", _preprocessor(image.image_size, normalisation))
+            write_json(temporary / "preprocessor_config.json", _preprocessor(side, normalisation))
 
 
 def text_tower(config: Mapping[str, Any], dtype: Any = jnp.float32) -> TextTower:

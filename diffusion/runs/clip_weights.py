@@ -7,6 +7,7 @@ from diffusion.data import text
 from diffusion.evaluation.clip_features import OPENAI_MEAN, OPENAI_STD
 from diffusion.model import clip as contrastive_model
 from diffusion.model.config import Config
+from diffusion.model.fields import retype
 from diffusion.networks.clip import CLIP
 from diffusion.pretrained.clip import load_clip, load_normalisation, save_clip
 from diffusion.pretrained.folder import weights_files
@@ -56,6 +57,7 @@ def describe(config: Config, clip: CLIP) -> None:
     for name in config.network.text:
         config.network.text[name] = getattr(read, name)
     config.network.projection, config.network.activation = image.projection, image.activation
+    retype(config, "data.image_size", isinstance(image.image_size, tuple))
     config.data.image_size, config.text.length = image.image_size, read.length
     config.loss.name = "softmax"
 

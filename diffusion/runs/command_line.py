@@ -16,7 +16,7 @@ from diffusion.extras import MissingExtra
 from diffusion.files import cache_folder, check_file, check_folder
 from diffusion.model import formats
 from diffusion.model.config import Config, check_ranges, from_plain, plain
-from diffusion.model.fields import check_field, check_items, choose, is_choice, load, nearest
+from diffusion.model.fields import SIDES, check_field, check_items, choose, is_choice, load, nearest, retype
 from diffusion.model.idle import refuse_idle
 from diffusion.runs.begin import asked_origin, settle
 from diffusion.runs.call import Call, Task
@@ -255,7 +255,9 @@ def override(config: Config, arguments: list[str], known: flags.FlagValues) -> C
             raise RunError(f"unknown flag {argument.split('=')[0]}{near} (--help lists all)")
         check_field(config, name.removeprefix("config."))
     flat = workdir.flatten(plain(config))
-    arguments = [whole(argument, flat) for argument in last_tuples(arguments, flat)]
+    arguments = [whole(argument, flat) for argument in last_tuples(with_value(arguments), flat)]
+    for argument in arguments:
+        retype(config, name_of(argument).removeprefix("config."), "," in argument.partition("=")[2])
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
     try:
@@ -289,12 +291,24 @@ def whole(argument: str, fields: dict[str, Any]) -> str:
     return argument
 
 
+def with_value(arguments: list[str]) -> list[str]:
+    """Returns the arguments, --config.FIELD VALUE of a field that takes values of two types as one, FIELD=VALUE."""
+    found: list[str] = []
+    for argument in arguments:
+        if found and found[-1].lstrip("-") in {f"config.{field}" for field in SIDES}:
+            found[-1] += f"={argument}"
+        else:
+            found.append(argument)
+    return found
+
+
 def last_tuples(arguments: list[str], fields: dict[str, Any]) -> list[str]:
     """Returns the arguments without a tuple that a later --config.FIELD=VALUE replaces; absl would join both."""
     last: dict[str, str] = {}
     for number, argument in enumerate(arguments):
         name = name_of(argument)
-        joined = "=" in argument and isinstance(fields.get(name.removeprefix("config.")), list)
+        field = name.removeprefix("config.")
+        joined = "=" in argument and (field in SIDES or isinstance(fields.get(field), list))
         key = name if joined else str(number)
         last.pop(key, None)
         last[key] = argument

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from absl import flags
 
+from diffusion.data.pictures import height_width
 from diffusion.data.sources import Source
 from diffusion.files import replacing
 from diffusion.model.config import Config, make_settings
@@ -64,15 +65,14 @@ def source_of(call: Call) -> tuple[Source, list[str]]:
     try:
         return call.task.read(config, TRAIN), []
     except (RunError, ValueError, OSError) as error:
-        side, channels = config.data.get("image_size"), config.data.get("channels") or 3
-        if not side:
+        size, channels = config.data.get("image_size"), config.data.get("channels") or 3
+        if not size:
             hint = "give --config.data.image_size=SIDE to do without images"
             raise RunError(f"{one_line(error, 300)} ({hint})") from error
-        height, width = (side, side) if isinstance(side, int) else side
+        height, width = height_width(size)
         shape = (height, width, channels)
         captions = ("",) if config.condition.name not in ("nothing", "classes") else ()
-        size = config.data.batch_size
-        stand_in = Source("none", TRAIN, size, shape, None, lambda indices: {}, "", captions)
+        stand_in = Source("none", TRAIN, config.data.batch_size, shape, None, lambda indices: {}, "", captions)
         return stand_in, [f"no data: images of {height}x{width}x{channels} are assumed ({one_line(error, 120)})"]
 
 

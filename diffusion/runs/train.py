@@ -238,12 +238,10 @@ def prepare(
     references: Sequence[np.ndarray] = ()
     if count := config.data.get("references", 0):
         check_references(config, f"data.references={count}")
-        if config.data.flip:
-            raise ValueError("data.flip=True mirrors images, and references are not mirrored: leave one of them out")
+        refuse_changes(config, "references", "leave one of them out")
         examples, references = spread_edits(source)
     if model.space.precomputed is not None:
-        if config.data.flip:
-            raise ValueError("data.flip=True mirrors images, and latents are not mirrored: set space.precomputed=False")
+        refuse_changes(config, "latents", "set space.precomputed=False")
         own = params()["space"]
         source, fitted = with_latents(source, model.space._replace(init=lambda key: own), own)
         assert fitted.init is not None
@@ -258,6 +256,13 @@ def prepare(
         else:
             source = each_part(source, lambda part: with_text(part, model.condition.read))
     return make_experiment(config, model, source, mesh, examples, references)._replace(begun=begun)
+
+
+def refuse_changes(config: Config, what: str, remedy: str) -> None:
+    """Raises ValueError where training images are mirrored or augmented, and `what` is read beside them is not."""
+    for field, done in (("flip", "mirror"), ("augment", "augment")):
+        if value := config.data[field]:
+            raise ValueError(f"data.{field}={value} {done}s images, and {what} are not {done}ed: {remedy}")
 
 
 def spread_edits(source: Source) -> tuple[list[str], list[np.ndarray]]:

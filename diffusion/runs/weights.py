@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
+from diffusion.data.pictures import one_side
 from diffusion.files import check_folder
 from diffusion.model import pipelines
 from diffusion.model.autoencoders import find_folder
@@ -80,7 +81,7 @@ def load_published(call: Call, path: Path) -> tuple[Published, list[Path]]:
     heads = config.network.head_channels
     published = adm.load_adm(
         path,
-        config.data.image_size,
+        one_side(config.data.image_size, "images of ADM"),
         new_attention_order=call.flags.new_attention_order,
         num_heads=None if heads else config.network.num_heads,
         head_channels=heads or None,

@@ -55,9 +55,10 @@ def image_config() -> ConfigDict:
         dict(
             name="",  # which images
             dir="",  # their folder; empty: the data set's own
-            image_size=0,  # side to which images are cropped and resized; 0: as stored
+            image_size=0,  # side, or (height, width), to which images are cropped and resized; 0: as stored
             batch_size=128,  # over all devices
             flip=False,  # mirror half of the images
+            augment=(),  # change images, by names: shift, crop, rotate90, colour
         )
     )
     config.network = ConfigDict(UNET)
@@ -167,11 +168,12 @@ def captioned_config(image_size: int, batch_size: int, num_samples: int) -> Conf
             name="folder",  # or tfds:NAME
             dir="",  # folder: of captions.jsonl and the pictures; tfds: its data_dir, empty for TFDS' own
             split="train",  # tfds
-            image_size=image_size,
+            image_size=image_size,  # side, or (height, width), to which pictures are cropped and resized; 0: as stored
             batch_size=batch_size,
             flip=False,  # a mirrored picture may not be what its caption says
+            augment=(),  # change pictures, by names: shift, crop, rotate90, colour
             skip_broken=False,  # folder: leave out pictures that cannot be read, and report how many
-            buckets=0,  # folder: train on several aspect ratios, sides divided by this, as 64; 0: on squares
+            buckets=0,  # folder: train on several aspect ratios, sides divided by this, as 64; 0: on one
         )
     )
     config.evaluation = ConfigDict(

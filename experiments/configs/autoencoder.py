@@ -16,13 +16,14 @@ def get_config() -> ConfigDict:
         dict(
             name="cifar10",  # a TFDS set, also tfds:NAME; or folder, scenes
             dir="",  # folder: the pictures, in sub-folders too; TFDS: its data_dir, empty for TFDS' own
-            image_size=0,  # 0: as stored; of scenes 16 or more
+            image_size=0,  # side, or (height, width); 0: as stored; of scenes 16 or more
             channels=3,  # grey pictures are made RGB; 0: as stored
             held_out=0.1,  # folder: share that is kept from training, where evaluation.dir is empty
             num_examples=50_000,  # scenes
             skip_broken=False,  # folder: leave out pictures that cannot be read, and report how many
             batch_size=32,
             flip=True,
+            augment=(),
         )
     )
     config.network = ConfigDict(

@@ -16,10 +16,11 @@ def get_config() -> ConfigDict:
             name="scenes",  # or folder, or tfds:NAME, a prepared TFDS set as tfds:coco_captions
             dir="",  # folder: of captions.jsonl and the pictures; tfds: its data_dir, empty for TFDS' own
             split="train",  # tfds
-            image_size=16,  # side to which pictures are cropped and resized
+            image_size=16,  # side, or (height, width), to which pictures are cropped and resized
             num_examples=50_000,  # scenes
             batch_size=256,  # pairs over all devices, each against all others
             flip=False,  # a mirrored picture is not what its caption says
+            augment=(),
             skip_broken=False,  # folder: leave out pictures that cannot be read, and say how many
             mean=(0.5, 0.5, 0.5),  # of each channel, subtracted from pictures in [0, 1]
             std=(0.5, 0.5, 0.5),  # by which they are divided then

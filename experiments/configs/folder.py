@@ -19,13 +19,14 @@ def get_config(methods: str = "") -> ConfigDict:
         dict(
             name="folder",
             dir="",  # the pictures, in sub-folders too
-            image_size=32,
+            image_size=32,  # side, or (height, width), to which pictures are cropped and resized; 0: as stored
             channels=0,  # 1: grey, 3: colour; 0: grey where every picture is
             classes=False,  # sub-folders are classes
             held_out=0.1,  # share of the pictures that is kept from training
             skip_broken=False,  # leave out pictures that cannot be read, and report how many
             batch_size=32,
             flip=True,
+            augment=(),
         )
     )
     config.network.update(channels=32, multipliers=(1, 2, 2), num_blocks=1, num_groups=8)

@@ -23,6 +23,7 @@ def get_config(methods: str = "") -> ConfigDict:
             num_examples=100_000,  # scenes; each is drawn when it is read
             batch_size=32,
             flip=False,  # a mirrored scene is not what its caption says
+            augment=(),
         )
     )
     # After 400 steps of 128 its loss is Adam's after 760.
