@@ -46,8 +46,8 @@ install_import_hook("diffusion", "beartype.beartype(conf=beartype.BeartypeConf(i
 # fmt: off
 QUICK = (
     "architecture", "averages", "chains", "consistency", "contrastive", "distillation", "editing", "fields", "flow",
-    "flow_map", "gaussian", "grids", "guidance", "likelihood", "losses", "metrics", "predictions", "randomness",
-    "released_samplers", "samplers", "schedules", "stepping", "weightings",
+    "flow_map", "gaussian", "grids", "guidance", "likelihood", "losses", "metrics", "policies", "predictions",
+    "randomness", "released_samplers", "samplers", "schedules", "stepping", "weightings",
 )
 # fmt: on
 # But these, of 10 seconds and more, which would be a third of it.
@@ -62,11 +62,11 @@ SLOW = (
 # fmt: off
 UNOPTIMIZED = (
     "autoencoder_experiment", "benchmarks", "captions_experiment", "checked_first", "clip", "demo_api",
-    "demo_engine", "demo_page", "demo_requests", "demo_server", "distillation", "docs", "edit", "emoji",
+    "demo_engine", "demo_page", "demo_requests", "demo_server", "docs", "edit", "emoji",
     "evaluation_command", "experiments", "few_step_runs", "field_values", "flux2_pipeline", "formats", "keep",
-    "lora", "meshes", "mmdit", "modes", "not_finite", "own_training", "pretrained_sd3", "prompts", "provenance",
-    "refusals", "reports", "run", "scenes_experiment", "sd3", "second_time", "space", "spine", "sweeps", "traps",
-    "unet", "warm_start", "warnings", "weights",
+    "lora", "meshes", "mmdit", "modes", "not_finite", "own_training", "policies", "pretrained_sd3", "prompts",
+    "provenance", "refusals", "reports", "run", "scenes_experiment", "sd3", "second_time", "space", "spine", "sweeps",
+    "traps", "unet", "warm_start", "warnings", "weights",
 )
 # fmt: on
 # The dearest, of 30 and more seconds of CPU time: they come first, for one that came last would leave a core idle.

@@ -14,8 +14,8 @@ import pytest
 
 MODULES = [
     "autoencoding", "averages", "chains", "consistency", "contrastive", "distillation", "editing", "flow", "flow_map",
-    "gaussian", "grids", "guidance", "likelihood", "losses", "metrics", "multistep", "predictions", "randomness",
-    "samplers", "schedules", "types", "weightings",
+    "gaussian", "grids", "guidance", "likelihood", "losses", "metrics", "multistep", "policies", "predictions",
+    "randomness", "samplers", "schedules", "types", "weightings",
 ]  # fmt: skip
 
 

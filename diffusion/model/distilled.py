@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from diffusion import distillation, flow, predictions, schedules
+from diffusion import distillation, flow, policies, predictions, schedules
 from diffusion.model.choices import of_name
 from diffusion.model.objectives import Drawn, Found, Objective, check_flow, errors
 from diffusion.model.processes import Process
@@ -24,7 +24,7 @@ def imitation(
     start: str = "data",
     prediction: str = "velocity",
 ) -> Objective:
-    """Returns pi-Flow's imitation of a trained flow by a policy for whole steps (`distillation.imitation_loss`).
+    """Returns pi-Flow's imitation of a trained flow by a policy for whole steps (`policies.imitation_loss`).
 
     Args:
       process: a flow.
@@ -61,16 +61,16 @@ def imitation(
             return of_trajectories(drawn, student)
         keys = jax.random.split(drawn.key)
         t, r = drawn_interval(keys[0], len(drawn.x_0), grids)
-        points = distillation.draw_points(keys[1], num_points, r, t, jnp.minimum(window, t - r))
+        points = policies.draw_points(keys[1], num_points, r, t, jnp.minimum(window, t - r))
         x_t = flow.interpolate(drawn.x_0, drawn.eps, t)
-        losses, error = distillation.imitation_loss(student, drawn.teacher, x_t, r, t, points, window, shift)
+        losses, error = policies.imitation_loss(student, drawn.teacher, x_t, r, t, points, window, shift)
         return losses, errors(error, (r + t) / 2)
 
-    def of_trajectories(drawn: Drawn, student: distillation.Student) -> Found:
+    def of_trajectories(drawn: Drawn, student: policies.Student) -> Found:
         found, middles = [], []
         for number, grid in enumerate(grids):
             times, key = jnp.asarray(grid.time, jnp.float32), jax.random.fold_in(drawn.key, number)
-            found += distillation.trajectory_loss(
+            found += policies.trajectory_loss(
                 student, drawn.teacher, drawn.eps, times, key, num_points, window, shift
             )[:1]
             middles += [(times[:-1] + times[1:]) / 2]

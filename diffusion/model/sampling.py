@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion import consistency, distillation, flow_map, grids, guidance, samplers, schedules
+from diffusion import consistency, flow_map, grids, guidance, policies, samplers, schedules
 from diffusion.model.choices import pick
 from diffusion.model.config import Config
 from diffusion.model.losses import make_objective
@@ -128,7 +128,7 @@ SAMPLERS = {
     "unipc": samplers.unipc,
     "mean_flow": flow_map.mean_flow,
     "multistep_consistency": consistency.multistep_consistency,
-    "policy": distillation.policy,
+    "policy": policies.policy,
 }
 ASKS = {
     "mean_flow": "jump",
