@@ -54,6 +54,11 @@ def read(config: Config, split: str) -> Source:
 def draw_held_out(call: Call, run: Run) -> tuple[Source, np.ndarray, list[str], np.ndarray]:
     """Returns the held-out pairs, real pictures of some, their captions, and a drawn picture of each caption."""
     source = call.task.read(call.config, TEST)
+    if source.image_shape != run.model.space.image_shape:
+        raise ValueError(
+            f"{run.workdir} draws images of shape {run.model.space.image_shape}, and the held-out ones have "
+            f"{source.image_shape}: crop all to one by data.image_size"
+        )
     count = min(call.flags.num_samples or run.config.evaluation.num_samples, source.num_examples)
     rows = np.sort(np.random.RandomState(0).permutation(source.num_examples)[:count])
     real = source.read(rows)

@@ -2,7 +2,7 @@
 
 - `named`: one scheme of names for all sources; `folder`, `captions`, `tfds`, `tfds_captions`, `scenes`: the sources.
 - `pictures`: the one decoder of picture files; `decoded`: many files as one array; `lines`: text files.
-- `samples`: sets of images in one file; `text`: token ids.
+- `augmentations`: changes of training images; `samples`: sets of images in one file; `text`: token ids.
 """
 
 from diffusion.extras import need

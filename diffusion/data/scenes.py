@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from diffusion.data.captions import with_captions
-from diffusion.data.pictures import Size, one_side
+from diffusion.data.pictures import Size
 from diffusion.data.sources import Source, array_source, digits
 
 COLOURS = {
@@ -154,9 +154,10 @@ def scenes(
     """Returns scenes 0..num_examples - 1 of a split, drawn once and held in memory.
 
     Raises:
-      ValueError: as `scene`, or if `num_examples` is below 1, or the canvas no square.
+      ValueError: as `scene`, or if `num_examples` is below 1, or the canvas is not one side.
     """
-    canvas = one_side(canvas, "scenes")
+    if not isinstance(canvas, int):
+        raise ValueError(f"scenes are drawn on squares, not on {canvas}: give one side, as data.image_size=32")
     if num_examples < 1:
         raise ValueError(f"a source needs at least 1 scene, not {num_examples}")
     image = np.empty((num_examples, canvas, canvas, 3), np.uint8)

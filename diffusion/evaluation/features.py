@@ -3,7 +3,6 @@
 The pixels themselves, FID's Inception, or a Flax module of your own (`network_extractor`).
 """
 
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -57,14 +56,24 @@ class Extractor(NamedTuple):
 
 
 def pixel_features(image: np.ndarray) -> Float64[np.ndarray, "N D"]:
-    """Returns the pixels scaled to [-1, 1], D = H * W * C: features of images so small that they need no network."""
+    """Returns the pixels scaled to [-1, 1], D = H * W * C: features of images so small that they need no network.
+
+    Of larger images it is the means of square blocks, the smallest that leave at most `LARGEST_PIXELS` numbers; rows
+    and columns after the last whole block are left out.
+    """
     check_uint8_images(image)
-    if (size := math.prod(image.shape[1:])) > LARGEST_PIXELS:
-        raise ValueError(f"features=pixels is for small images, and these have {size} numbers: use inception")
-    return image.reshape(len(image), -1) / 127.5 - 1.0
+    count, height, width, channels = image.shape
+    side = 1
+    while (height // side) * (width // side) * channels > LARGEST_PIXELS:
+        side += 1
+    rows, columns = height // side, width // side
+    if not rows * columns:
+        raise ValueError(f"features=pixels: images of {height}x{width} are too narrow, use inception")
+    blocks = image[:, : rows * side, : columns * side].reshape(count, rows, side, columns, side, channels)
+    return blocks.mean((2, 4)).reshape(count, -1) / 127.5 - 1.0
 
 
-PIXELS = Extractor("pixels in [-1, 1]", lambda image: Extracted(pixel_features(image)))
+PIXELS = Extractor("pixels in [-1, 1], of large images means", lambda image: Extracted(pixel_features(image)))
 
 
 def network_extractor(

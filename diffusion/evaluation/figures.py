@@ -15,6 +15,7 @@ from diffusion.files import replacing
 
 WHOLES = ("loss", "error")  # metrics that have parts, NAME_part_...
 TITLES = {"grad_norm": "norm of the gradient"}
+LARGEST_PART = 2**26  # numbers of training images that samples are compared with at a time
 SPEED = ("learning_rate", "images_per_second")  # on even scales
 
 
@@ -155,9 +156,17 @@ def nearest(image: np.ndarray, real: np.ndarray, count: int) -> Int[np.ndarray, 
       real: uint8[M, H, W, C].
       count: at most M.
     """
-    queries, keys = (array.reshape(len(array), -1).astype(np.float32) for array in (image, real))
-    squares = np.einsum("nd,nd->n", keys, keys)
-    distance = squares - 2 * queries @ keys.T  # every product is a whole number below 2^24: enough digits to rank by
+
+    def numbers(array: np.ndarray) -> np.ndarray:
+        return array.reshape(len(array), -1).astype(np.float32)
+
+    queries, parts = numbers(image), []
+    rows = max(1, LARGEST_PART // real[0].size)
+    for first in range(0, len(real), rows):
+        keys = numbers(real[first : first + rows])
+        # Every product is a whole number below 2^24: enough digits to rank by.
+        parts.append(np.einsum("nd,nd->n", keys, keys) - 2 * queries @ keys.T)
+    distance = np.concatenate(parts, axis=1)
     return np.argsort(distance, axis=1, kind="stable")[:, :count]
 
 
