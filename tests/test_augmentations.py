@@ -71,7 +71,7 @@ def test_colour_changes_contrast_and_brightness_and_not_alpha():
     for changed in (lighter, flatter):
         np.testing.assert_array_equal(changed[..., 3], picture[..., 3])
     before, light, flat = (one[..., :3].astype(float) for one in (picture, lighter, flatter))
-    assert abs((light - before).mean() - 25.5) <= 0.5 and (light - before).std() == 0
+    assert set(np.unique(light - before)) <= {25, 26}  # a tenth of 255, rounded
     # Each pixel is rounded by half a level at most.
     assert abs(flat.mean() - before.mean()) <= 0.5 and abs(flat.std() - 0.8 * before.std()) <= 0.5
     assert colour(np.full((2, 2, 1), 250, np.uint8), np.array([0.5, 1.0, 0.0])).max() == 255

@@ -83,11 +83,14 @@ def test_other_sizes_are_refused(tmp_path, size, refused):
 
 
 def test_pictures_are_cropped_around_the_centre_and_not_squeezed(tmp_path):
-    image = np.zeros((40, 90, 3), np.uint8)
-    image[:, 15:75] = 255  # of three to two
-    Image.fromarray(image).save(tmp_path / "wide.png")
+    image = RANDOM.randint(0, 256, (20, 44, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "1.png")
+    Image.fromarray(image.swapaxes(0, 1)).save(tmp_path / "2.png")
     source = named_images("folder", "all", data_dir=tmp_path, image_size=(20, 30))
-    assert source.image_shape == (20, 30, 3) and source.read(np.array([0]))["image"].min() == 255
+    wide, high = source.read(np.arange(2))["image"]
+    np.testing.assert_array_equal(wide, image[:, 7:37])  # of the ratio that was asked for: nothing is resized
+    middle = image.swapaxes(0, 1)[15:29]  # 44x20 holds 13.3x20 of it
+    assert high.shape == (20, 30, 3) and abs(high.mean() - middle.mean()) < 5
 
 
 # --- whole runs
@@ -110,7 +113,7 @@ def test_a_folder_of_pictures_of_256_pixels(pictures, tmp_path):
     do_call(folder.TASK, "folder", run, *flags)
     assert open_run(run, num_devices=1).model.space.image_shape == (192, 256, 3)
     (preview,) = (run / "previews").glob("*raw*")
-    assert Image.open(preview).size == (2 * 256 + 1, 192)
+    assert Image.open(preview).size == (3 * (2 * 256 + 1), 3 * 192)  # two side by side, enlarged
     do_call(folder.TASK, "folder", run, "--mode=evaluate", "--num_samples=4")
     found = json.loads((run / "report.json").read_text())["measurements"]
     assert {one["name"] for one in found} == {"KID", "precision and recall"}
