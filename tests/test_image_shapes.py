@@ -17,7 +17,7 @@ from diffusion.data.samples import load_samples
 from diffusion.data.sources import array_source
 from diffusion.demo.controls import title_of
 from diffusion.evaluation.clip_features import fit
-from diffusion.evaluation.features import LARGEST_PIXELS, pixel_features
+from diffusion.evaluation.features import LARGEST_PIXELS, REDUCED_PIXELS, pixel_features
 from diffusion.evaluation.figures import nearest
 from diffusion.model import clip as contrastive_model
 from diffusion.model import vae
@@ -210,9 +210,9 @@ def test_a_stand_in_of_images_that_are_not_there(tmp_path):
 
 
 def test_pixels_of_large_images_are_means_of_blocks():
-    coarse = RANDOM.randint(0, 256, (3, 48, 64, 3), np.uint8)
-    assert coarse[0].size <= LARGEST_PIXELS < coarse[0].size * 4
-    fine = coarse.repeat(2, axis=1).repeat(2, axis=2)
+    coarse = RANDOM.randint(0, 256, (3, 32, 42, 3), np.uint8)
+    fine = coarse.repeat(6, axis=1).repeat(6, axis=2)
+    assert coarse[0].size <= REDUCED_PIXELS < coarse[0].size * 36 / 25 and fine[0].size > LARGEST_PIXELS
     np.testing.assert_array_equal(pixel_features(fine), pixel_features(coarse))
     odd = np.pad(fine, ((0, 0), (0, 1), (0, 1), (0, 0)))
     np.testing.assert_array_equal(pixel_features(odd), pixel_features(coarse))

@@ -25,6 +25,7 @@ DIGITS = len("sha256:") + 16  # of the digest of weights, in the name of an extr
 
 
 LARGEST_PIXELS = 2**14  # numbers per image, whose covariance takes 2 GiB
+REDUCED_PIXELS = 2**12  # to which larger images are reduced; theirs takes 128 MiB
 
 
 class Extracted(NamedTuple):
@@ -58,13 +59,13 @@ class Extractor(NamedTuple):
 def pixel_features(image: np.ndarray) -> Float64[np.ndarray, "N D"]:
     """Returns the pixels scaled to [-1, 1], D = H * W * C: features of images so small that they need no network.
 
-    Of larger images it is the means of square blocks, the smallest that leave at most `LARGEST_PIXELS` numbers; rows
-    and columns after the last whole block are left out.
+    Of images of more than `LARGEST_PIXELS` numbers it is the means of square blocks, the smallest that leave at most
+    `REDUCED_PIXELS`; rows and columns after the last whole block are left out.
     """
     check_uint8_images(image)
     count, height, width, channels = image.shape
-    side = 1
-    while (height // side) * (width // side) * channels > LARGEST_PIXELS:
+    side, most = 1, LARGEST_PIXELS if height * width * channels <= LARGEST_PIXELS else REDUCED_PIXELS
+    while (height // side) * (width // side) * channels > most:
         side += 1
     rows, columns = height // side, width // side
     if not rows * columns:
