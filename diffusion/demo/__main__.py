@@ -1,9 +1,11 @@
 """The prompt page of trained runs, and the same over HTTP.
 
+    python -m diffusion.demo
     python -m diffusion.demo --workdir=runs/scenes --workdir=runs/digits
 
-Open the address that it prints. It listens on this machine alone unless --host names another address. What a visitor
-sends stays in memory, and the page needs no network.
+Open the address that it prints. Without --workdir it serves the first of runs/emoji and runs/scenes that is there. It
+listens on this machine alone unless --host names another address. What a visitor sends stays in memory, and the page
+needs no network.
 """
 
 import sys
@@ -37,9 +39,10 @@ LIMITS = {
     "batch": "pictures that are drawn at once",
     "references": "pictures to edit of a request",
 }
+DEFAULTS = ("runs/emoji", "runs/scenes")
 TO_TRAIN = (
-    "give the folder of a run, --workdir=runs/scenes (several times for several). To train one to begin with: "
-    "./launch.sh scenes (an hour on 2 CPU cores), or ./launch.sh digits (minutes)"
+    f"there is no run in {' or '.join(DEFAULTS)}: give the folder of one, --workdir=DIR (several times for several). "
+    "To train one to begin with: ./launch.sh emoji or scenes (an hour on 2 CPU cores), or ./launch.sh digits (minutes)"
 )
 
 
@@ -68,6 +71,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise SystemExit(0)
     if rest := values(argv)[1:]:
         raise RunError(f"unexpected argument {rest[0]!r}: flags look like --name=value (--help lists all)")
+    if not values.workdir:
+        values.workdir = [folder for folder in DEFAULTS if (Path(folder) / "config.json").is_file()][:1]
     if not all(values.workdir) or not values.workdir:
         raise RunError(TO_TRAIN)
     user, colon, password = (values.auth or "").partition(":")
