@@ -90,7 +90,7 @@ class Ticket:
           timeout: seconds to wait for the next.
 
         Raises:
-          TimeoutError: there was none; call again to go on.
+          TimeoutError: there was none; call again to continue.
         """
         seen = 0
         while True:

@@ -147,7 +147,7 @@ def consistency_training(
       k, b: of `consistency.consistency_time`.
       c: of the Pseudo-Huber norm; 0: the norm.
       stage_steps: updates in a stage.
-      num_stages: the last of which goes on to the end.
+      num_stages: the last of which lasts to the end.
 
     Source: Geng et al. 2024, "Consistency Models Made Easy".
     """

@@ -5,7 +5,7 @@
 
 Each point is trained in a folder of its own under runs/sweep_NAME (or --workdir), by the command that would train it
 alone; all other flags go to every point. The same command resumes: finished points are skipped. A point that fails is
-reported, and the others go on. table.md, results.json and sweep.png are then in the folder.
+reported, and the others continue. table.md, results.json and sweep.png are then in the folder.
 """
 
 import argparse
@@ -160,7 +160,7 @@ def train_point(experiment: str, point: Point) -> bool:
     begun = time.perf_counter()
     code, tail, stopped = run(command)
     if stopped or code in (130, -signal.SIGINT, -signal.SIGTERM):
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command resumes from here", file=sys.stderr)
         raise SystemExit(130)
     note: dict[str, Any] = {"arguments": point.arguments, "seconds": round(time.perf_counter() - begun, 1)}
     if code or not is_trained(point.folder):
@@ -229,7 +229,7 @@ def write_script(folder: Path, count: int, argv: Sequence[str], options: str) ->
         f"#SBATCH --job-name={folder.name}",
         f"#SBATCH --array=0-{count - 1}",
         f"#SBATCH --output={folder.absolute()}/slurm-%a.out",
-        "#SBATCH --signal=B:TERM@120",  # before the time is up: the run saves, and the same script goes on from there
+        "#SBATCH --signal=B:TERM@120",  # before the time is up: the run saves, and the same script resumes from there
         *(f"#SBATCH {option}" for option in shlex.split(options)),
         f"cd {shlex.quote(str(Path.cwd()))}",
         f'exec {command} --point="$SLURM_ARRAY_TASK_ID"',

@@ -38,7 +38,7 @@ NUM_EXAMPLES = 24  # captions of the training set that previews show where the e
 
 
 def run_training(call: Call) -> None:
-    """Trains, then evaluates where the config says so."""
+    """Trains, then evaluates where the config asks for it."""
     writers = call.writers
     check_length(call.workdir, call.config.training.num_steps)
     if call.config.evaluation.after_training:

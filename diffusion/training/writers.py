@@ -100,7 +100,7 @@ def tensorboard(workdir: Path, start_step: int | None) -> Writer:
 
 
 def wandb(workdir: Path, start_step: int | None, **settings: Any) -> Writer:
-    """Returns the writer of a run of Weights & Biases, which a resumed run goes on with.
+    """Returns the writer of a run of Weights & Biases, which a resumed run continues.
 
     Args:
       workdir: of the run; wandb's files are in its wandb/.
