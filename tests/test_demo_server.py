@@ -83,25 +83,24 @@ def test_a_password_is_asked_for_page_and_interface_alike(trained):
 @pytest.mark.parametrize(
     "flags, line",
     [
-        ([], "no run in runs/emoji or runs/scenes.*./launch.sh emoji"),
         (["--workdir="], "give the folder of one, --workdir=DIR"),
         (["--workdir=a", "--auth=ann"], "--auth=user:password"),
         (["--workdir=a", "b"], "unexpected argument 'b'"),
     ],
 )
-def test_a_command_that_cannot_be_says_what_to_give(flags, line, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_command_that_cannot_be_says_what_to_give(flags, line):
     with pytest.raises(RunError, match=line):
         command.parse(["demo", *flags])
 
 
 def test_the_best_model_that_is_there_is_served_where_none_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="no run in runs/emoji or runs/scenes.*./launch.sh emoji"):
+        command.serve(["demo"])
     for name in ("scenes", "emoji"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "config.json").write_text("{}")
-        assert command.parse(["demo"]).workdir == [f"runs/{name}"]
-    assert command.parse(["demo", "--workdir=mine"]).workdir == ["mine"]
+        assert command.default_folders() == [f"runs/{name}"]
 
 
 def test_samplers_are_those_that_draw_with_what_the_network_learned(site):

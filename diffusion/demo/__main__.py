@@ -62,7 +62,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     """Returns the flags.
 
     Raises:
-      RunError: no run, or a flag that does not exist or cannot be.
+      RunError: a flag that does not exist or cannot be.
     """
     values = flags.FlagValues()
     define_flags(values)
@@ -71,14 +71,20 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise SystemExit(0)
     if rest := values(argv)[1:]:
         raise RunError(f"unexpected argument {rest[0]!r}: flags look like --name=value (--help lists all)")
-    if not values.workdir:
-        values.workdir = [folder for folder in DEFAULTS if (Path(folder) / "config.json").is_file()][:1]
-    if not all(values.workdir) or not values.workdir:
+    if not all(values.workdir):
         raise RunError(TO_TRAIN)
     user, colon, password = (values.auth or "").partition(":")
     if values.auth is not None and not (user and colon and password):
         raise RunError("--auth is no user and password: give --auth=user:password")
     return values
+
+
+def default_folders() -> list[str]:
+    """Returns the folder of the run that is served where none is named. Raises RunError where there is none."""
+    there = [folder for folder in DEFAULTS if (Path(folder) / "config.json").is_file()]
+    if not there:
+        raise RunError(TO_TRAIN)
+    return there[:1]
 
 
 def open_runs(folders: Sequence[str | Path]) -> dict[str, Run]:
@@ -100,7 +106,7 @@ def serve(argv: list[str]) -> None:
     """Opens the runs and serves them until it is interrupted."""
     values = parse(argv)
     use_compilation_cache()
-    runs = open_runs(values.workdir)
+    runs = open_runs(values.workdir or default_folders())
     limits = Limits()._replace(**{name: values[f"limit_{name}"].value for name in Limits._fields})
     engine = Engine(runs, limits)
     examples = {name: run.stored.get("examples") or values.example for name, run in runs.items()}
