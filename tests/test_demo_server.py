@@ -95,7 +95,7 @@ def test_a_command_that_cannot_be_says_what_to_give(flags, line):
 
 def test_the_best_model_that_is_there_is_served_where_none_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RunError, match="no run in runs/emoji or runs/scenes.*./launch.sh emoji"):
+    with pytest.raises(RunError, match=r"no run in runs/emoji or runs/scenes.*\./launch.sh emoji"):
         command.serve(["demo"])
     for name in ("scenes", "emoji"):
         (tmp_path / "runs" / name).mkdir(parents=True)

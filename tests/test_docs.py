@@ -88,7 +88,7 @@ def commands():
 def test_commands_parse(page, name, arguments):
     """Every flag and config field of a command exists, in the experiment that it runs."""
     if name == "demo":
-        assert demo.parse([name, *arguments]).workdir
+        demo.parse([name, *arguments])
         return
     module = importlib.import_module(f"experiments.{name}")
     if not hasattr(module, "TASK"):
