@@ -70,9 +70,9 @@ def imitation(
         found, middles = [], []
         for number, grid in enumerate(grids):
             times, key = jnp.asarray(grid.time, jnp.float32), jax.random.fold_in(drawn.key, number)
-            found += policies.trajectory_loss(
-                student, drawn.teacher, drawn.eps, times, key, num_points, window, shift
-            )[:1]
+            found += policies.trajectory_loss(student, drawn.teacher, drawn.eps, times, key, num_points, window, shift)[
+                :1
+            ]
             middles += [(times[:-1] + times[1:]) / 2]
         losses, middle = jnp.concatenate(found), jnp.concatenate(middles)
         error = errors(losses, jnp.broadcast_to(middle[:, None], losses.shape))
