@@ -43,21 +43,25 @@ class Policy(NamedTuple):
 
 
 def draw_interval(
-    key: Keys, batch_size: int, times: Float[Array, " N_plus_1"]
+    key: Keys, batch_size: int, *times: Float[Array, " _"]
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """Draws one interval of a grid per image and returns its lower and its upper time (r, t).
+    """Draws one interval of one of several grids per image and returns its lower and its upper time (r, t).
 
-    Each interval is drawn B / N times, but for one.
+    Each of all N intervals is drawn B / N times, but for one.
+
+    Args:
+      key: of which comes first.
+      batch_size: B.
+      times: of each grid, falling.
 
     Example:
-      >>> r, t = draw_interval(jax.random.key(0), 2, jnp.asarray([1.0, 0.5, 0.0]))
-      >>> print(t - r, (t + r).sum())
-      [0.5 0.5] 2.0
+      >>> r, t = draw_interval(jax.random.key(0), 3, jnp.asarray([1.0, 0.5, 0.0]), jnp.asarray([1.0, 0.0]))
+      >>> print((t - r).sum(), (t + r).sum())
+      2.0 3.0
     """
-    intervals = times.shape[0] - 1
-    start = jax.random.randint(key, (), 0, intervals)
-    number = (start + jnp.arange(batch_size)) % intervals
-    return times[number + 1], times[number]
+    starts, ends = (jnp.concatenate([grid[part] for grid in times]) for part in (slice(-1), slice(1, None)))
+    number = (jax.random.randint(key, (), 0, len(starts)) + jnp.arange(batch_size)) % len(starts)
+    return ends[number], starts[number]
 
 
 def draw_points(
@@ -134,44 +138,6 @@ def roll_out(policy: Policy, x_t: Images, t: Float[Array, " B"], s: Float[Array,
 
 
 def imitation_loss(
-    student: Student,
-    teacher: Denoise,
-    x_t: Images,
-    r: Float[Array, " B"],
-    t: Float[Array, " B"],
-    points: Float[Array, "count B"],
-    window: float = 3 / 128,
-    shift: float = 1.0,
-) -> Losses:
-    """Returns the mean square of policy's minus teacher's velocity, where the policy itself leads (without gradient).
-
-    One evaluation of the student, one of the teacher per point. The policy's velocity is its mean over `window`, which
-    sees more than one of its values and is finite near t = 0.
-
-    Args:
-      student: (x_t, t, r) -> x_0's values [B, N, ...]; its last layer may begin as N copies of the teacher's.
-      teacher: (x, t) -> x_0_hat of a flow model, guided as it is to be imitated.
-      x_t: images at t: `interpolate(x_0, eps, t)`.
-      r: where the interval ends.
-      t: where it starts.
-      points: times between r + window and t: `draw_points`.
-      window: length in time; 0 takes the velocity at the point. At most t - r.
-      shift: of `make_policy`.
-
-    Source: Chen et al. 2025, Algorithm 1.
-
-    Example:
-      >>> ends, points = (jnp.zeros(1), jnp.ones(1)), jnp.full((2, 1), 0.5)
-      >>> zeros = lambda x_t, t, r: jnp.zeros((1, 3, *x_t.shape[1:]))
-      >>> print(*imitation_loss(zeros, lambda x, t: 0 * x, jnp.ones((1, 2)), *ends, points))
-      [0.] [0.]
-    """
-    x_t = jnp.asarray(x_t)
-    policy = make_policy(student(x_t, t, r), r, t, shift)
-    return policy_loss(policy, teacher, x_t, r, t, points, window)
-
-
-def policy_loss(
     policy: Policy,
     teacher: Denoise,
     x_t: Images,
@@ -180,14 +146,30 @@ def policy_loss(
     points: Float[Array, "count B"],
     window: float = 3 / 128,
 ) -> Losses:
-    """Returns `imitation_loss` of what the student has returned already, the policy of [r, t].
+    """Returns the mean square of policy's minus teacher's velocity, where the policy itself leads (without gradient).
+
+    One evaluation of the teacher per point. The policy's velocity is its mean over `window`, which sees more than one
+    of its values and is finite near t = 0.
+
+    Args:
+      policy: of [r, t], by `make_policy` of what the student returns at x_t; the student's last layer may begin as N
+        copies of the teacher's.
+      teacher: (x, t) -> x_0_hat of a flow model, guided as it is to be imitated.
+      x_t: images at t: `interpolate(x_0, eps, t)`.
+      r: where the interval ends.
+      t: where it starts.
+      points: times between r + window and t: `draw_points`.
+      window: length in time; 0 takes the velocity at the point. At most t - r.
+
+    Source: Chen et al. 2025, Algorithm 1.
 
     Example:
       >>> policy = make_policy(jnp.zeros((1, 3, 2)), jnp.zeros(1), jnp.ones(1))
       >>> ends, points = (jnp.zeros(1), jnp.ones(1)), jnp.full((2, 1), 0.5)
-      >>> print(*policy_loss(policy, lambda x, t: 0 * x, jnp.ones((1, 2)), *ends, points))
+      >>> print(*imitation_loss(policy, lambda x, t: 0 * x, jnp.ones((1, 2)), *ends, points))
       [0.] [0.]
     """
+    x_t = jnp.asarray(x_t)
     detached = jax.lax.stop_gradient(policy)
 
     def at(point: Array) -> Array:
@@ -220,8 +202,8 @@ def trajectory_loss(
     evaluations for N intervals of an image as `imitation_loss` for N images.
 
     Args:
-      student: as that of `imitation_loss`.
-      teacher: likewise.
+      student: (x_t, t, r) -> x_0's values [B, N, ...].
+      teacher: as that of `imitation_loss`.
       x_T: noise, at times[0].
       times: of the grid, falling.
       key: of the points.
@@ -229,7 +211,7 @@ def trajectory_loss(
       window: of `imitation_loss`, at most an interval.
       shift: of `make_policy`.
 
-    Source: Chen et al. 2025, section 4 (data-free training).
+    Source: Chen et al. 2025, the variant without data.
 
     Example:
       >>> zeros = lambda x_t, t, r: jnp.zeros((1, 3, *x_t.shape[1:]))
@@ -242,7 +224,7 @@ def trajectory_loss(
         t, r = (jnp.broadcast_to(time, x_t.shape[:1]) for time in interval[1:])
         points = draw_points(fold_in(key, interval[0]), count, r, t, jnp.minimum(window, t - r))
         policy = make_policy(student(x_t, t, r), r, t, shift)
-        losses = policy_loss(policy, teacher, x_t, r, t, points, window)
+        losses = imitation_loss(policy, teacher, x_t, r, t, points, window)
         return roll_out(jax.lax.stop_gradient(policy), x_t, t, r), losses
 
     intervals = (jnp.arange(len(times) - 1), times[:-1], times[1:])

@@ -9,27 +9,16 @@ from test_objectives import FLOW, make_drawn
 
 from diffusion import predictions
 from diffusion.model.config import plain
-from diffusion.model.distilled import drawn_interval, policy_values
+from diffusion.model.distilled import policy_values
 from diffusion.model.experiment import make_learner, make_model
 from diffusion.model.losses import LOSSES
 from diffusion.model.model import init, make_denoise
 from diffusion.model.teacher import check_teacher, describe_teacher, fit_network
 from diffusion.model.warnings import warnings_of
-from diffusion.schedules import flow_grid
 from diffusion.training import Mean, run_key
 
 WORDS = ["a", "blue", "red", "two"]
 TINY = dict(network__width=16, network__depth=1, network__num_heads=2, condition__width=8, data__batch_size=4)
-
-
-def test_intervals_are_those_of_one_grid_each_equally_often():
-    grids = [flow_grid(1), flow_grid(2)]
-    for seed in range(3):
-        t, r = drawn_interval(jax.random.key(seed), 6, grids)
-        pairs = sorted(zip(np.asarray(t).tolist(), np.asarray(r).tolist(), strict=True))
-        assert pairs == [(0.5, 0.0)] * 2 + [(1.0, 0.0)] * 2 + [(1.0, 0.5)] * 2
-    alone = {tuple(float(end[0]) for end in drawn_interval(jax.random.key(seed), 1, grids)) for seed in range(20)}
-    assert alone == set(pairs)
 
 
 @pytest.mark.parametrize("window", [0.0, 3 / 128, 1.0])

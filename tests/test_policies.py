@@ -57,6 +57,16 @@ def test_draw_interval():
     assert set(starts) == {0.25, 0.5, 0.75, 1.0}  # the batch's remainder is not always of the same intervals
 
 
+def test_intervals_of_several_grids_are_drawn_equally_often():
+    grids = [flow_grid(1).time, flow_grid(2).time]
+    for seed in range(3):
+        r, t = policies.draw_interval(jax.random.key(seed), 6, *grids)
+        pairs = sorted(zip(np.asarray(t).tolist(), np.asarray(r).tolist(), strict=True))
+        assert pairs == [(0.5, 0.0)] * 2 + [(1.0, 0.0)] * 2 + [(1.0, 0.5)] * 2
+    alone = {tuple(float(end[0]) for end in policies.draw_interval(jax.random.key(i), 1, *grids)) for i in range(20)}
+    assert alone == {(r, t) for t, r in pairs}
+
+
 def test_draw_points():
     t = points()[2]
     r = t / 2
@@ -106,7 +116,7 @@ def test_a_teacher_that_is_linear_in_time_is_copied(window, count):
     policy = policies.make_policy(student(x, t, r), r, t)
     np.testing.assert_allclose(policies.roll_out(policy, x, t, r), exact(x, t, r), atol=1e-13)
     drawn = policies.draw_points(jax.random.key(0), 3, r, t, window)
-    loss, error = policies.imitation_loss(student, teacher, x, r, t, drawn, window)
+    loss, error = policies.imitation_loss(policy, teacher, x, r, t, drawn, window)
     # the policy's mean over the window is not quite the teacher's velocity at its start
     expected = jnp.zeros_like(t)
     for point in drawn:
@@ -117,7 +127,8 @@ def test_a_teacher_that_is_linear_in_time_is_copied(window, count):
             expected += jnp.mean(velocity**2, axis=1) / len(drawn)
     np.testing.assert_allclose(loss, expected, atol=1e-20)
     np.testing.assert_array_equal(loss, error)
-    wrong, _ = policies.imitation_loss(lambda *a: student(*a) + 1, teacher, x, r, t, drawn, 0.0)
+    other = policies.make_policy(student(x, t, r) + 1, r, t)
+    wrong, _ = policies.imitation_loss(other, teacher, x, r, t, drawn, 0.0)
     np.testing.assert_allclose(wrong, jnp.mean(drawn**-2.0, axis=0), rtol=1e-10)  # 1 of x_0 is 1 / t of the velocity
 
 
@@ -133,9 +144,10 @@ def test_losses_of_own_trajectories_are_those_of_each_interval_from_where_the_on
     for number in range(3):
         t, r = (jnp.broadcast_to(times[number + i], x.shape[:1]) for i in range(2))
         drawn = policies.draw_points(fold_in(key, number), 2, r, t, jnp.minimum(0.25, t - r))
-        expected, _ = policies.imitation_loss(wrong, teacher, x, r, t, drawn, 0.25)
+        policy = policies.make_policy(wrong(x, t, r), r, t)
+        expected, _ = policies.imitation_loss(policy, teacher, x, r, t, drawn, 0.25)
         np.testing.assert_allclose(losses[number], expected, rtol=1e-12)
-        x = policies.roll_out(policies.make_policy(wrong(x, t, r), r, t), x, t, r)
+        x = policies.roll_out(policy, x, t, r)
 
 
 def test_a_student_learns_of_each_interval_alone():
@@ -185,8 +197,7 @@ def test_a_short_window_is_the_velocity_at_its_start():
     x, r, t, x_0, _ = points()
     teacher, _ = linear(x_0, x_0)
     losses = [
-        policies.imitation_loss(lambda *_: make_policy(r, t).values, teacher, x, r, t, t[None], window)[0]
-        for window in (0.0, 1e-7)
+        policies.imitation_loss(make_policy(r, t), teacher, x, r, t, t[None], window)[0] for window in (0.0, 1e-7)
     ]
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
@@ -207,7 +218,8 @@ def test_the_gradient_reaches_the_student_alone_and_not_through_where_it_leads()
 
     def ours(values, scale):
         teacher = lambda x, t: scale * x_0 * x  # noqa: E731
-        return policies.imitation_loss(lambda *_: values, teacher, x, r, t, drawn, 0.0)[0].sum()
+        policy = policies.make_policy(values, r, t)
+        return policies.imitation_loss(policy, teacher, x, r, t, drawn, 0.0)[0].sum()
 
     gradient, of_teacher = jax.grad(ours, (0, 1))(values, 0.5)
     np.testing.assert_allclose(gradient, jax.grad(loss)(values, values, 0.5), atol=1e-12)

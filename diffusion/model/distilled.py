@@ -60,20 +60,22 @@ def imitation(
         if along:
             return of_trajectories(drawn, student)
         keys = jax.random.split(drawn.key)
-        t, r = drawn_interval(keys[0], len(drawn.x_0), grids)
+        r, t = policies.draw_interval(keys[0], len(drawn.x_0), *(jnp.asarray(grid.time) for grid in grids))
         points = policies.draw_points(keys[1], num_points, r, t, jnp.minimum(window, t - r))
         x_t = flow.interpolate(drawn.x_0, drawn.eps, t)
-        losses, error = policies.imitation_loss(student, drawn.teacher, x_t, r, t, points, window, shift)
+        policy = policies.make_policy(student(x_t, t, r), r, t, shift)
+        losses, error = policies.imitation_loss(policy, drawn.teacher, x_t, r, t, points, window)
         return losses, errors(error, (r + t) / 2)
 
     def of_trajectories(drawn: Drawn, student: policies.Student) -> Found:
         found, middles = [], []
         for number, grid in enumerate(grids):
             times, key = jnp.asarray(grid.time, jnp.float32), jax.random.fold_in(drawn.key, number)
-            found += policies.trajectory_loss(student, drawn.teacher, drawn.eps, times, key, num_points, window, shift)[
-                :1
-            ]
-            middles += [(times[:-1] + times[1:]) / 2]
+            losses, _ = policies.trajectory_loss(
+                student, drawn.teacher, drawn.eps, times, key, num_points, window, shift
+            )
+            found.append(losses)
+            middles.append((times[:-1] + times[1:]) / 2)
         losses, middle = jnp.concatenate(found), jnp.concatenate(middles)
         error = errors(losses, jnp.broadcast_to(middle[:, None], losses.shape))
         return jax.tree.map(lambda by_interval: by_interval.mean(axis=0), (losses, error))
@@ -129,13 +131,6 @@ def progressive(
         return losses, errors(error, 1 - (step + 1) / (2 * num_steps))
 
     return Objective(compute, prediction, mean=False, teacher=True, teacher_scale=guidance)
-
-
-def drawn_interval(key: jax.Array, batch_size: int, grids: Sequence[schedules.Grid]) -> tuple[jax.Array, jax.Array]:
-    """Returns where one interval of one of the grids begins, and where it ends, for each image; all equally often."""
-    starts, ends = (jnp.concatenate([grid.time[part] for grid in grids]) for part in (slice(-1), slice(1, None)))
-    number = (jax.random.randint(key, (), 0, len(starts)) + jnp.arange(batch_size)) % len(starts)
-    return starts[number], ends[number]
 
 
 def check_distilled(guidance: float, num_steps: Sequence[int]) -> None:
