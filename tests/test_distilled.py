@@ -71,6 +71,12 @@ def test_a_student_of_its_own_steps_sees_no_data():
     np.testing.assert_array_equal(*(losses for losses, _ in found["own"]))
 
 
+def test_a_policy_of_noise_is_refused():
+    """At t = 1 it is all there is, and no x_0 follows from it."""
+    with pytest.raises(ValueError, match=r"loss\.prediction=eps holds no image at t = 1"):
+        LOSSES["imitation"](FLOW, prediction="eps")
+
+
 @pytest.mark.parametrize("prediction", ["v", "velocity", "x_0"])
 def test_a_policy_holds_the_values_of_any_prediction(prediction):
     """As many as there are, of channels that are not mixed."""

@@ -15,10 +15,10 @@ from test_sd3 import import_into
 import diffusion
 from diffusion import training
 from diffusion.model.config import make_settings, plain
-from diffusion.model.experiment import abstract_batch, make_learner
+from diffusion.model.experiment import abstract_batch, make_learner, make_model
 from diffusion.model.fields import load_config
 from diffusion.runs import export
-from diffusion.runs.begin import Origin, adopt, find_origin, first_weights
+from diffusion.runs.begin import Origin, adopt, check_fit, find_origin, first_weights
 from diffusion.runs.run import load, open_run, read_description
 from diffusion.runs.train import describe
 from diffusion.training import RunError, digest, make_mesh
@@ -177,3 +177,17 @@ def test_a_student_embeds_times_as_its_teacher(asked, expected):
     origin = Origin(Path("runs/flow"), None, False, ("network",), {"config": plain(theirs)})
     assert student.process.time_scale == 1000.0
     assert adopt(student, origin, asked).process.time_scale == expected
+
+
+@pytest.mark.parametrize("asked, expected", [((), "v"), (("loss.prediction",), "velocity")])
+@pytest.mark.parametrize("method", ["imitation", "progressive"])
+def test_a_student_returns_what_its_teacher_does_or_it_is_reported(method, asked, expected, caplog):
+    student = load_config(f"digits:{method}", {"loss.teacher": "runs/flow"})
+    theirs = load_config("digits:flow", {"loss.prediction": "v"})
+    stored = {"config": plain(theirs), "image_shape": [8, 8, 1], "num_classes": 10}
+    origin = Origin(Path("runs/flow"), None, False, ("network",), stored)
+    adopted = adopt(student, origin, asked)
+    assert adopted.loss.prediction == expected
+    check_fit(origin, make_model(adopted, (8, 8, 1), 10))
+    told = "the network of runs/flow returns v, and this run reads it as velocity"
+    assert (told in caplog.text) == (expected == "velocity")

@@ -10,10 +10,12 @@ import pytest
 from helpers import Begun, config_of, do, make_call
 
 from diffusion.model.experiment import make_model
+from diffusion.model.losses import make_objective
 from diffusion.model.processes import make_process
 from diffusion.model.sampling import make_sampling
 from diffusion.model.warnings import warnings_of
 from diffusion.runs import check
+from diffusion.schedules import flow_grid
 from diffusion.training.dry_run import Findings
 from experiments import digits
 
@@ -48,6 +50,20 @@ def test_training_and_check_report_it(kinds, tmp_path, untrained, monkeypatch, c
     do(kind.call(tmp_path / "run", *kind.flags, short, "--mode=check", "--config.training.num_previews=0"))
     shown = capsys.readouterr()
     assert "warning: process.num_steps=100 ends at alpha_bar_T" in shown.err and "1 warning(s)" in shown.out
+
+
+# --- steps that training did not show
+
+
+def test_steps_of_a_progressive_student_are_its_own_or_it_is_reported():
+    config = config_of("emoji:progressive")
+    assert config.loss.shift == config.sampling.grid.shift == 3.0
+    own = make_objective(config, make_process(config)).grids
+    np.testing.assert_allclose([one.time for one in own], [flow_grid(4, 3.0).time])
+    assert warned(config_of("digits:progressive")) == []
+    for changes in ({"sampling__num_steps": 8}, {"sampling__grid__shift": 3.0}):
+        (line,) = warned(config_of("digits:progressive", **changes))
+        assert "loss.name=progressive trained for 4 steps of sampling.grid.name=uniform with shift 1" in line
 
 
 # --- guidance

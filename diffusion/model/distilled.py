@@ -48,6 +48,10 @@ def imitation(
         raise ValueError(f"loss.num_values is {num_values} and num_points {num_points}: at least 2 and 1 are needed")
     if not 0 <= window <= 1:
         raise ValueError(f"loss.window is {window}: it is a share of the time from 0 to 1")
+    if prediction == "eps":
+        raise ValueError(
+            "loss.prediction=eps holds no image at t = 1, where the first step begins: predict v or velocity"
+        )
     along = of_name({"data": False, "own": True}, start, "loss.start")
     grids = tuple(schedules.flow_grid(count, shift) for count in num_steps)
 
@@ -100,7 +104,13 @@ def policy_values(prediction: str, output: jax.Array, x_t: jax.Array, signal: ja
 
 
 def progressive(
-    process: Process, *, teacher: str = "", guidance: float = 0.0, num_steps: int = 4, prediction: str = "velocity"
+    process: Process,
+    *,
+    teacher: str = "",
+    guidance: float = 0.0,
+    num_steps: int = 4,
+    shift: float = 1.0,
+    prediction: str = "velocity",
 ) -> Objective:
     """Returns progressive distillation: a student whose step is two of its teacher's (`distillation.progressive_loss`).
 
@@ -111,13 +121,14 @@ def progressive(
       teacher: work folder of its run, or FOLDER:STEP.
       guidance: of the teacher, which the student has then without; 0: that which the teacher's run samples with.
       num_steps: the student's, half of those of the teacher.
+      shift: of the times of steps, towards noise; of a flow.
       prediction: what the network returns; the teacher's, where the student begins as it.
 
     Source: Salimans & Ho 2022, "Progressive Distillation for Fast Sampling of Diffusion Models".
     """
     del teacher  # opened where a run starts
     check_distilled(guidance, (num_steps,))
-    grid = process.even(2 * num_steps, 1.0, 1.0)
+    grid = process.even(2 * num_steps, 1.0, shift)
     first = jnp.arange(0, 2 * num_steps, 2)
 
     def compute(drawn: Drawn) -> Found:
@@ -130,7 +141,8 @@ def progressive(
         losses, error = distillation.progressive_loss(student, drawn.teacher, process.at, x_t, t, s, r)
         return losses, errors(error, 1 - (step + 1) / (2 * num_steps))
 
-    return Objective(compute, prediction, mean=False, teacher=True, teacher_scale=guidance)
+    own = process.even(num_steps, 1.0, shift)
+    return Objective(compute, prediction, mean=False, grids=(own,), teacher=True, teacher_scale=guidance)
 
 
 def check_distilled(guidance: float, num_steps: Sequence[int]) -> None:

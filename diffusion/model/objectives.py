@@ -57,7 +57,7 @@ class Objective(NamedTuple):
       by_time: whether the loss differentiates the network by time.
       guided: whether the loss needs a condition.
       num_values: of x_0, for a whole step, how many the network returns.
-      grids: those that its samplers can step on; (): any.
+      grids: those that it is trained to step on, a policy on no other; (): any.
       teacher: whether it learns from a trained model.
       teacher_scale: of that model's guidance; 0: its own.
     """

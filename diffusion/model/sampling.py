@@ -232,11 +232,17 @@ def make_sampling(config: Config, process: Process) -> Sampling:
     )
 
 
+def is_trained_on(objective: Objective, grid: schedules.Grid) -> bool:
+    """Returns whether the steps of a grid are among those that the network was trained to take."""
+    trained = [np.asarray(one.time) for one in objective.grids]
+    fits = (len(time) == len(grid.time) and np.allclose(time, grid.time, atol=1e-6) for time in trained)
+    return not trained or any(fits)
+
+
 def check_policy(config: Config, grid: schedules.Grid, objective: Objective) -> None:
     """Raises ValueError where a policy is to be drawn with otherwise than it was trained."""
     settings, loss = config.sampling, config.loss
-    trained = [np.asarray(one.time) for one in objective.grids]
-    if not any(len(time) == len(grid.time) and np.allclose(time, grid.time, atol=1e-6) for time in trained):
+    if not is_trained_on(objective, grid):
         raise ValueError(
             f"sampling.num_steps={settings.num_steps} on this grid: the policy was trained for "
             f"{' or '.join(map(str, loss.num_steps))} steps of sampling.grid.name=uniform with shift {loss.shift:g}"

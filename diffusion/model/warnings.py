@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from diffusion.model.config import Config, dtype_of
 from diffusion.model.model import Model
+from diffusion.model.sampling import is_trained_on, make_sampling
 
 LARGEST_TERMINAL_SIGNAL = 1e-3  # alpha_bar_T; DDPM's own is 4e-5
 
@@ -31,6 +32,11 @@ def warnings_of(config: Config, model: Model) -> list[str]:
         found.append(
             f"sampling.guidance={config.sampling.guidance:g} comes on top of what loss.name={config.loss.name} trains "
             "the network to have: set it to 1"
+        )
+    if not is_trained_on(model.objective, make_sampling(config, model.process).grid):
+        found.append(
+            f"sampling.num_steps={config.sampling.num_steps} on this grid: loss.name={config.loss.name} trained for "
+            f"{config.loss.num_steps} steps of sampling.grid.name=uniform with shift {config.loss.shift:g}"
         )
     if config.sampling.guidance != 1.0 and config.condition.get("dropout") == 0:
         found.append(

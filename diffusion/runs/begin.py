@@ -195,6 +195,11 @@ def check_fit(origin: Origin, model: Model) -> None:
             f"the network of {origin.folder} learned with process.time_scale={theirs.process.time_scale:g}, and this "
             f"run has {model.process.time_scale:g}: what it learned of times is lost"
         )
+    if "network" in origin.parts and theirs.objective.prediction != model.objective.prediction:
+        logging.warning(
+            f"the network of {origin.folder} returns {theirs.objective.prediction}, and this run reads it as "
+            f"{model.objective.prediction}: it does not begin as that model; see --config.loss.prediction"
+        )
     wrong = []
     for name in sorted(there | here):
         if there.get(name) != here.get(name):

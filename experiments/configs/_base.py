@@ -374,6 +374,7 @@ def progressive(config: ConfigDict) -> None:
             teacher="",  # work folder of a run of `flow`, or of the round before
             guidance=0.0,  # of the teacher; 0: as its run samples
             num_steps=4,  # of the student
+            shift=config.sampling.grid.shift,  # of the times of steps, towards noise
             prediction="velocity",  # what the network returns; that of the teacher, which it begins as
         )
     )
