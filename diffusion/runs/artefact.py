@@ -25,14 +25,8 @@ from diffusion.training import workdir
 from diffusion.training.checkpoints import provenance
 from diffusion.training.description import FORMAT
 
-PATHS = (
-    "dir",
-    "folder",
-    "package",
-    "weights",
-    "judge",
-    "teacher",
-)  # fields of a config that name places of the machine
+# Fields of a config that name places of the machine.
+PATHS = ("dir", "folder", "package", "weights", "judge", "teacher")
 
 
 def write_artefact(folder: Path, run: Run, about: str = "") -> None:
