@@ -15,6 +15,7 @@ from diffusion.model.losses import LOSSES
 from diffusion.model.model import init, make_denoise
 from diffusion.model.teacher import check_teacher, describe_teacher, fit_network
 from diffusion.model.warnings import warnings_of
+from diffusion.schedules import flow_grid
 from diffusion.training import Mean, run_key
 
 WORDS = ["a", "blue", "red", "two"]
@@ -90,7 +91,8 @@ def test_a_policy_holds_the_values_of_any_prediction(prediction):
     np.testing.assert_allclose(values[:, 0], x_0, atol=1e-5)
 
 
-def test_progressive_distillation_takes_two_steps_of_the_teacher():
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_progressive_distillation_takes_two_steps_of_the_teacher(shift):
     """Of a teacher that depends on its time, from each second point of twice the steps."""
     times = []
 
@@ -99,17 +101,20 @@ def test_progressive_distillation_takes_two_steps_of_the_teacher():
         return x / time[:, None]  # x_0_hat is 0
 
     drawn = make_drawn(network, teacher=lambda x, time: x * time[:, None])
-    losses, _ = LOSSES["progressive"](FLOW, num_steps=4).compute(drawn)
+    losses, _ = LOSSES["progressive"](FLOW, num_steps=4, shift=shift).compute(drawn)
     (t,) = times
-    np.testing.assert_array_equal(np.sort(t), [0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1, 1])
-    t = t[:, None]
+    points = np.asarray(flow_grid(8, shift).time, np.float64)
+    np.testing.assert_allclose(np.sort(t), np.repeat(points[6::-2], 2), rtol=1e-6)
+    first = np.abs(points - t[:, None]).argmin(axis=1)
+    t, s, r = (points[first + i][:, None] for i in range(3))
     x_t = x = (1 - t) * np.asarray(drawn.x_0, np.float64) + t * np.asarray(drawn.eps, np.float64)
-    for here, there in ((t, t - 0.125), (t - 0.125, t - 0.25)):
+    for here, there in ((t, s), (s, r)):
         x = x + (there - here) * (x - here * x) / here  # Euler's method
-    target = (x - (t - 0.25) / t * x_t) / (1 - (t - 0.25) - (t - 0.25) / t * (1 - t))
+    target = (x - r / t * x_t) / (1 - r - r / t * (1 - t))
     expected = np.maximum((1 - t) / t, 1)[:, 0] ** 2 * np.mean(target**2, axis=1)
-    # A difference of numbers of size 1 over 1/4 at least: some 10 roundings of float32.
-    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
+    # A difference of numbers of size 1 over 1/4, or 1/10 with the shift, at least: some 10 roundings of float32.
+    tolerance = {1.0: 1e-5, 3.0: 2.5e-5}[shift]
+    np.testing.assert_allclose(losses, expected, rtol=tolerance, atol=tolerance)
 
 
 def scenes_student(**fields):

@@ -141,7 +141,7 @@ def progressive(
         losses, error = distillation.progressive_loss(student, drawn.teacher, process.at, x_t, t, s, r)
         return losses, errors(error, 1 - (step + 1) / (2 * num_steps))
 
-    own = process.even(num_steps, 1.0, shift)
+    own = schedules.Grid(*(field[::2] for field in grid))
     return Objective(compute, prediction, mean=False, grids=(own,), teacher=True, teacher_scale=guidance)
 
 
