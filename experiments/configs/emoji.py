@@ -1,4 +1,4 @@
-"""Text to image on the emoji set (64x64), in FLUX.2's latents: an MM-DiT of 3.8 million parameters, words learned.
+"""Text to image on the emoji set (64x64), in FLUX.2's latents: an MM-DiT of 3.7 million parameters, words learned.
 
     ./launch.sh emoji
     ./launch.sh emoji --config=experiments/configs/emoji.py:clip      # after ./launch.sh clip on these captions
