@@ -233,10 +233,9 @@ def make_sampling(config: Config, process: Process) -> Sampling:
 
 
 def is_trained_on(objective: Objective, grid: schedules.Grid) -> bool:
-    """Returns whether the steps of a grid are among those that the network was trained to take."""
+    """Returns whether a grid is one of those whose steps the network was trained to take."""
     trained = [np.asarray(one.time) for one in objective.grids]
-    fits = (len(time) == len(grid.time) and np.allclose(time, grid.time, atol=1e-6) for time in trained)
-    return not trained or any(fits)
+    return any(len(time) == len(grid.time) and np.allclose(time, grid.time, atol=1e-6) for time in trained)
 
 
 def check_policy(config: Config, grid: schedules.Grid, objective: Objective) -> None:

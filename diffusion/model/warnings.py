@@ -33,7 +33,7 @@ def warnings_of(config: Config, model: Model) -> list[str]:
             f"sampling.guidance={config.sampling.guidance:g} comes on top of what loss.name={config.loss.name} trains "
             "the network to have: set it to 1"
         )
-    if not is_trained_on(model.objective, make_sampling(config, model.process).grid):
+    if model.objective.grids and not is_trained_on(model.objective, make_sampling(config, model.process).grid):
         found.append(
             f"sampling.num_steps={config.sampling.num_steps} on this grid: loss.name={config.loss.name} trained for "
             f"{config.loss.num_steps} steps of sampling.grid.name=uniform with shift {config.loss.shift:g}"
