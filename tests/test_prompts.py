@@ -1,6 +1,5 @@
 """Prompts as a condition: encoders, what is dropped in training, guidance between prompts, features made once."""
 
-import unicodedata
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -95,47 +94,6 @@ def parts():
 @pytest.fixture(scope="module")
 def params(parts):
     return random_params(parts.model)
-
-
-# --- words
-
-
-def test_every_caption_is_read_whole(caplog):
-    for split in ("train", "held_out"):
-        for index in range(150):
-            caption = scenes.scene(0, split, index).caption
-            (ids,) = prompts.word_ids([caption], VOCABULARY, 12)
-            assert " ".join(VOCABULARY[i - 2] for i in ids[ids > 0]) == caption
-    assert not caplog.records
-
-
-def test_words_that_cannot_be_read_are_named(caplog):
-    ids = prompts.word_ids(["A Red dog", "", "a red two " * 5, "A Red dog"], VOCABULARY, 12)
-    assert [record.getMessage() for record in caplog.records] == [
-        "unknown to the text encoder in 'A Red dog': dog",
-        f"{'a red two ' * 5!r} is longer than 12 words: what follows 'two' is left out",
-    ]
-    assert ids[0, 2] == 1 and ids[0, 1] == ids[2, 1] > 1 and not ids[1].any() and ids[2].all()
-    np.testing.assert_array_equal(ids[0], ids[3])
-    caplog.clear()
-    prompts.word_ids([f"a dog{i}" for i in range(99)], VOCABULARY, 12)
-    assert len(caplog.records) == 6
-    assert caplog.records[-1].getMessage() == "and 94 more like these, in 99 different prompts"
-
-
-def test_accents_are_the_same_word_in_both_forms_of_unicode(caplog):
-    composed, decomposed = (unicodedata.normalize(form, "ein Vögelchen") for form in ("NFC", "NFD"))
-    assert composed != decomposed
-    vocabulary = prompts.frequent_words([decomposed], 0)
-    assert vocabulary == ["ein", "vögelchen"]
-    ids = prompts.word_ids([composed, decomposed], vocabulary, 3)
-    assert ids.tolist() == [[2, 3, 0]] * 2 and not caplog.records
-
-
-def test_words_are_the_most_frequent():
-    captions = ["A dog, a dog and a cat", "a cat", "a bird's nest"]
-    assert prompts.frequent_words(captions, 3) == ["a", "and", "cat"]  # of those in one caption, by the alphabet
-    assert prompts.frequent_words(captions, 100) == ["a", "and", "bird", "cat", "dog", "nest", "s"]
 
 
 # --- training

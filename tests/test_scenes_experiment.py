@@ -9,8 +9,8 @@ import pytest
 
 from diffusion.data import scenes
 from diffusion.data.samples import load_samples
+from diffusion.data.words import split_words
 from diffusion.evaluation import composition
-from diffusion.model.prompts import split_words
 from diffusion.runs.run import open_run, read_description
 from diffusion.training import RunError
 from experiments import scenes as experiment

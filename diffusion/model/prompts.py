@@ -2,11 +2,7 @@
 
 import hashlib
 import json
-import logging
-import re
-import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,16 +16,15 @@ from tqdm import tqdm
 from diffusion.data import text
 from diffusion.data.batches import full_batches
 from diffusion.data.sources import Source
+from diffusion.data.words import word_ids
 from diffusion.files import cache_folder, replacing
 from diffusion.model import clip
 from diffusion.model.condition import Condition, Facts, Told
 from diffusion.model.config import from_plain
 from diffusion.networks.clip import RULES
-from diffusion.networks.words import PADDING, Words
+from diffusion.networks.words import Words
 from diffusion.training import Rules, digest
 from diffusion.training.checkpoints import open_existing
-
-MAX_WARNINGS = 5  # per call: whole data sets are read
 
 
 class Text(NamedTuple):
@@ -68,6 +63,7 @@ def words(
     width: int = 96,
     length: int = 12,
     size: int = 0,
+    phrases: int = 0,
     dropout: float = 0.1,
     word_dropout: float = 0.0,
 ) -> Condition:
@@ -78,11 +74,12 @@ def words(
       width: of an embedding.
       length: words that are read of a prompt.
       size: of the vocabulary, the most frequent words; 0: all. Applied to `facts.vocabulary` where a run starts.
+      phrases: that are read as one word each, the most frequent pairs of neighbours; applied there too.
       dropout: share of the training captions that are hidden.
       word_dropout: share of the words that are hidden in the others, each alone: what a word means is then learned
         apart from those beside it, and holds in combinations that training never shows.
     """
-    del size  # the vocabulary was made with it
+    del size, phrases  # the vocabulary was made with them
     encoder = make_words(facts.stored.get("vocabulary", facts.vocabulary), width, length)
     return prompts(encoder, dropout, word_dropout)
 
@@ -212,42 +209,6 @@ def make_words(vocabulary: Sequence[str], width: int, length: int) -> TextEncode
         frozen=False,
         description={"vocabulary": list(vocabulary)},
     )
-
-
-def frequent_words(captions: Iterable[str], size: int) -> list[str]:
-    """Returns the `size` words (0: all) that most captions have, in the order of the alphabet."""
-    counted = Counter(word for caption in captions for word in set(split_words(caption)))
-    most = sorted(counted, key=lambda word: (-counted[word], word))
-    return sorted(most[:size] if size else most)
-
-
-def split_words(prompt: str) -> list[str]:
-    """Returns the words of a prompt, in small letters."""
-    return re.findall(r"\w+", unicodedata.normalize("NFC", prompt).lower())
-
-
-def word_ids(prompts: Sequence[str], vocabulary: Sequence[str], length: int) -> Int[np.ndarray, "N L"]:
-    """Returns the words' places in the vocabulary plus 2, whatever their case; 1 is unknown, 0 fills up to `length`.
-
-    Warns of unknown words, and of prompts that are longer, which are cut; of a data set's, only of the first few.
-    """
-    known = {word: index for index, word in enumerate(vocabulary, 2)}
-    distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-    ids = np.full((len(distinct), length), PADDING, np.int32)
-    not_read = []
-    for prompt, row in zip(distinct, ids, strict=True):
-        words = split_words(prompt)
-        if unknown := [word for word in words if word not in known]:
-            not_read.append(f"unknown to the text encoder in {prompt!r}: {', '.join(unknown)}")
-        if len(words) > length:
-            not_read.append(f"{prompt!r} is longer than {length} words: what follows {words[length - 1]!r} is left out")
-        found = [known.get(word, 1) for word in words[:length]]
-        row[: len(found)] = found
-    for line in not_read[:MAX_WARNINGS]:
-        logging.warning(line)
-    if more := not_read[MAX_WARNINGS:]:
-        logging.warning("and %d more like these, in %d different prompts", len(more), len(distinct))
-    return ids[[distinct[prompt] for prompt in prompts]]
 
 
 def make_clip_text(folder: str, stored: Mapping[str, Any] | None) -> TextEncoder:

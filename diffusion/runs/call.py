@@ -8,8 +8,8 @@ from absl import flags
 from jax.sharding import Mesh
 
 from diffusion.data.sources import Source, check_apart
+from diffusion.data.words import make_vocabulary
 from diffusion.evaluation import Measurement
-from diffusion.model import prompts
 from diffusion.model.config import Config
 from diffusion.runs.adapters import with_lora
 from diffusion.runs.run import Run, load
@@ -85,8 +85,9 @@ def refuse_flags(call: Call, *names: str) -> None:
 
 
 def words_of_captions(config: Config, source: Source) -> list[str]:
-    """Returns the vocabulary of a run that starts: the most frequent words of the source's captions."""
-    return prompts.frequent_words(source.captions, config.condition.get("size", 0))
+    """Returns the vocabulary of a run that starts: the most frequent words and phrases of the source's captions."""
+    settings = config.condition
+    return make_vocabulary(source.captions, settings.get("size", 0), settings.get("phrases", 0))
 
 
 class Task(NamedTuple):

@@ -42,6 +42,7 @@ WORDS = dict(
     width=96,
     length=12,  # words that are read of a caption
     size=0,  # of the vocabulary: the most frequent words; 0: every word
+    phrases=0,  # that are read as one word each: the most frequent pairs of neighbours
     dropout=0.1,  # share of the captions that training hides, for guidance
     word_dropout=0.0,  # and of the words of the others
 )
