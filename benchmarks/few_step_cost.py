@@ -9,25 +9,16 @@ round by round, and the temporary memory of the compiled step.
 """
 
 import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from benchmarks.common import make_parser, median_ratio, take_turns, write_results
-from diffusion.model.experiment import abstract_batch, make_learner, make_model
-from diffusion.model.fields import change, load
-from diffusion.training import init_state, make_mesh, make_train_step, place_batch
+from benchmarks.steps import training
+from diffusion.training import make_mesh
 
-CONFIGS = Path("experiments/configs")
-# Of each case the config of flow matching, its shape of images, and its number of classes.
-CASES: dict[str, tuple[str, tuple[int, int, int], int | None]] = {
-    "digits": ("digits:flow", (8, 8, 1), 10),
-    "scenes": ("scenes", (16, 16, 3), None),
-}
+# The config of flow matching, by case of `steps.CASES`.
+FLOW = {"digits": "digits:flow", "scenes": "scenes"}
 PREDICTED = {"loss.tangent": "predicted"}
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "mean_flow": ("mean_flow", {"loss.kappa": 0.0}),
@@ -38,61 +29,29 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 GUIDED = "mean_flow_guided"  # needs a condition, which the digits here have not
 BASE = "flow"
-VOCABULARY = [f"word{i}" for i in range(30)]
-
-
-def make_timer(spec: str, changes: dict[str, Any], case: str, steps: int) -> tuple[Callable[[], float], int]:
-    """Returns a timer of one training step (the mean of `steps`), and its temporary memory in bytes."""
-    _, shape, num_classes = CASES[case]
-    config = change(load(spec, CONFIGS)[0], changes)
-    model = make_model(config, shape, num_classes, None, VOCABULARY)
-    learner = make_learner(config, model)
-    random = np.random.default_rng(0)
-
-    def fill(of: jax.ShapeDtypeStruct) -> np.ndarray:
-        largest = {"uint8": 256, "int32": 10}[of.dtype.name]
-        return random.integers(0, largest, of.shape).astype(of.dtype)
-
-    batch = place_batch(make_mesh(1), jax.tree.map(fill, abstract_batch(config, model)))
-    state = jax.jit(lambda: init_state(learner, 0, batch))()
-    step = make_train_step(learner, seed=0, ema_decay=0.999)
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-    analysis = compiled.memory_analysis()
-    kept = {"state": state}
-
-    def run() -> float:
-        begun = time.perf_counter()
-        for _ in range(steps):
-            kept["state"], report = compiled(kept["state"], batch)
-        jax.block_until_ready((kept["state"], report))
-        return (time.perf_counter() - begun) / steps
-
-    run()
-    return run, int(analysis.temp_size_in_bytes) if analysis else 0
 
 
 def measure(case: str, losses: list[str], rounds: int, steps: int) -> dict[str, Any]:
     """Returns the seconds of a step, ratios to flow matching's and memory, by loss."""
-    flow = CASES[case][0]
     chosen = [name for name in losses if name != GUIDED or case != "digits"]
-    specs = {BASE: (flow, {})} | {name: (f"{case}:{LOSSES[name][0]}", LOSSES[name][1]) for name in chosen}
-    made = {name: make_timer(spec, changes, case, steps) for name, (spec, changes) in specs.items()}
-    seconds = take_turns({name: run for name, (run, _) in made.items()}, rounds)
+    specs = {BASE: (FLOW[case], {})} | {name: (f"{case}:{LOSSES[name][0]}", LOSSES[name][1]) for name in chosen}
+    made = {name: training(case, spec, changes, make_mesh(1)) for name, (spec, changes) in specs.items()}
+    seconds = take_turns({name: partial(timed.run, steps) for name, timed in made.items()}, rounds)
     return {
         name: {
             "seconds": [round(one, 5) for one in seconds[name]],
             "median_seconds": round(statistics.median(seconds[name]), 5),
             "ratio_to_flow": round(median_ratio(seconds[name], seconds[BASE]), 3),
-            "temporary_bytes": memory,
+            "temporary_bytes": timed.temporary_bytes,
         }
-        for name, (_, memory) in made.items()
+        for name, timed in made.items()
     }
 
 
 def main() -> None:
     """Measures what was asked for, prints it and writes it."""
     parser = make_parser(__doc__)
-    parser.add_argument("--only", nargs="*", choices=[*CASES], default=[*CASES], help="cases; default: all")
+    parser.add_argument("--only", nargs="*", choices=[*FLOW], default=[*FLOW], help="cases; default: all")
     parser.add_argument("--losses", nargs="*", choices=[*LOSSES], default=[*LOSSES], help="default: all")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--steps", type=int, default=3, help="of a round")
