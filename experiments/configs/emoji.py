@@ -41,8 +41,8 @@ def get_config(methods: str = "") -> ConfigDict:
     )
     config.process = ConfigDict(dict(name="flow", times="logit_normal", shift=3.0))
     config.network.update(width=128, depth=6, num_heads=4, patch=1)
-    config.condition.update(width=128)
-    _base.muon(config, learning_rate=1e-3, warmup_steps=100, cooldown_steps=5000)
+    config.condition.update(width=128, phrases=6)  # the five tones of skin, and "facing right"
+    _base.muon(config, learning_rate=2e-3, warmup_steps=100, cooldown_steps=5000)
     config.training.update(
         num_steps=12_500,
         ema_decay=0.999,
