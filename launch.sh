@@ -64,7 +64,7 @@ install() {
   local python=$1 extras=$2 pins=$3
   if command -v uv >/dev/null 2>&1; then
     if [ ! -x .venv/bin/python ]; then uv venv --quiet --seed --python "$(command -v "$python")" .venv || return 1; fi
-    uv pip install --quiet --python .venv/bin/python --constraint "$pins" --editable ".[$extras]" && return
+    uv pip install --quiet --compile-bytecode --python .venv/bin/python --constraint "$pins" --editable ".[$extras]" && return
     echo "uv could not install; pip tries"
   fi
   if [ ! -x .venv/bin/python ]; then

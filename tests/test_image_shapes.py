@@ -117,7 +117,7 @@ def test_a_folder_of_pictures_of_256_pixels(pictures, tmp_path):
     do_call(folder.TASK, "folder", run, "--mode=evaluate", "--num_samples=4")
     found = json.loads((run / "report.json").read_text())["measurements"]
     assert {one["name"] for one in found} == {"KID", "precision and recall"}
-    assert all(one["features"] == "pixels in [-1, 1], of large images means" for one in found)
+    assert all(one["features"] == "pixels in [-1, 1], large images as means of blocks" for one in found)
     (drawn,) = (run / "samples").glob("*.npz")
     assert load_samples(drawn).shape == (4, 192, 256, 3) and (run / "nearest.png").exists()
 

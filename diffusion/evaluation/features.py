@@ -74,7 +74,7 @@ def pixel_features(image: np.ndarray) -> Float64[np.ndarray, "N D"]:
     return blocks.mean((2, 4)).reshape(count, -1) / 127.5 - 1.0
 
 
-PIXELS = Extractor("pixels in [-1, 1], of large images means", lambda image: Extracted(pixel_features(image)))
+PIXELS = Extractor("pixels in [-1, 1], large images as means of blocks", lambda image: Extracted(pixel_features(image)))
 
 
 def network_extractor(
