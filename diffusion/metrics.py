@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Float64
-from scipy.special import rel_entr
 
 _BLOCK = 2048  # rows of a pairwise matrix held at a time
 
@@ -165,7 +165,7 @@ def inception_score(probability: np.ndarray, num_splits: int = 10) -> Score:
     ends = [i * len(probability) // num_splits for i in range(num_splits + 1)]  # as in the released code
     for start, end in itertools.pairwise(ends):
         part = np.asarray(probability[start:end], np.float64)
-        score.append(np.exp(rel_entr(part, part.mean(0)).sum(1).mean()))
+        score.append(np.exp(scipy.special.rel_entr(part, part.mean(0)).sum(1).mean()))
     return Score(float(np.mean(score)), float(np.std(score)))
 
 
