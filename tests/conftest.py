@@ -72,9 +72,9 @@ UNOPTIMIZED = (
 # The dearest, of 30 and more seconds of CPU time: they come first, for one that came last would leave a core idle.
 # fmt: off
 DEAREST = (
-    "modes", "spine", "weights", "samplers", "experiments", "likelihood", "run", "docs", "sd3", "refusals",
-    "autoencoder_experiment", "few_step_runs", "warm_start", "editing", "edit", "flux2_pipeline", "space", "lora",
-    "emoji", "demo_page",
+    "modes", "spine", "flux2_training", "weights", "samplers", "experiments", "likelihood", "run", "docs", "sd3",
+    "buckets", "refusals", "autoencoder_experiment", "few_step_runs", "warm_start", "editing", "edit",
+    "flux2_pipeline", "space", "lora", "emoji", "demo_page",
 )
 # fmt: on
 
