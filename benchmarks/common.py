@@ -22,6 +22,7 @@ SMALL: dict[str, Any] = {
     "network.multipliers": (1,),
     "network.attention_resolutions": (),
     "network.num_groups": 4,
+    "optimizer.cooldown_steps": 0,
     "data.batch_size": 16,
     "training.num_steps": 40,
     "training.num_previews": 8,

@@ -28,13 +28,14 @@ CONFIGS = ROOT / "experiments" / "configs"
 
 CLIP: Any = {"modes": clip.MODES, "define_flags": clip.define_flags}  # more of make_call's arguments, for clip.TASK
 
-# A U-Net of one level; six steps, stored after four.
+# A U-Net of one level; six steps, stored after four, which may be more: without a cooldown.
 SMALL = (
     "--config.network.channels=8",
     "--config.network.num_blocks=1",
     "--config.network.multipliers=(1,)",
     "--config.network.attention_resolutions=()",
     "--config.network.num_groups=4",
+    "--config.optimizer.cooldown_steps=0",
     "--config.data.batch_size=16",
     "--config.training.num_previews=8",
     "--config.sampling.batch_size=24",

@@ -22,7 +22,7 @@ from diffusion.training.workdir import differences
 
 def optimizer_of(**fields):
     """Returns the optimizer of the digits' config with these fields, trained for 20 steps, and its learning rate."""
-    config = load_config("digits", {"training.num_steps": 20}, CONFIGS)
+    config = load_config("digits", {"training.num_steps": 20, "optimizer.cooldown_steps": 0}, CONFIGS)
     optimizer: Any = make_optimizer(change(config, {f"optimizer.{field}": value for field, value in fields.items()}))
     return optimizer
 
@@ -83,13 +83,13 @@ def test_the_end_of_a_schedule_is_a_share():
 
 
 def test_num_steps_cannot_change_under_a_schedule_that_ends_there():
-    config = plain(load_config("digits", {}, CONFIGS))
+    config = plain(load_config("digits", {"optimizer.cooldown_steps": 0}, CONFIGS))
     longer = {**config, "training": {**config["training"], "num_steps": 99}}
     assert differences(config, longer) == []
     for name in ("linear", "cosine"):
         old, new = ({**c, "optimizer": {**c["optimizer"], "schedule": {"name": name}}} for c in (config, longer))
         (line,) = differences(old, new)
-        assert line == "training.num_steps: 1200 -> 99 (fixed by optimizer.schedule.name)"
+        assert line == "training.num_steps: 1700 -> 99 (fixed by optimizer.schedule.name)"
 
 
 def test_kernels_and_adapters_decay_and_nothing_else_does():

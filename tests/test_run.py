@@ -220,7 +220,7 @@ def test_folders_without_a_run_of_images_are_refused(tmp_path):
 
 def test_a_config_is_loaded_and_changed_in_python():
     config = diffusion.load_config("digits:flow", {"process.times": "mode", "sampling.sampler": "heun"}, CONFIGS)
-    assert (config.process.times, config.sampling.sampler.name, config.training.num_steps) == ("mode", "heun", 1200)
+    assert (config.process.times, config.sampling.sampler.name, config.training.num_steps) == ("mode", "heun", 1700)
     with pytest.raises(RunError, match="unknown method 'flows'"):
         diffusion.load_config("digits:flows", folder=CONFIGS)
 
