@@ -35,6 +35,7 @@ SMALL = (
     "--config.network.multipliers=(1,)",
     "--config.network.attention_resolutions=()",
     "--config.network.num_groups=4",
+    "--config.network.dropout=0.1",
     "--config.optimizer.cooldown_steps=0",
     "--config.data.batch_size=16",
     "--config.training.num_previews=8",

@@ -60,13 +60,14 @@ def test_unknown_or_bad_arguments_are_refused_with_the_nearest_name(tmp_path, ar
 
 
 def test_a_folder_belongs_to_one_experiment_and_config(tmp_path):
-    config = plain(parse(tmp_path).config)
+    endless = "--config.optimizer.cooldown_steps=0"
+    config = plain(parse(tmp_path, endless).config)
     assert not any(tmp_path.iterdir())
     workdir.claim(tmp_path, "digits", config)
-    parse(tmp_path, "--config.training.num_steps=7", "--config.sampling.num_steps=3")  # free to change
+    parse(tmp_path, endless, "--config.training.num_steps=7", "--config.sampling.num_steps=3")  # free to change
     before = (tmp_path / "config.json").read_text()
     with pytest.raises(RunError, match=r"network\.channels: 32 -> 64; optimizer\.learning_rate: 0\.002 -> 0\.5"):
-        parse(tmp_path, "--config.network.channels=64", "--config.optimizer.learning_rate=0.5")
+        parse(tmp_path, endless, "--config.network.channels=64", "--config.optimizer.learning_rate=0.5")
     with pytest.raises(RunError, match="experiment digits, not cifar10"):
         workdir.claim(tmp_path, "cifar10", {})
     assert (tmp_path / "config.json").read_text() == before

@@ -30,15 +30,7 @@ METHODS = ("", ":class_conditional", ":cosine_hybrid", ":edm", ":flow", ":v_min_
 IMAGES = (*(f"{data}{method}" for data in ("digits", "cifar10") for method in METHODS), "cifar10:small")
 TEXTS = ("captions", "scenes", "scenes:clip", "scenes:unet")
 
-UNET = dict(
-    channels=8,
-    num_blocks=1,
-    multipliers=(1, 2),
-    attention_resolutions=(4,),
-    num_groups=4,
-    dropout=0.1,
-    dtype="float32",
-)
+UNET = dict(channels=8, num_blocks=1, multipliers=(1, 2), attention_resolutions=(4,), num_groups=4, dtype="float32")
 MMDIT = dict(width=24, depth=2, num_heads=2, patch=2, table_size=16, base_size=16, dtype="float32")
 COUNT = 8  # of training examples, and of samples
 SHOWN = 32  # images of the source
@@ -68,6 +60,8 @@ def make_case(spec: str) -> Case:
         training={"num_previews": COUNT},
         sampling={"num_steps": 3},
     )
+    if data == "digits":
+        config = copy(config, network={"dropout": 0.1})  # as when the goldens were recorded
     random = np.random.RandomState(0)
     image = random.randint(0, 256, (SHOWN, 8, 8, 1 if data == "digits" else 3), np.uint8)
     label = random.randint(0, 10, SHOWN).astype(np.int32)
