@@ -48,7 +48,7 @@ def place(tmp_path, monkeypatch, copied):
 def test_python_in_the_readme_runs(block, place):
     """Every array has the shape in the comment beside it."""
     text = block.replace(FILMS, FILMS.replace("51", "4"))
-    text = text.replace('{"training.num_steps": 400}', repr(TINY))
+    text = text.replace('{"training.num_steps": 400, "optimizer.cooldown_steps": 200}', repr(TINY))
     names = {}
     exec(compile(text, "README.md", "exec"), names)
     for name, shape in re.findall(r"^(\w+) = .*# uint8\[([\d, ]+)\]", text, flags=re.M):

@@ -131,6 +131,7 @@ def test_an_old_run_opens_and_its_data_is_stored_when_it_is_resumed(kinds, copie
     [
         ("digits", "digits", "loss.vlb_weight=0.1", "loss.vlb_weight changes nothing: .* loss.learned_variance=True"),
         ("digits", "digits", "lora.alpha=8.0", "lora.alpha changes nothing: lora.rank=0 trains no adapters"),
+        ("scenes", "scenes", "condition.phrases=3", "data.name=scenes has words of its own"),
         ("digits", "digits", "sampling.guidance_interval=(0.3,5.0)", "sampling.guidance=1 is no guidance"),
         ("digits", "digits", "evaluation.weights=x.pth", "evaluation.features=pixels have no network"),
         ("digits", "digits:flow", "evaluation.bound_terms=8", "process.name=flow has no chain"),
@@ -145,7 +146,7 @@ def test_an_old_run_opens_and_its_data_is_stored_when_it_is_resumed(kinds, copie
     ],
 )
 def test_a_field_that_changes_nothing_is_refused_where_it_is_asked_for(tmp_path, task, spec, flags, line):
-    experiment = {"digits": digits_experiment, "captions": captions}[task]
+    experiment = {"digits": digits_experiment, "captions": captions, "scenes": scenes}[task]
     with pytest.raises(RunError, match=line) as error:
         make_call(experiment.TASK, spec, tmp_path / "run", *(f"--config.{flag}" for flag in flags.split()))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()

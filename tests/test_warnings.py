@@ -13,7 +13,7 @@ from diffusion.model.experiment import make_model
 from diffusion.model.losses import make_objective
 from diffusion.model.processes import make_process
 from diffusion.model.sampling import make_sampling
-from diffusion.model.warnings import warnings_of
+from diffusion.model.warnings import warnings_of, warnings_of_training
 from diffusion.runs import check
 from diffusion.schedules import flow_grid
 from diffusion.training.dry_run import Findings
@@ -50,6 +50,22 @@ def test_training_and_check_report_it(kinds, tmp_path, untrained, monkeypatch, c
     do(kind.call(tmp_path / "run", *kind.flags, short, "--mode=check", "--config.training.num_previews=0"))
     shown = capsys.readouterr()
     assert "warning: process.num_steps=100 ends at alpha_bar_T" in shown.err and "1 warning(s)" in shown.out
+
+
+# --- a learning rate that is never reached
+
+
+def test_a_cooldown_that_begins_in_the_warm_up_is_reported():
+    def of(num_steps):
+        config = config_of("digits", training__num_steps=num_steps)
+        model = make_model(config, (8, 8, 1), 10)
+        assert warnings_of(config, model) == []  # nothing to whoever draws
+        return warnings_of_training(config, model)
+
+    assert of(1100) == []  # 100 up, 1,000 down
+    (line,) = of(550)
+    assert "optimizer.cooldown_steps=1000 begins before the warm-up ends, at training.num_steps=550" in line
+    assert "reaches 50% of optimizer.learning_rate" in line
 
 
 # --- steps that training did not show

@@ -53,9 +53,14 @@ def test_phrases_are_pairs_joined_one_after_the_other():
     words = make_vocabulary(captions)
     # "dark skin" is in four captions, more than any other pair; of those in two the last by the alphabet is next.
     assert set(make_vocabulary(captions, phrases=1)) - set(words) == {"dark skin"}
-    assert set(make_vocabulary(captions, phrases=2)) - set(words) == {"dark skin", "medium dark skin"}
+    two = make_vocabulary(captions, phrases=2)
+    assert set(two) - set(words) == {"dark skin", "medium dark skin"}
+    # Nothing is learned of words that captions have in phrases alone: they are reported as unknown, not read.
+    assert set(words) - set(two) == {"dark", "medium"}
     assert make_vocabulary(["a", "b"], phrases=3) == ["a", "b"]  # no neighbours
-    assert make_vocabulary(["a b", "a b", "c d"], size=2, phrases=9) == ["a", "a b", "b"]  # of words that are read
+    assert make_vocabulary(["a b", "a b", "b", "c d"], size=2, phrases=9) == ["a b", "b"]  # of words that are read
+    letters = list("abcdefghijkl")
+    assert make_vocabulary([" ".join(letters)], phrases=99) == ["a b c d", "e f g h i j k l"]  # of 8 words at most
 
 
 def test_the_longest_phrase_is_read_as_one_word():

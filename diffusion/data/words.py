@@ -18,26 +18,29 @@ def make_vocabulary(captions: Iterable[str], size: int = 0, phrases: int = 0) ->
     """Returns the `size` words (0: all) that most captions have, and `phrases`, in the order of the alphabet.
 
     A phrase is what is read as one word: the most frequent pair of neighbours, of words or phrases found before it.
-    So "dark skin" and "medium dark skin" share nothing that a network would have to tell apart.
+    So "dark skin" and "medium dark skin" share nothing that a network would have to tell apart. A word that captions
+    have in phrases alone is not in the vocabulary, as nothing would be learned of it.
 
     Source: Mikolov et al. (2013), "Distributed Representations of Words and Phrases", section 4; pairs are joined one
       after the other as in Sennrich et al. (2016), "Neural Machine Translation of Rare Words with Subword Units".
 
     Example:
       >>> make_vocabulary(["red hot tea", "hot tea", "tea"], phrases=1)
-      ['hot', 'hot tea', 'red', 'tea']
+      ['hot tea', 'red', 'tea']
     """
-    split = [split_words(caption) for caption in captions]
+    split = whole = [split_words(caption) for caption in captions]
     counted = Counter(word for words in split for word in set(words))
     most = sorted(counted, key=lambda word: (-counted[word], word))
     vocabulary = set(most[:size] if size else most)
     for _ in range(phrases):
         pairs = Counter(pair for words in split for pair in itertools.pairwise(words) if vocabulary.issuperset(pair))
-        if not pairs:
+        short = [pair for pair in pairs if len(" ".join(pair).split()) <= LONGEST]
+        if not short:
             break
-        vocabulary.add(" ".join(max(pairs, key=lambda pair: (pairs[pair], pair))))
+        vocabulary.add(" ".join(max(short, key=lambda pair: (pairs[pair], pair))))
         split = [join(words, vocabulary) for words in split]
-    return sorted(vocabulary)
+    read = {word for words in whole for word in join(words, vocabulary)}
+    return sorted(vocabulary & read)
 
 
 def join(words: Sequence[str], vocabulary: Container[str]) -> list[str]:

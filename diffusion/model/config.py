@@ -31,6 +31,7 @@ RANGES = {
     "condition.width": (1, None),
     "condition.length": (1, None),
     "condition.size": (0, None),
+    "condition.phrases": (0, None),
     "network.latent_channels": (1, None),
     "network.blocks_per_level": (1, None),
     "network.groups": (1, None),

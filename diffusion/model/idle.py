@@ -44,6 +44,8 @@ def idle(config: Config) -> Iterator[tuple[str, str]]:
         found[f"process.beta={beta} has ends of its own"] = ("process.first", "process.last")
     if beta != "table":
         found["it is read with process.beta=table"] = ("process.table",)
+    if value_of(config, "data.name") == "scenes":
+        found["data.name=scenes has words of its own"] = ("condition.size", "condition.phrases")
     if value_of(config, "training.ema_profiles") == ():
         found["training.ema_profiles=() are no averages to be stored"] = ("training.snapshot_every",)
     if value_of(config, "evaluation.split") is not None:  # of captions

@@ -48,3 +48,16 @@ def warnings_of(config: Config, model: Model) -> list[str]:
     if config.sampling.guidance == 1.0 and config.sampling.get("skip_layers"):
         found.append("sampling.skip_layers change nothing at sampling.guidance=1")
     return found
+
+
+def warnings_of_training(config: Config, model: Model) -> list[str]:
+    """Returns what is likely not meant in a config that is trained, a line each."""
+    settings, num_steps = config.optimizer, config.training.num_steps
+    warmup, cooldown = settings.get("warmup_steps", 0), settings.get("cooldown_steps", 0)
+    found = []
+    if cooldown and warmup + cooldown > num_steps:
+        found.append(
+            f"optimizer.cooldown_steps={cooldown} begins before the warm-up ends, at training.num_steps={num_steps}: "
+            f"the learning rate reaches {num_steps / (warmup + cooldown):.0%} of optimizer.learning_rate"
+        )
+    return found + warnings_of(config, model)

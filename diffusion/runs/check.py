@@ -10,7 +10,7 @@ import jax
 
 from diffusion.data.sources import Source
 from diffusion.model.config import make_settings
-from diffusion.model.warnings import warnings_of
+from diffusion.model.warnings import warnings_of_training
 from diffusion.runs.begin import asked_origin, first_weights
 from diffusion.runs.call import TRAIN, Call
 from diffusion.runs.target import check_target, is_asked, report_target
@@ -32,7 +32,7 @@ def check(call: Call) -> None:
     examples = list(call.task.examples(config))
     begun = first_weights(config, model, origin, call.mesh)[0] if call.stored is None else {}
     experiment = prepare(config, model, source, call.workdir, call.mesh, call.stored, examples, begun)
-    try_out(call, experiment, source, warnings_of(config, model))
+    try_out(call, experiment, source, warnings_of_training(config, model))
 
 
 def try_out(call: Call, experiment: Experiment, source: Source, warnings: Sequence[str] = ()) -> None:

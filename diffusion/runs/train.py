@@ -21,7 +21,7 @@ from diffusion.model.model import Model
 from diffusion.model.optimizers import GIVEN
 from diffusion.model.space import with_latents
 from diffusion.model.teacher import check_teacher, describe_teacher
-from diffusion.model.warnings import warnings_of
+from diffusion.model.warnings import warnings_of_training
 from diffusion.runs.begin import Origin, asked_origin, check_fit, find_origin, first_weights, settle, teacher_of
 from diffusion.runs.call import TRAIN, Call, words_of_captions
 from diffusion.runs.evaluate import evaluate, ready
@@ -159,7 +159,7 @@ def train_on(
     if (config.optimizer.name == GIVEN) != (optimizer is not None):
         raise ValueError("optimizer.name=given is one that Python passes: diffusion.train(..., optimizer=...)")
     model, description = describe(name, config, source, stored, vocabulary, origin)
-    for line in warnings_of(config, model):
+    for line in warnings_of_training(config, model):
         logging.warning(line)
     begun: dict[str, Any] = {}
     examples = examples or spread_captions(source, NUM_EXAMPLES)
