@@ -60,8 +60,18 @@ def visit(browser, site):
 
 
 def set_steps(page, count):
+    """Opens the settings; a browser that is cold may mount them anew just after, with their first values."""
     page.get_by_text("Settings", exact=True).click()
-    page.fill("#num_steps input[type=number]", str(count))
+    field, held = page.locator("#num_steps input[type=number]"), 0
+    for _ in range(40):
+        if field.input_value() != str(count):
+            field.fill(str(count))
+            held = 0
+        page.wait_for_timeout(100)
+        held += 1
+        if held == 8:
+            break
+    expect(field).to_have_value(str(count))
 
 
 def ask(page, prompt, pictures=1, seed=None):
