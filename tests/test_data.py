@@ -62,7 +62,7 @@ def test_flips_are_fair():
     [
         (-1, 0, 4, "seed"),
         (0, -1, 4, "no batch number -1"),
-        (0, 0, 21, "batch_size 21.*20 images"),
+        (0, 0, 21, "batch_size is 21.*20 images"),
         (0, 0, 0, "batch_size"),
     ],
 )

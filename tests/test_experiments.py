@@ -256,7 +256,7 @@ def test_sweeps_over_steps_and_averages(kinds, copied):
         (["--config.process.beta=square"], "process.beta is 'square': choose from linear"),
         (["--config.network.multipliers=1,2,2,2,2"], "image size 8x8"),
         (["--config.data.batch_size=20"], "multiple of 8"),
-        (["--config.data.batch_size=4000"], "batch_size 4000"),
+        (["--config.data.batch_size=4000"], "data.batch_size is 4000"),
         (["--config.sampling.num_steps=2000"], "num_steps is 2000"),
         (["--config.sampling.sampler.name=magic"], "choose from ancestral"),
         (["--sampler=magic"], "choose from ancestral"),

@@ -36,7 +36,9 @@ def _rows(of_epoch: Callable[[int, int, int], np.ndarray], seed: int, step: int,
     if step < 0:
         raise ValueError(f"batches are counted from 0: there is no batch number {step}")
     if not 1 <= batch_size <= num_examples:
-        raise ValueError(f"batch_size {batch_size} must be between 1 and the data set's {num_examples} images")
+        raise ValueError(
+            f"data.batch_size is {batch_size}: it must be at least 1 and at most the data's {num_examples} images"
+        )
     epoch, start = divmod(step * batch_size, num_examples)
     rows = of_epoch(seed, epoch, num_examples)[start : start + batch_size]
     if len(rows) < batch_size:
@@ -111,7 +113,8 @@ def make_batches(
     batch_indices(seed, start_step, batch_size, source.num_examples)  # to refuse bad arguments now, not in a thread
     if not 0 <= process_index < process_count or batch_size % process_count:
         raise ValueError(
-            f"batch_size {batch_size} does not divide among {process_count} processes (this is number {process_index})"
+            f"data.batch_size is {batch_size}: it does not divide among {process_count} processes (this is number "
+            f"{process_index})"
         )
     rows = batch_size // process_count
     mine = slice(process_index * rows, (process_index + 1) * rows)

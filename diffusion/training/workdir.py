@@ -120,8 +120,8 @@ def check_same_run(stored: Description, workdir: Path, experiment: str, config: 
         )
     if changed := differences(stored["config"], config, FREE_IN_TRAINING):
         raise RunError(
-            f"{workdir} holds a run with another config (there -> asked): {'; '.join(changed)}. "
-            "Resume with the old values, or name another --workdir"
+            f"{workdir} holds a run with another config (there -> asked): {'; '.join(changed)}. Resume with the old "
+            f"values, or name another --workdir, which may begin with the run's weights (--init_from={workdir})"
         )
 
 
