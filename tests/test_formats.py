@@ -39,6 +39,10 @@ TUNED = {
     "training.num_steps",
     "training.checkpoint_every",
     "training.preview_every",
+    "sampling.sampler.name",
+    "sampling.sampler.order",
+    "sampling.sampler.eta",
+    "sampling.num_steps",
 }
 
 

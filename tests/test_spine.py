@@ -19,7 +19,7 @@ from diffusion.data.captions import with_captions, with_text
 from diffusion.data.sources import Source, array_source
 from diffusion.model.config import Config, copy, plain
 from diffusion.model.experiment import make_experiment, make_model
-from diffusion.model.fields import load
+from diffusion.model.fields import change, load
 from diffusion.model.model import Model, make_generate
 from diffusion.model.sampling import make_sampling
 from diffusion.training import make_mesh, run_key
@@ -60,8 +60,10 @@ def make_case(spec: str) -> Case:
         training={"num_previews": COUNT},
         sampling={"num_steps": 3},
     )
-    if data == "digits":
-        config = copy(config, network={"dropout": 0.1})  # as when the goldens were recorded
+    if data == "digits":  # as when the goldens were recorded
+        config = copy(config, network={"dropout": 0.1})
+        if config.sampling.sampler.name == "dpm_solver_pp":
+            config = change(config, {"sampling.sampler": "ddim"})
     random = np.random.RandomState(0)
     image = random.randint(0, 256, (SHOWN, 8, 8, 1 if data == "digits" else 3), np.uint8)
     label = random.randint(0, 10, SHOWN).astype(np.int32)

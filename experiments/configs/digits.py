@@ -29,7 +29,8 @@ def get_config(methods: str = "") -> ConfigDict:
         preview_every=850,
         num_previews=36,
     )
-    config.sampling.batch_size = 250
+    config.sampling.sampler = ConfigDict(dict(name="dpm_solver_pp"))  # in 20 steps better than DDIM in 50
+    config.sampling.update(num_steps=20, batch_size=250)
     config.evaluation.update(
         num_samples=500,
         features="pixels",
