@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from diffusion.model.condition import rows_away
 from diffusion.model.config import Config
 from diffusion.model.experiment import abstract_batch, make_learner, make_model
 from diffusion.model.fields import change, load
@@ -73,7 +74,8 @@ def sampling(case: str, spec: str, changes: Mapping[str, Any], mesh: Mesh, num_i
     learner = make_learner(config, model)
     params = jax.jit(learner.init)(jax.random.key(0))
     generate: Any = make_generate(model, make_sampling(config, model.process), mesh)
-    rows, away = (model.condition.read([one] * num_images) for one in (asked_of(model), None))
+    rows = model.condition.read([asked_of(model)] * num_images)
+    away = rows_away(model.condition, rows)
     arguments = params, rows, away, np.uint32(0), np.arange(num_images)
     compiled = generate.lower(*arguments).compile()
 

@@ -8,6 +8,7 @@ from helpers import config_of
 from test_objectives import FLOW, make_drawn
 
 from diffusion import predictions
+from diffusion.model.condition import rows_away
 from diffusion.model.config import plain
 from diffusion.model.distilled import policy_values
 from diffusion.model.experiment import make_learner, make_model
@@ -117,14 +118,14 @@ def test_progressive_distillation_takes_two_steps_of_the_teacher(shift):
     np.testing.assert_allclose(losses, expected, rtol=tolerance, atol=tolerance)
 
 
-def scenes_student(**fields):
+def scenes_student(words=WORDS, **fields):
     """Returns the config and the model of a student of scenes, and its teacher's."""
     flow = config_of("scenes", **TINY)
-    theirs = make_model(flow, (16, 16, 3), vocabulary=WORDS)
+    theirs = make_model(flow, (16, 16, 3), vocabulary=words)
     stored = {"config": plain(flow), "image_shape": [16, 16, 3], "num_classes": None}
     about = describe_teacher({**stored, "condition": dict(theirs.condition.description or {})})
     config = config_of("scenes:imitation", **TINY, loss__num_values=3, loss__teacher="runs/flow", **fields)
-    return config, make_model(config, (16, 16, 3), None, {"teacher": about}, WORDS), theirs
+    return config, make_model(config, (16, 16, 3), None, {"teacher": about}, words), theirs
 
 
 def moved(params):
@@ -160,8 +161,11 @@ def test_a_policy_of_pictures_in_colour_begins_as_its_teacher():
         np.testing.assert_allclose(values[:, number], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_teacher_reads_its_own_words_guided_and_nothing_where_they_are_hidden():
-    config, student, theirs = scenes_student(condition__dropout=0.5)
+@pytest.mark.parametrize("phrases", [0.0, 0.5], ids=["words", "phrases"])
+def test_a_teacher_reads_its_own_words_guided_and_nothing_where_they_are_hidden(phrases):
+    """It is led away from no words, or from the same ones without their phrases."""
+    words = (*WORDS, "red two") if phrases else WORDS
+    config, student, theirs = scenes_student(words, condition__dropout=0.5, condition__phrase_dropout=phrases)
     x, time = jax.random.normal(jax.random.key(1), (8, 16, 16, 3)), jnp.linspace(0.2, 1, 8)
 
     def compute(drawn):
@@ -173,12 +177,18 @@ def test_a_teacher_reads_its_own_words_guided_and_nothing_where_they_are_hidden(
     params = moved(jax.jit(lambda: init(seen, jax.random.key(2)))())
     text = student.condition.read(["a red two", "a blue two"] * 4)
     batch = {"image": np.zeros((8, 16, 16, 3), np.uint8), "label": np.arange(8, dtype=np.int32), "text": text}
-    found = jax.jit(make_learner(config, seen).loss)(params, batch, run_key(0, "train"))[1]
+    key = run_key(0, "train")
+    found = jax.jit(make_learner(config, seen).loss)(params, batch, key)[1]
     found = {name: mean.total for name, mean in found.items()}
     hidden = np.asarray(found["hidden"])
     assert hidden.any() and not hidden.all()
-    read = np.where(hidden[:, None], student.condition.read([None]), text)
     none = student.condition.read([None] * 8)
+    read = np.where(hidden[:, None], none, text)
+    if phrases:
+        assert student.condition.rows_of_batch
+        known, read = read, np.asarray(student.condition.rows_of_batch(jax.tree.map(jnp.asarray, batch), key))
+        assert (read != known).any() and (read[hidden] == none[hidden]).all()
+    away = rows_away(student.condition, read)
 
     @jax.jit
     def expected():
@@ -191,7 +201,7 @@ def test_a_teacher_reads_its_own_words_guided_and_nothing_where_they_are_hidden(
             return student.network.apply(params["network"], x, time, **told)
 
         return {
-            "teacher": hats(none) + 3 * (hats(read) - hats(none)),
+            "teacher": hats(away) + 3 * (hats(read) - hats(away)),
             "student": velocities(read),
             "nothing": velocities(none),
         }

@@ -10,6 +10,7 @@ from collections.abc import Container, Iterable, Sequence
 import numpy as np
 from jaxtyping import Int
 
+UNKNOWN, FIRST = 1, 2  # ids of a word that is not known, and of the vocabulary's first; 0 is "no word here"
 LONGEST = 8  # words of a phrase
 MAX_WARNINGS = 5  # per call: whole data sets are read
 
@@ -69,7 +70,7 @@ def word_ids(prompts: Sequence[str], vocabulary: Sequence[str], length: int) -> 
 
     Warns of unknown words, and of prompts that are longer, which are cut; of a data set's, only of the first few.
     """
-    known = {word: index for index, word in enumerate(vocabulary, 2)}
+    known = {word: index for index, word in enumerate(vocabulary, FIRST)}
     distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
     ids = np.zeros((len(distinct), length), np.int32)
     not_read = []
@@ -79,7 +80,7 @@ def word_ids(prompts: Sequence[str], vocabulary: Sequence[str], length: int) -> 
             not_read.append(f"unknown to the text encoder in {prompt!r}: {', '.join(unknown)}")
         if len(words) > length:
             not_read.append(f"{prompt!r} is longer than {length} words: what follows {words[length - 1]!r} is left out")
-        found = [known.get(word, 1) for word in words[:length]]
+        found = [known.get(word, UNKNOWN) for word in words[:length]]
         row[: len(found)] = found
     for line in not_read[:MAX_WARNINGS]:
         logging.warning(line)

@@ -29,6 +29,8 @@ class Condition(NamedTuple):
       hidden: (batch, key of the loss) -> bool[B], of which training examples `of_batch` hides the condition.
       optional: whether "no condition" can be asked for.
       rules: how a mesh cuts its parameters, see `training.sharding`.
+      away: rows -> rows that guidance to them leads away from; None: "no condition".
+      rows_of_batch: (batch, key of the loss) -> the rows that `of_batch` reads; of one with `away`.
     """
 
     kind: str
@@ -45,6 +47,8 @@ class Condition(NamedTuple):
     )
     optional: bool = True
     rules: Rules = ()
+    away: Callable[[Any], jax.Array] | None = None
+    rows_of_batch: Callable[[dict[str, jax.Array], jax.Array], jax.Array] | None = None
 
 
 def rows_of(condition: Condition, requests: Sequence[Any]) -> np.ndarray:
@@ -52,6 +56,23 @@ def rows_of(condition: Condition, requests: Sequence[Any]) -> np.ndarray:
     if not condition.optional and any(request is None for request in requests):
         raise ValueError("this model was trained with a class for every image: give one each, as --label=0,1")
     return condition.read(requests)
+
+
+def rows_away(condition: Condition, rows: np.ndarray, negative: str | Sequence[str | None] | None = None) -> np.ndarray:
+    """Returns the rows that guidance leads away from, one for each of `rows`.
+
+    Args:
+      condition: of the model.
+      rows: of `read`.
+      negative: prompt to lead away from, or one per row; where it is None, what the condition says.
+    """
+    prompts = [negative] if negative is None or isinstance(negative, str) else negative
+    away = condition.read(prompts)
+    away = np.broadcast_to(away, (len(rows), *away.shape[1:]))
+    if condition.away is None or None not in prompts:
+        return away
+    given = np.broadcast_to([prompt is not None for prompt in prompts], len(rows))
+    return np.where(given[:, None], away, condition.away(rows))
 
 
 class Facts(NamedTuple):

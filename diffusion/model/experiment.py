@@ -15,7 +15,7 @@ from diffusion.data.sources import Source
 from diffusion.model import flux2_text, lora, prompts, sd3_text
 from diffusion.model.batches import check_batches, training_batches
 from diffusion.model.choices import pick
-from diffusion.model.condition import Condition, Facts, classes, nothing
+from diffusion.model.condition import Condition, Facts, classes, nothing, rows_away
 from diffusion.model.config import Config, check_ranges, dtype_of, from_plain, round_up
 from diffusion.model.lora import LoRA, make_lora
 from diffusion.model.loss import make_loss
@@ -270,7 +270,7 @@ def make_experiment(
     shown = model._replace(space=model.space._replace(decode=model.space.preview))
     generate = make_generate(shown, make_sampling(config, model.process), mesh)
     rows = model.condition.read(preview_requests(model.condition, max(num_previews, mesh.size), examples))
-    away = model.condition.read([None] * len(rows))
+    away = rows_away(model.condition, rows)
     shapes = jax.eval_shape(learner.init, run_key(config.seed, "init"))
     state_shardings(mesh, shapes, learner.rules)
     seen = [picture[np.arange(len(rows)) % len(picture)] for picture in references]

@@ -45,7 +45,11 @@ def idle(config: Config) -> Iterator[tuple[str, str]]:
     if beta != "table":
         found["it is read with process.beta=table"] = ("process.table",)
     if value_of(config, "data.name") == "scenes":
-        found["data.name=scenes has words of its own"] = ("condition.size", "condition.phrases")
+        found["data.name=scenes has words of its own"] = (
+            "condition.size",
+            "condition.phrases",
+            "condition.phrase_dropout",
+        )
     if value_of(config, "training.ema_profiles") == ():
         found["training.ema_profiles=() are no averages to be stored"] = ("training.snapshot_every",)
     if value_of(config, "evaluation.split") is not None:  # of captions

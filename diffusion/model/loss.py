@@ -47,8 +47,13 @@ def make_teach(model: Model, params: Any, batch: dict[str, jax.Array], key: jax.
         text = own.get("text", student.text)
         seen = references_of(model.space, student.space, batch, key)
         told = {**model.condition.of_batch(text, batch, key), **seen}
-        nothing = model.condition.of_request(text, model.condition.read([None]))
-        fro = {**jax.tree.map(lambda one: jnp.repeat(one, len(x), axis=0), nothing), **seen}
+        if model.condition.away and model.condition.rows_of_batch:
+            rows = model.condition.away(model.condition.rows_of_batch(batch, key))
+            fro = model.condition.of_request(text, rows)
+        else:
+            nothing = model.condition.of_request(text, model.condition.read([None]))
+            fro = jax.tree.map(lambda one: jnp.repeat(one, len(x), axis=0), nothing)
+        fro |= seen
         return steered(model.teacher.model, model.teacher.sampling, own["network"], told, fro)(x, time)
 
     return teach

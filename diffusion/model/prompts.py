@@ -16,7 +16,7 @@ from tqdm import tqdm
 from diffusion.data import text
 from diffusion.data.batches import full_batches
 from diffusion.data.sources import Source
-from diffusion.data.words import word_ids
+from diffusion.data.words import FIRST, UNKNOWN, word_ids
 from diffusion.files import cache_folder, replacing
 from diffusion.model import clip
 from diffusion.model.condition import Condition, Facts, Told
@@ -45,6 +45,8 @@ class TextEncoder(NamedTuple):
       frozen: whether the parameters keep the values of `init`.
       description: all that makes it again but its parameters, plain JSON, for the checkpoint.
       rules: how a mesh cuts its parameters.
+      unknown: of an encoder of words, the id of one that is not known.
+      phrases: the ids of phrases that are read as one word.
     """
 
     tokenize: Callable[[Sequence[str]], np.ndarray]
@@ -55,6 +57,8 @@ class TextEncoder(NamedTuple):
     frozen: bool
     description: dict[str, Any]
     rules: Rules = ()
+    unknown: int = 0
+    phrases: tuple[int, ...] = ()
 
 
 def words(
@@ -66,6 +70,7 @@ def words(
     phrases: int = 0,
     dropout: float = 0.1,
     word_dropout: float = 0.0,
+    phrase_dropout: float = 0.0,
 ) -> Condition:
     """Returns the condition of prompts read by word embeddings that are learned with the network.
 
@@ -76,12 +81,16 @@ def words(
       size: of the vocabulary, the most frequent words; 0: all. Applied to `facts.vocabulary` where a run starts.
       phrases: that are read as one word each, the most frequent pairs of neighbours; applied there too.
       dropout: share of the training captions that are hidden.
-      word_dropout: share of the words that are hidden in the others, each alone: what a word means is then learned
-        apart from those beside it, and holds in combinations that training never shows.
+      word_dropout: share of the words of the others that are, each, read as unknown.
+      phrase_dropout: share of their phrases that are, each, read as unknown. So the network learns what a caption
+        without them leaves open, and guidance leads away from that: of "man, dark skin" from a man of any tone of skin.
+
+    Source: of phrase_dropout, Brooks et al. 2023 (InstructPix2Pix), section 3.2.1: two conditions, of which each is
+      hidden alone; eq. 3 with s_I = 1.
     """
     del size, phrases  # the vocabulary was made with them
     encoder = make_words(facts.stored.get("vocabulary", facts.vocabulary), width, length)
-    return prompts(encoder, dropout, word_dropout)
+    return prompts(encoder, dropout, word_dropout, phrase_dropout)
 
 
 def clip_text(facts: Facts, *, folder: str = "", precomputed: bool = False, dropout: float = 0.1) -> Condition:
@@ -97,7 +106,7 @@ def clip_text(facts: Facts, *, folder: str = "", precomputed: bool = False, drop
     return prompts(make_clip_text(folder, facts.stored or None), dropout)
 
 
-def prompts(encoder: TextEncoder, dropout: float, word_dropout: float = 0.0) -> Condition:
+def prompts(encoder: TextEncoder, dropout: float, word_dropout: float = 0.0, phrase_dropout: float = 0.0) -> Condition:
     """Returns the condition of prompts.
 
     Training reads "text", token ids int32[B, L], or the features "context" and "pooled" of `with_features`.
@@ -105,14 +114,20 @@ def prompts(encoder: TextEncoder, dropout: float, word_dropout: float = 0.0) -> 
     Args:
       encoder: reads them; its parameters are params["text"].
       dropout: share of the training captions that are replaced by the empty one.
-      word_dropout: share of the tokens of "text" that are, each, replaced by those of the empty one.
+      word_dropout: share of the words of "text" that are, each, replaced by the unknown one; of an encoder of words.
+      phrase_dropout: the same of its phrases; guidance then leads away from the prompt with all of them unknown.
 
     Raises:
-      ValueError: `dropout` or `word_dropout` is outside [0, 1].
+      ValueError: a share is outside [0, 1], or the encoder has no unknown word, or no phrases.
     """
-    for name, share in {"dropout": dropout, "word_dropout": word_dropout}.items():
+    shares = {"dropout": dropout, "word_dropout": word_dropout, "phrase_dropout": phrase_dropout}
+    for name, share in shares.items():
         if not 0 <= share <= 1:
             raise ValueError(f"condition.{name} is {share}: it has to lie in [0, 1]")
+    if phrase_dropout and not encoder.phrases:
+        raise ValueError(
+            f"condition.phrase_dropout={phrase_dropout} hides phrases, and the words have none: set condition.phrases"
+        )
     (empty,) = encoder.tokenize([""])
 
     def read(requests: Sequence[str | None]) -> np.ndarray:
@@ -125,13 +140,25 @@ def prompts(encoder: TextEncoder, dropout: float, word_dropout: float = 0.0) -> 
         drop_key = jax.random.split(key, 4)[2]  # dropout's too, which Flax folds by module
         return jax.random.bernoulli(drop_key, dropout, (len(batch["label"]), 1))[:, 0]
 
+    def known(batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+        """Returns the ids of "text", some words unknown, and some captions empty."""
+        ids, drop_key = batch["text"], jax.random.split(key, 4)[2]
+        for number, (share, which) in enumerate(((word_dropout, ids != empty), (phrase_dropout, is_phrase(ids))), 1):
+            if share:
+                drawn = jax.random.bernoulli(jax.random.fold_in(drop_key, number), share, ids.shape)
+                ids = jnp.where(drawn & which, encoder.unknown, ids)
+        return jnp.where(hide(batch, key)[:, None], empty, ids)
+
+    def is_phrase(ids: Any) -> jax.Array:
+        return jnp.isin(ids, jnp.asarray(encoder.phrases, jnp.int32))
+
+    def without_phrases(ids: Any) -> jax.Array:
+        return jnp.where(is_phrase(ids), encoder.unknown, ids)
+
     def of_batch(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Told:
-        hidden = hide(batch, key)[:, None]
         if "text" in batch:
-            if word_dropout:
-                word_key = jax.random.fold_in(jax.random.split(key, 4)[2], 1)
-                hidden |= jax.random.bernoulli(word_key, word_dropout, batch["text"].shape)
-            return of_request(params, jnp.where(hidden, empty, batch["text"]))
+            return of_request(params, known(batch, key))
+        hidden = hide(batch, key)[:, None]
         none = encoder.encode(params, jnp.asarray(empty[None]))
         return {
             "context": jnp.where(hidden[..., None], none.context, batch["context"]),
@@ -149,6 +176,8 @@ def prompts(encoder: TextEncoder, dropout: float, word_dropout: float = 0.0) -> 
         description=encoder.description,
         hidden=hide,
         rules=encoder.rules,
+        away=without_phrases if phrase_dropout else None,
+        rows_of_batch=known,
     )
 
 
@@ -208,6 +237,8 @@ def make_words(vocabulary: Sequence[str], width: int, length: int) -> TextEncode
         pooled_width=width,
         frozen=False,
         description={"vocabulary": list(vocabulary)},
+        unknown=UNKNOWN,
+        phrases=tuple(i for i, word in enumerate(vocabulary, FIRST) if " " in word),
     )
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from diffusion.data.batches import full_batches
 from diffusion.data.samples import load_samples, save_samples
-from diffusion.model.condition import rows_of
+from diffusion.model.condition import rows_away, rows_of
 from diffusion.model.config import Config, plain, round_up
 from diffusion.model.model import Model, Use, from_noise, make_generate
 from diffusion.model.sampling import make_sampling
@@ -65,7 +65,7 @@ def draw(
       images: arrays uint8 [N, H, W, C] that `use` begins with, and masks, bool [N, h, w, 1] in the space of x_0.
       references: pictures to edit, uint8 [h, w, C], which all requests share, or [N, h, w, C]; see
         `pictures.fit_reference`.
-      negative: prompt that guidance leads away from, or N of them; None: no condition.
+      negative: prompt that guidance leads away from, or N of them; None: see `rows_away`.
       use: see `diffusion.model.model.Use`; its `__qualname__` is all that it depends on, unless it is "<locals>".
       folder: batches are written there as they are made, and read from there where an interrupted call has left them.
         The caller removes it.
@@ -83,8 +83,7 @@ def draw(
         if "<locals>" not in use.__qualname__:  # a closure may be another one next time
             programs[key] = generate
     rows = rows_of(model.condition, requests)
-    away = model.condition.read([negative] if negative is None or isinstance(negative, str) else negative)
-    away = np.broadcast_to(away, (len(rows), *away.shape[1:]))
+    away = rows_away(model.condition, rows, negative)
     seeds = np.broadcast_to(np.asarray(seed, np.uint32), len(rows))
     references = [np.broadcast_to(one, (len(rows), *one.shape[-3:])) for one in references]
     batch_size = round_up(min(config.sampling.batch_size, len(rows)), mesh.size)

@@ -14,6 +14,7 @@ import numpy as np
 from absl import flags
 
 from diffusion import editing
+from diffusion.model.condition import rows_away
 from diffusion.model.model import draw_noise, parts, steered
 from diffusion.model.sampling import make_sampling
 from diffusion.runs.call import TEST, Call
@@ -93,21 +94,23 @@ def interpolate_prompts(call: Call, run: Run) -> None:
     model, count = run.model, call.flags.num_samples or 4
     kept = make_place(call, run, "interpolate", prompts, num_rows=count)
     sampling = make_sampling(run.config, model.process)
-    ids = model.condition.read([*prompts, call.flags.negative_prompt])
+    rows = model.condition.read(prompts)
+    ids = np.concatenate([rows, rows_away(model.condition, rows, call.flags.negative_prompt)])
     warn_of_negative(run.config, call.flags.negative_prompt)
 
     @jax.jit
     def mix(params: Any, ids: jax.Array, seed: Any, index: jax.Array) -> jax.Array:
         keys, eps = draw_noise(model, seed, index)
         ends = model.condition.of_request(parts(model, params).text, ids)
-        first, last, negative = (jax.tree.map(lambda x, i=i: x[i], ends) for i in range(3))
+        first, last, *away = (jax.tree.map(lambda x, i=i: x[i], ends) for i in range(4))
 
         def all_of(told: Any) -> Any:
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), told)
 
         def decode(share: jax.Array) -> jax.Array:
             told = jax.tree.map(lambda a, b: (1 - share) * a + share * b, first, last)
-            denoise = steered(model, sampling, params, all_of(told), all_of(negative))
+            fro = jax.tree.map(lambda a, b: a + share * (b - a), *away)  # of two that are equal, these bits
+            denoise = steered(model, sampling, params, all_of(told), all_of(fro))
             return sampling.sampler(denoise, sampling.grid.noise[0] * eps, sampling.grid, keys)
 
         return jax.lax.map(decode, jnp.asarray(SHARES, eps.dtype)).swapaxes(0, 1)

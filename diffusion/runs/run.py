@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from diffusion import training
 from diffusion.data.images import check_uint8_images
 from diffusion.model import formats
-from diffusion.model.condition import rows_of
+from diffusion.model.condition import rows_away, rows_of
 from diffusion.model.config import Config, from_plain, make_settings, plain
 from diffusion.model.experiment import abstract_batch, check_references, make_learner, make_model
 from diffusion.model.fields import change
@@ -177,7 +177,8 @@ class Run(NamedTuple):
         """
         model = self.model
         requests = [None] * len(x_t) if prompts is labels is None else self.requests(len(x_t), prompts, labels)
-        rows, away = rows_of(model.condition, requests), model.condition.read([None] * len(x_t))
+        rows = rows_of(model.condition, requests)
+        away = rows_away(model.condition, rows)
         sampling = make_sampling(self.config, model.process)
         return jax.jit(lambda params, x, t: guided(model, sampling, params, rows, away)(x, t))(self.params, x_t, time)
 

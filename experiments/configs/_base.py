@@ -44,7 +44,8 @@ WORDS = dict(
     size=0,  # of the vocabulary: the most frequent words; 0: every word
     phrases=0,  # that are read as one word each: the most frequent pairs of neighbours
     dropout=0.1,  # share of the captions that training hides, for guidance
-    word_dropout=0.0,  # and of the words of the others
+    word_dropout=0.0,  # of the words of the others, that are read as unknown
+    phrase_dropout=0.0,  # and of their phrases; guidance then leads away from the prompt without its phrases
 )
 
 
