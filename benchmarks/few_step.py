@@ -3,8 +3,8 @@
     python -m benchmarks.few_step digits flow=runs/digits_flow mean_flow=runs/mean_flow progressive=runs/pd_2,runs/pd_4
     python -m benchmarks.few_step scenes flow=runs/scenes imitation=runs/scenes_imitation
 
-The first is the teacher, which is also drawn with --teacher_steps evaluations. A distilled model is drawn with the
-numbers of evaluations that it was distilled for; where each has a run of its own, all are named. Digits: Fréchet
+The first is the teacher, which is also drawn in --teacher_steps steps. A distilled model is drawn in the numbers of
+steps that it was distilled for; where each has a run of its own, all are named. Digits: Fréchet
 distance in pixels of --num_samples samples to the training images. Scenes: share of prompts, in combinations that
 training never shows, that pictures wholly satisfy.
 Writes benchmarks/results/few_step_NAME.json, and a figure beside it.
@@ -26,24 +26,25 @@ from diffusion.model.config import plain
 from diffusion.runs.run import Run
 from experiments import scenes
 
-EVALUATIONS = (1, 2, 4, 8)
+STEPS = (1, 2, 4, 8)
 
 Quality = Callable[[Run], float]
 
 
 def counts_of(run: Run, counts: Sequence[int]) -> list[int]:
-    """Returns the numbers of evaluations that a run is drawn with: `counts`, or those that it was distilled for."""
+    """Returns the numbers of steps that a run is drawn in: `counts`, or those that it was distilled for."""
     trained = run.config.loss.get("num_steps", tuple(counts))
     return list(trained) if isinstance(trained, tuple) else [trained]
 
 
 def measure(runs: Sequence[Run], counts: Sequence[int], quality: Quality) -> list[dict[str, Any]]:
-    """Returns the quality of each run at its numbers of evaluations, its sampler taking one per step."""
+    """Returns the quality of each run at its numbers of steps: one evaluation each, or two with guidance."""
     rows = []
     for run in runs:
+        calls = 1 if run.config.sampling.guidance == 1.0 else 2
         for count in counts_of(run, counts):
             value = quality(run.change({"sampling.num_steps": count}))
-            rows.append({"evaluations": count, "quality": value})
+            rows.append({"steps": count, "evaluations": calls * count, "quality": value})
             print(f"{run.workdir.name:32} {count:5} {value:8.4f}", flush=True)
     return rows
 
@@ -55,7 +56,7 @@ def about(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "steps": [run.step for run in runs],
         "minutes": [curve[-1]["minutes"] for curve in curves],
-        "loss": config["loss"],
+        "loss": {name: Path(value).name if name == "teacher" else value for name, value in config["loss"].items()},
         "sampler": config["sampling"]["sampler"],
         "guidance": config["sampling"]["guidance"],
         "weights": [run.digest for run in runs],
@@ -119,7 +120,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("data", choices=("digits", "scenes"))
     parser.add_argument("runs", nargs="+", metavar="NAME=WORKDIR[,WORKDIR]", help="the teacher first")
-    parser.add_argument("--evaluations", type=int, nargs="+", default=EVALUATIONS)
+    parser.add_argument("--num_steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("--teacher_steps", type=int, default=50)
     parser.add_argument("--num_samples", type=int, default=2000, help="digits")
     parser.add_argument("--num_prompts", type=int, default=600, help="scenes")
@@ -136,7 +137,7 @@ def main() -> None:
     quality, label = quality_of(arguments.data, named[teacher][0], arguments.num_samples, arguments.num_prompts)
     methods: dict[str, Any] = {}
     for name, runs in named.items():
-        counts = [*arguments.evaluations, *([arguments.teacher_steps] if name == teacher else [])]
+        counts = [*arguments.num_steps, *([arguments.teacher_steps] if name == teacher else [])]
         methods[name] = {**about(runs), "rows": measure(runs, counts, quality)}
     out = arguments.out or Path(f"benchmarks/results/few_step_{arguments.data}.json")
     counted = {"digits": {"num_samples": arguments.num_samples}, "scenes": {"num_prompts": arguments.num_prompts}}
