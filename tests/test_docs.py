@@ -31,7 +31,7 @@ README = PAGES[0].read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 PAIRS = [flag.removeprefix("--config.").partition("=") for flag in (*SMALL, *SHORT)]
 TINY = {name: ast.literal_eval(value) for name, _, value in PAIRS}  # as load_config takes them
-FILMS = "51, 8, 8, 1"  # frames of a run of 50 steps; the tiny run has 3
+FILMS = "21, 8, 8, 1"  # frames of a run of 20 steps; the tiny run has 3
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def place(tmp_path, monkeypatch, copied):
 @pytest.mark.parametrize("block", [block for block in BLOCKS if "Task(" not in block], ids=range(len(BLOCKS) - 1))
 def test_python_in_the_readme_runs(block, place):
     """Every array has the shape in the comment beside it."""
-    text = block.replace(FILMS, FILMS.replace("51", "4"))
+    text = block.replace(FILMS, FILMS.replace("21", "4"))
     text = text.replace('{"training.num_steps": 400, "optimizer.cooldown_steps": 200}', repr(TINY))
     names = {}
     exec(compile(text, "README.md", "exec"), names)

@@ -40,7 +40,9 @@ TUNED = {
     "training.checkpoint_every",
     "training.preview_every",
     "sampling.sampler.name",
+    "sampling.sampler.as_released",
     "sampling.sampler.order",
+    "sampling.sampler.solver_type",
     "sampling.sampler.eta",
     "sampling.num_steps",
 }

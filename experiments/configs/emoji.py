@@ -5,10 +5,11 @@
 
 A picture is 8x8 latents of 32 channels, 64 tokens. A caption has one picture, and one step from pure noise already has
 the person and the tone of the finished drawing: what is learned of the caption is learned near t = 1, so training times
-are shifted towards noise.
+are shifted towards noise. Of some captions the tone is hidden, and guidance leads from a person of any tone to one:
+without, a tone that training has not shown of a person is drawn too near to those that it has.
 
-A step takes 0.4 s of CPU time. 2 CPU cores, 49 minutes: one until the first step, 46 of training, 2 of evaluation. Of
-held-out captions the person is right in 99%, the skin tone in 77%; 4 steps without guidance are as good as 24.
+A step takes 0.4 s of CPU time. 2 CPU cores, 49 minutes: half of one until the first step, 48 of training, one of
+evaluation. Of held-out captions the person is right in 99%, the skin tone in 88%.
 """
 
 from ml_collections import ConfigDict
