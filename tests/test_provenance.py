@@ -89,7 +89,7 @@ def test_readable_text_has_the_fields_order(made):
     first, second, fields = readable({**made, "prompt": "a fox", "negative_prompt": "a dog"}).split("\n")
     assert first == "a fox" and second == "Negative prompt: a dog"
     assert fields.startswith(
-        "Steps: 3, Sampler: ddim, CFG scale: 1.5, Seed: 5, Size: 8x8, Model: digits_classes, Model"
+        "Steps: 3, Sampler: dpm_solver_pp, CFG scale: 1.5, Seed: 5, Size: 8x8, Model: digits_classes, Model"
     )
 
 

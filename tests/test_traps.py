@@ -141,7 +141,7 @@ def test_an_old_run_opens_and_its_data_is_stored_when_it_is_resumed(kinds, copie
         ("captions", "captions", "evaluation.split=train", "evaluation.split changes nothing: data.name=folder"),
         ("captions", "captions", "data.name=tfds:x data.buckets=16", "data.buckets changes nothing: data.name=tfds:x"),
         # These a choice or an experiment refuses by itself.
-        ("digits", "digits", "sampling.sampler.order=3", r"order is not a field of sampling.sampler.name=ddim"),
+        ("digits", "digits", "sampling.sampler.eta=0.5", r"eta is not a field of sampling.sampler.name=dpm_solver_pp"),
         ("digits", "digits", "sampling.order=3", "unknown config field sampling.order"),
     ],
 )
