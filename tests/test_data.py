@@ -116,7 +116,7 @@ def test_a_process_reads_only_its_share():
 
     next(make_batches(numbered()._replace(read=read), 11, 8, num_steps=1, process_index=1, process_count=4))
     assert asked == batch_indices(11, 0, 8, 20)[2:4].tolist()
-    with pytest.raises(ValueError, match="8 does not divide among 3 processes"):
+    with pytest.raises(ValueError, match="is 8: it does not divide among 3 processes"):
         make_batches(numbered(), 11, 8, process_count=3)
 
 

@@ -56,7 +56,7 @@ def test_samples_are_those_of_the_command(opened, kinds, trained, tmp_path):
 def test_fields_of_sampling_can_be_given_for_one_call(opened):
     run = opened("digits")
     ancestral = run.sample(6, sampler="ancestral", num_steps=4)
-    assert run.config.sampling.num_steps == 3 and run.config.sampling.sampler.name == "ddim"
+    assert run.config.sampling.num_steps == 3 and run.config.sampling.sampler.name == "dpm_solver_pp"
     changed = run.change({"sampling.sampler": "ancestral", "sampling.num_steps": 4})
     np.testing.assert_array_equal(changed.sample(6), ancestral)
     assert np.any(run.sample(6) != ancestral)

@@ -116,7 +116,12 @@ def test_a_trained_run_is_exported_and_imported_bit_for_bit(trained, tmp_path):
     do_call(task, "digits", source, "--mode=export", f"--weights={exported}")
     do_call(task, "digits", back, "--mode=import", f"--weights={exported}")
     run = open_run(source, num_devices=1)
-    same = {"sampling.sampler": "ddim", "sampling.grid": "uniform", "sampling.num_steps": 3, "sampling.guidance": 1.5}
+    same = {
+        "sampling.sampler": "dpm_solver_pp",
+        "sampling.grid": "uniform",
+        "sampling.num_steps": 3,
+        "sampling.guidance": 1.5,
+    }
     again = open_run(back, changes=same, num_devices=1)
     assert run.step == 6
     equal(again.params, run.params)
