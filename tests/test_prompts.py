@@ -23,7 +23,7 @@ from diffusion.model.model import Model, guided, init, make_denoise
 from diffusion.model.sampling import make_sampling
 from diffusion.networks.unet import UNet
 from diffusion.runs.call import Call
-from diffusion.runs.draw import Painter, draw
+from diffusion.runs.draw import Painter, draw, warn_of_no_phrase
 from diffusion.runs.modes import define_flags
 from diffusion.runs.sample import read_prompts
 from diffusion.training import RunError, make_mesh
@@ -178,6 +178,23 @@ def test_phrases_of_a_share_are_hidden_and_guidance_leads_away_from_none_of_them
     assert away(prompts.prompts(shown(PHRASES), 0.1)) == [[0, 0], [0, 0]]  # no prompt
     with pytest.raises(ValueError, match=r"phrase_dropout=0\.1 hides phrases, .* none: set condition\.phrases"):
         prompts.prompts(shown(["dark", "skin"]), 0.1, phrase_dropout=0.1)
+
+
+def test_prompts_that_guidance_changes_nothing_of_are_reported(caplog):
+    condition = prompts.prompts(shown(PHRASES), 0.0, phrase_dropout=0.3)
+
+    def reported(asked, scale, *negative):
+        caplog.clear()
+        rows = condition.read(asked)
+        config, _ = load("scenes", CONFIGS)
+        config = change(config, {"sampling.guidance": scale})
+        warn_of_no_phrase(condition, config, rows, rows_away(condition, rows, *negative))
+        return [record.message.split(":")[0] for record in caplog.records]
+
+    assert reported(["man", "man, dark skin", "", "woman"], 1.7) == [
+        "sampling.guidance=1.7 changes nothing of 2 prompts"
+    ]
+    assert reported(["man"], 1.0) == reported(["man"], 1.7, "") == reported(["man, dark skin", None], 1.7) == []
 
 
 def test_prediction_f_scales_x_t_alike_in_training_and_sampling():

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from diffusion.data.batches import full_batches
 from diffusion.data.samples import load_samples, save_samples
-from diffusion.model.condition import rows_away, rows_of
+from diffusion.model.condition import Condition, rows_away, rows_of
 from diffusion.model.config import Config, plain, round_up
 from diffusion.model.model import Model, Use, from_noise, make_generate
 from diffusion.model.sampling import make_sampling
@@ -84,6 +84,7 @@ def draw(
             programs[key] = generate
     rows = rows_of(model.condition, requests)
     away = rows_away(model.condition, rows, negative)
+    warn_of_no_phrase(model.condition, config, rows, away)
     seeds = np.broadcast_to(np.asarray(seed, np.uint32), len(rows))
     references = [np.broadcast_to(one, (len(rows), *one.shape[-3:])) for one in references]
     batch_size = round_up(min(config.sampling.batch_size, len(rows)), mesh.size)
@@ -110,6 +111,20 @@ def warn_of_negative(config: Config, negative: str | Sequence[str | None] | None
     prompts = [negative] if negative is None or isinstance(negative, str) else negative
     if any(prompts) and config.sampling.guidance == 1.0:
         logging.warning("a negative prompt changes nothing at sampling.guidance=1: raise it, to 4 for example")
+
+
+def warn_of_no_phrase(condition: Condition, config: Config, rows: np.ndarray, away: np.ndarray) -> None:
+    """Warns of prompts that guidance changes nothing of: without a phrase they are what it leads away from."""
+    if condition.away is None or config.sampling.guidance == 1.0:
+        return
+    same = np.all(rows == away, axis=1) & np.any(rows != condition.read([None]), axis=1)
+    if count := int(same.sum()):
+        logging.warning(
+            "sampling.guidance=%g changes nothing of %d prompts: they have no phrase for it to lead to; "
+            "--negative_prompt= leads away from no prompt",
+            config.sampling.guidance,
+            count,
+        )
 
 
 def refuse_not_finite(finite: np.ndarray) -> None:
