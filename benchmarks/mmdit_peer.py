@@ -5,7 +5,7 @@ Runs in an interpreter that has torch and diffusers and nothing of this project.
 
 import diffusers
 import torch
-from turns_peer import DEVICE, make_parser, serve
+from turns_peer import DEVICE, make_parser, regression, serve
 
 SIDE, CHANNELS, WORDS, HEAD = 8, 32, 12, 32
 
@@ -32,28 +32,13 @@ def make(batch_size, dtype, width, depth, compiled):
     pooled = torch.randn(batch_size, width, device=DEVICE)
     time = torch.linspace(0, 1000, batch_size, device=DEVICE)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3, fused=True)
-    autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16")
     if compiled:
         net.compile()
 
     def apply():
         return net(hidden_states=x, timestep=time, encoder_hidden_states=context, pooled_projections=pooled).sample
 
-    def train():
-        net.train()
-        with autocast:
-            loss = ((apply() - velocity) ** 2).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-
-    @torch.no_grad()
-    def forward():
-        net.eval()
-        with autocast:
-            apply()
-
-    return {"train": train, "forward": forward}
+    return regression(net, apply, velocity, optimizer, dtype)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,27 @@ def make_parser():
     return parser
 
 
+def regression(net, apply, target, optimizer, dtype):
+    """Returns a step of the optimizer on the mean squared error of apply() to `target`, and apply() alone."""
+    autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16")
+
+    def train():
+        net.train()
+        with autocast:
+            loss = ((apply() - target) ** 2).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def forward():
+        net.eval()
+        with autocast:
+            apply()
+
+    return {"train": train, "forward": forward}
+
+
 def serve(make, versions):
     """Answers until the input ends; make(compiled) returns {"train": a step, "forward": a pass}, of no arguments."""
     synchronize = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None

@@ -5,7 +5,7 @@ Runs in an interpreter that has torch and diffusers and nothing of this project.
 
 import diffusers
 import torch
-from turns_peer import DEVICE, make_parser, serve
+from turns_peer import DEVICE, make_parser, regression, serve
 
 
 def make(batch_size, dtype, compiled):
@@ -27,25 +27,10 @@ def make(batch_size, dtype, compiled):
     eps = torch.randn_like(x)
     time = torch.arange(batch_size, device=DEVICE) % 1000
     optimizer = torch.optim.Adam(net.parameters(), 2e-4, fused=DEVICE == "cuda")
-    autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16")
     if compiled:
         net.compile()
 
-    def train():
-        net.train()
-        with autocast:
-            loss = ((net(x, time).sample - eps) ** 2).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-
-    @torch.no_grad()
-    def forward():
-        net.eval()
-        with autocast:
-            net(x, time)
-
-    return {"train": train, "forward": forward}
+    return regression(net, lambda: net(x, time).sample, eps, optimizer, dtype)
 
 
 if __name__ == "__main__":
