@@ -14,6 +14,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from diffusion.compiler import set_cpu_flags
 from diffusion.extras import check_package
 
 __version__ = "0.3.0"
@@ -29,6 +30,7 @@ _NAMES = {
 __all__ = ["load_config", "open_run", "save_gif", "train"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 check_package(Path(__file__).parent)
+set_cpu_flags()  # before JAX reads them
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# A room may import rooms of a lower number, and itself. `files` and `extras` are neither papers nor in a room.
+OUTSIDE = ("files", "extras", "compiler")
+# A room may import rooms of a lower number, and itself. `OUTSIDE` are neither papers nor in a room.
 RANKS = {
     "papers": 0,
     "files": 0,
@@ -57,7 +58,7 @@ def room(module: str) -> str | None:
         return "front"
     if rest and (ROOT / "diffusion" / rest[0]).is_dir():
         return rest[0]
-    return "files" if rest[0] in ("files", "extras") else "papers"
+    return "files" if rest[0] in OUTSIDE else "papers"
 
 
 def module_name(path: Path) -> str:

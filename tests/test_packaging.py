@@ -43,12 +43,12 @@ def test_the_distribution_has_a_name_of_its_own():
 
 @pytest.mark.parametrize("path", test_architecture.SOURCES, ids=test_architecture.module_name)
 def test_what_is_imported_is_a_dependency_or_is_in_an_extra(path):
-    """Papers need nothing but the dependencies; ml_dtypes comes with JAX."""
+    """Papers need nothing but the dependencies; ml_dtypes and jaxlib come with JAX."""
     room = test_architecture.room(test_architecture.module_name(path))
     allowed = modules_of(one.name for one in requirements(PROJECT["dependencies"]))
     if room != "papers":
         optional = [name for name in PROJECT["optional-dependencies"] if name != "test"]
-        allowed |= {module for extra in extras.EXTRAS.values() for module in extra} | {*optional, "ml_dtypes"}
+        allowed |= {module for extra in extras.EXTRAS.values() for module in extra} | {*optional, "ml_dtypes", "jaxlib"}
     roots = {name.split(".")[0] for name in test_architecture.imports_of(path)}
     assert roots <= allowed | set(sys.stdlib_module_names) | {"diffusion", "experiments"}
 
@@ -99,7 +99,8 @@ import jax, jax.numpy
 before = set(sys.modules)
 tops = {name.partition(".")[0] for name in before}
 import diffusion
-assert {name for name in set(sys.modules) - before if name.startswith("diffusion")} == {"diffusion", "diffusion.extras"}
+ours = {name for name in set(sys.modules) - before if name.startswith("diffusion")}
+assert ours == {"diffusion", "diffusion.compiler", "diffusion.extras"}
 diffusion.samplers.ddim
 print(*{name.partition(".")[0] for name in sys.modules} - tops - set(sys.stdlib_module_names))
 """

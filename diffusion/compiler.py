@@ -1,0 +1,30 @@
+"""What XLA is asked for on CPUs, for every program of a process that imports `diffusion`.
+
+XLA hands parts of a program to YNNPACK there. Convolutions it computes slower than XLA's own: DDPM's U-Net trains in
+0.9 of the time without. And in some releases it adds wrongly, without an error: `jax.jit` of
+`jnp.sum(jnp.broadcast_to(jnp.ones((1024, 1)), (2, 1024, 1024)))` returns another number every time (XNNPACK's pull
+request 11243), and of `jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2))` the sums of other rows (JAX's issue 39103).
+Installing the package excludes these releases; where one is there all the same, XLA does without YNNPACK.
+"""
+
+import os
+
+FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+KNOWN = ("0.10.", "0.11.", "0.12.")  # XLA ends a process for a flag that it does not know
+WRONG = ("0.10.2", "0.11.0", "0.11.1", "0.11.2")
+
+
+def cpu_flags(version: str) -> str:
+    """Returns what a version of jaxlib is to be asked for in XLA_FLAGS; "" for one that is not known yet."""
+    if not version.startswith(KNOWN):
+        return ""
+    return f"{FLAG}={'' if version in WRONG else '-individual_convolution'}"
+
+
+def set_cpu_flags() -> None:
+    """Appends `cpu_flags` to XLA_FLAGS, unless the flag is there. XLA reads them before its first computation."""
+    from jaxlib.version import __version__ as version
+
+    flags = os.environ.get("XLA_FLAGS", "")
+    if FLAG not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {cpu_flags(version)}".strip()

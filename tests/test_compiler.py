@@ -1,0 +1,69 @@
+"""What XLA is asked for on CPUs: sums are right, in this release and in those that add wrongly, and flags are kept."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from packaging.requirements import Requirement
+
+from diffusion import compiler
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_sums_of_broadcasts_are_right_every_time():
+    ones = jnp.ones((1024, 1))
+    total = jax.jit(lambda x: jnp.sum(jnp.broadcast_to(x, (2, 1024, 1024))))
+    assert {float(total(ones)) for _ in range(20)} == {2.0**21}
+
+
+@pytest.mark.parametrize("count", [32768, 32769, 33143, 100001])
+def test_sums_of_squared_products_are_those_of_their_own_row(count):
+    rows = np.random.RandomState(0).randn(count, 3).astype(np.float32)
+    matrix = jnp.eye(3)
+    squares = jax.jit(jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2)))(rows)
+    np.testing.assert_allclose(squares, np.sum(rows.astype(np.float64) ** 2, axis=1), rtol=4 * 2.0**-23)
+
+
+def test_convolutions_are_xlas_own():
+    program = jax.jit(lambda x, kernel: jax.lax.conv(x, kernel, (1, 1), "SAME"))
+    text = program.lower(jnp.ones((2, 32, 16, 16)), jnp.ones((32, 32, 3, 3))).compile().as_text()
+    assert " convolution(" in text and "ynn" not in text
+
+
+@pytest.mark.parametrize("version", ["0.10.0", "0.10.1", "0.12.0.1"])
+def test_right_releases_do_without_ynnpacks_convolutions(version):
+    assert compiler.cpu_flags(version) == f"{compiler.FLAG}=-individual_convolution"
+
+
+@pytest.mark.parametrize("version", compiler.WRONG)
+def test_wrong_releases_do_without_ynnpack_and_are_not_installed(version):
+    assert compiler.cpu_flags(version) == f"{compiler.FLAG}="
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (jax_itself,) = [one for one in map(Requirement, needed) if one.name == "jax"]
+    assert not jax_itself.specifier.contains(version)
+
+
+def test_a_release_that_is_not_known_is_asked_for_nothing():
+    assert compiler.cpu_flags("0.13.0") == ""
+
+
+@pytest.mark.parametrize(
+    "given, found",
+    [(None, [compiler.FLAG]), ("--xla_a=1", ["--xla_a", compiler.FLAG]), (f"{compiler.FLAG}=reduce", [compiler.FLAG])],
+)
+def test_a_users_flags_are_kept(given, found):
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    if given is not None:
+        environment["XLA_FLAGS"] = given
+    code = "import diffusion, os; print(os.environ['XLA_FLAGS'])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert re.findall(r"(--\w+)=", done.stdout) == found
+    assert given is None or done.stdout.startswith(given)
