@@ -34,7 +34,7 @@ def test_sums_of_squared_products_are_those_of_their_own_row(count):
 
 def test_convolutions_are_xlas_own():
     program = jax.jit(lambda x, kernel: jax.lax.conv(x, kernel, (1, 1), "SAME"))
-    text = program.lower(jnp.ones((2, 32, 16, 16)), jnp.ones((32, 32, 3, 3))).compile().as_text()
+    text = program.lower(jnp.ones((2, 32, 16, 16)), jnp.ones((32, 32, 3, 3))).compile().as_text() or ""
     assert " convolution(" in text and "ynn" not in text
 
 
