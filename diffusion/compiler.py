@@ -7,11 +7,14 @@ request 11243), and of `jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2))` the 
 Installing the package excludes these releases; where one is there all the same, XLA does without YNNPACK.
 """
 
+import importlib.util
 import os
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 KNOWN = ("0.10.", "0.11.", "0.12.")  # XLA ends a process for a flag that it does not know
 WRONG = ("0.10.2", "0.11.0", "0.11.1", "0.11.2")
+NOISY = ("0.10.0", "0.10.1")
+GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
 
 
 def cpu_flags(version: str) -> str:
@@ -28,3 +31,16 @@ def set_cpu_flags() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if FLAG not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {cpu_flags(version)}".strip()
+
+
+def hush_cache() -> None:
+    """Keeps off the terminal what XLA reports of every program that it loads from the cache, and that is no error.
+
+    It takes `prefer-no-gather`, a preference of its own compiler, for an instruction that this machine lacks (openxla's
+    issue 44565), and says so at length, as an error. Where there is a GPU, XLA's other errors are worth more.
+    """
+    from jaxlib import utils
+    from jaxlib.version import __version__ as version
+
+    if version in NOISY and not any(map(importlib.util.find_spec, GPU_PLUGINS)):
+        utils.absl_set_min_log_level(3)  # fatal ones alone

@@ -67,3 +67,23 @@ def test_a_users_flags_are_kept(given, found):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert re.findall(r"(--\w+)=", done.stdout) == found
     assert given is None or done.stdout.startswith(given)
+
+
+CACHED = """
+import os
+import jax
+from diffusion.compiler import hush_cache
+
+jax.config.update("jax_compilation_cache_dir", os.environ["FOLDER"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+hush_cache()
+jax.block_until_ready(jax.jit(lambda x: jax.numpy.sin(x) @ x.T)(jax.numpy.ones((64, 64))))
+"""
+
+
+def test_a_program_is_loaded_from_the_cache_without_a_word(tmp_path):
+    environment = {**os.environ, "FOLDER": str(tmp_path)}
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", CACHED], env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert list(tmp_path.glob("jit__lambda*"))

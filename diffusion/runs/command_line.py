@@ -12,6 +12,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from diffusion.compiler import hush_cache
 from diffusion.extras import MissingExtra
 from diffusion.files import cache_folder, check_file, check_folder
 from diffusion.model import formats
@@ -321,3 +322,4 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    hush_cache()

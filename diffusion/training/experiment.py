@@ -141,7 +141,7 @@ def init_state(
       ema_profiles: relative lengths of the power-function averages to carry along.
       begun: see `Experiment.begun`; an argument, for weights are not to become constants of a compiled program.
     """
-    params = experiment.init(run_key(seed, "init"))
+    params = jax.jit(experiment.init)(run_key(seed, "init"))  # traced once, for whoever asks for its shapes too
     params = {**params, **begun} if begun else params
     names = jax.eval_shape(experiment.loss, params, batch, run_key(seed, "train"))[1]
     # One buffer cannot be donated under two names: the averages start as copies.

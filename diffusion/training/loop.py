@@ -35,9 +35,15 @@ from diffusion.training.writers import MakeWriter, tensorboard
 
 def abstract_train_state(experiment: Experiment, settings: Settings, mesh: Mesh, batch: dict[str, Any]) -> TrainState:
     """Returns the state's shapes, dtypes and shardings; nothing is allocated."""
-    shapes = jax.eval_shape(lambda: init_state(experiment, settings.seed, batch, settings.ema_profiles))
-    shardings = state_shardings(mesh, shapes, experiment.rules, settings.spread)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    init = lambda: init_state(experiment, settings.seed, shapes_of(batch), settings.ema_profiles)  # noqa: E731
+    state = jax.eval_shape(init)
+    shardings = state_shardings(mesh, state, experiment.rules, settings.spread)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+
+def shapes_of(batch: Batch) -> Batch:
+    """Returns a batch's shapes and dtypes alone."""
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
 
 
 def train(
@@ -215,14 +221,13 @@ def first_state(experiment: Experiment, settings: Settings, abstract: TrainState
       abstract: of `abstract_train_state`.
       batch: only its shapes are used.
     """
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
     groups = experiment.begun or {}
     # An array at a time is placed, and converted where the state holds another dtype.
     placed = {
         name: jax.tree.map(lambda like, x: place_as(x, like), abstract.params[name], group)
         for name, group in groups.items()
     }
-    init = lambda begun: init_state(experiment, settings.seed, shapes, settings.ema_profiles, begun)  # noqa: E731
+    init = lambda begun: init_state(experiment, settings.seed, shapes_of(batch), settings.ema_profiles, begun)  # noqa: E731
     return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract), donate_argnums=0)(placed)
 
 
