@@ -237,6 +237,23 @@ def test_interrupted_and_resumed_run_ends_with_the_same_bits(tmp_path):
     assert [line["step"] for line in logged(tmp_path / "whole")] == [5, 10, 12]
 
 
+def test_a_run_traces_its_weights_once_and_its_loss_twice(tmp_path):
+    """The loss for the names of its metrics, then for its gradient: tracing is most of a second start."""
+    traced = []
+    init, loss = init_width(WIDTH), noisy_loss
+
+    def counted_init(key):
+        traced.append("init")
+        return init(key)
+
+    def counted_loss(params, batch, key):
+        traced.append("loss")
+        return loss(params, batch, key)
+
+    do_train(tmp_path / "run", make_experiment(counted_loss, init=counted_init), num_steps=2)
+    assert traced == ["init", "loss", "loss"]
+
+
 def test_a_checkpoint_of_one_layout_is_resumed_in_another(tmp_path):
     experiment = make_experiment(init=init_width(WIDE))
     whole = do_train(tmp_path / "whole", experiment)
