@@ -26,7 +26,7 @@ ROWS: list[dict[str, tuple[float, float]]] = [
 ]
 WHAT = {
     "papers": "diffusion/*.py: the papers, jax.numpy alone",
-    "files": "files.py, extras.py",
+    "files": "files.py, extras.py, compiler.py",
     "data": "diffusion/data: images by index",
     "networks": "diffusion/networks: Flax modules",
     "training": "diffusion/training: the loop, checkpoints",
@@ -49,7 +49,7 @@ def room_of(module: str) -> str | None:
         return None
     if (ROOT / "diffusion" / rest[0]).is_dir():
         return rest[0]
-    return "files" if rest[0] in ("files", "extras") else "papers"
+    return "files" if rest[0] in ("files", "extras", "compiler") else "papers"
 
 
 def read_rooms() -> dict[str, dict[str, list[str]]]:
