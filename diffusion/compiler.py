@@ -9,6 +9,8 @@ Installing the package excludes these releases; where one is there all the same,
 
 import importlib.util
 import os
+import sys
+import warnings
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 KNOWN = ("0.10.", "0.11.", "0.12.")  # XLA ends a process for a flag that it does not know
@@ -25,12 +27,24 @@ def cpu_flags(version: str) -> str:
 
 
 def set_cpu_flags() -> None:
-    """Appends `cpu_flags` to XLA_FLAGS, unless the flag is there. XLA reads them before its first computation."""
+    """Appends `cpu_flags` to XLA_FLAGS, unless the flag is there; XLA reads them before its first computation.
+
+    Warns where that was before, in a release that adds wrongly.
+    """
     from jaxlib.version import __version__ as version
 
     flags = os.environ.get("XLA_FLAGS", "")
-    if FLAG not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {cpu_flags(version)}".strip()
+    if FLAG in flags:
+        return
+    os.environ["XLA_FLAGS"] = f"{flags} {cpu_flags(version)}".strip()
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    if version in WRONG and bridge is not None and bridge.backends_are_initialized():
+        warnings.warn(
+            f"jaxlib {version} adds wrongly on CPUs, and JAX has computed before that could be turned off: "
+            "import diffusion first, or install another jaxlib",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def hush_cache() -> None:

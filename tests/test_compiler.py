@@ -69,6 +69,15 @@ def test_a_users_flags_are_kept(given, found):
     assert given is None or done.stdout.startswith(given)
 
 
+def test_a_wrong_release_that_has_computed_before_is_reported(monkeypatch):
+    jax.block_until_ready(jnp.ones(()))
+    monkeypatch.setattr("jaxlib.version.__version__", compiler.WRONG[0])
+    monkeypatch.setenv("XLA_FLAGS", "")
+    with pytest.warns(RuntimeWarning, match=r"jaxlib 0\.10\.2 adds wrongly on CPUs.*import diffusion first"):
+        compiler.set_cpu_flags()
+    assert os.environ["XLA_FLAGS"] == f"{compiler.FLAG}="
+
+
 CACHED = """
 import os
 import jax

@@ -146,7 +146,13 @@ def test_files_and_functions_exist(page):
 def test_papers_in_the_readme_are_those_there_are():
     table = README[README.index("## Where the paper is") : README.index("## Add an experiment")]
     named = set(re.findall(r"`(\w+)\.py`", "".join(line.split("|")[1] for line in table.splitlines() if "|" in line)))
-    there = {path.stem for path in (ROOT / "diffusion").glob("*.py")} - {"__init__", "compiler", "extras", "files", "randomness"}
+    there = {path.stem for path in (ROOT / "diffusion").glob("*.py")} - {
+        "__init__",
+        "compiler",
+        "extras",
+        "files",
+        "randomness",
+    }
     assert there <= named
 
 
