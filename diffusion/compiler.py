@@ -7,6 +7,7 @@ request 11243), and of `jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2))` the 
 Installing the package excludes these releases; where one is there all the same, XLA does without YNNPACK.
 """
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -53,8 +54,7 @@ def hush_cache() -> None:
     It takes `prefer-no-gather`, a preference of its own compiler, for an instruction that this machine lacks (openxla's
     issue 44565), and says so at length, as an error. Where there is a GPU, XLA's other errors are worth more.
     """
-    from jaxlib import utils
     from jaxlib.version import __version__ as version
 
     if version in NOISY and not any(map(importlib.util.find_spec, GPU_PLUGINS)):
-        utils.absl_set_min_log_level(3)  # fatal ones alone
+        importlib.import_module("jaxlib.utils").absl_set_min_log_level(3)  # fatal ones alone
