@@ -1,7 +1,7 @@
 """What XLA is asked for on CPUs, for every program of a process that imports `diffusion`.
 
 XLA hands parts of a program to YNNPACK there. Convolutions it computes slower than XLA's own: DDPM's U-Net trains in
-0.9 of the time without. And in some releases it adds wrongly, without an error: `jax.jit` of
+0.9 of the time without. And in some releases it returns wrong sums, without an error: `jax.jit` of
 `jnp.sum(jnp.broadcast_to(jnp.ones((1024, 1)), (2, 1024, 1024)))` returns another number every time (XNNPACK's pull
 request 11243), and of `jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2))` the sums of other rows (JAX's issue 39103).
 Installing the package excludes these releases; where one is there all the same, XLA does without YNNPACK.
@@ -30,7 +30,7 @@ def cpu_flags(version: str) -> str:
 def set_cpu_flags() -> None:
     """Appends `cpu_flags` to XLA_FLAGS, unless the flag is there; XLA reads them before its first computation.
 
-    Warns where that was before, in a release that adds wrongly.
+    Warns where that was before, in a release that returns wrong sums.
     """
     from jaxlib.version import __version__ as version
 
@@ -41,7 +41,7 @@ def set_cpu_flags() -> None:
     bridge = sys.modules.get("jax._src.xla_bridge")
     if version in WRONG and bridge is not None and bridge.backends_are_initialized():
         warnings.warn(
-            f"jaxlib {version} adds wrongly on CPUs, and JAX has computed before that could be turned off: "
+            f"jaxlib {version} returns wrong sums on CPUs, and JAX has computed before that could be turned off: "
             "import diffusion first, or install another jaxlib",
             RuntimeWarning,
             stacklevel=2,
@@ -52,7 +52,7 @@ def hush_cache() -> None:
     """Keeps off the terminal what XLA reports of every program that it loads from the cache, and that is no error.
 
     It takes `prefer-no-gather`, a preference of its own compiler, for an instruction that this machine lacks (openxla's
-    issue 44565), and says so at length, as an error. Where there is a GPU, XLA's other errors are worth more.
+    issue 44565), and reports that at length, as an error. Where there is a GPU, XLA's other errors are worth more.
     """
     from jaxlib.version import __version__ as version
 

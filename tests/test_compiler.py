@@ -1,4 +1,4 @@
-"""What XLA is asked for on CPUs: sums are right, in this release and in those that add wrongly, and flags are kept."""
+"""What XLA is asked for on CPUs: sums are right, in this release and in those that return wrong ones, and flags are kept."""
 
 import os
 import re
@@ -73,7 +73,7 @@ def test_a_wrong_release_that_has_computed_before_is_reported(monkeypatch):
     jax.block_until_ready(jnp.ones(()))
     monkeypatch.setattr("jaxlib.version.__version__", compiler.WRONG[0])
     monkeypatch.setenv("XLA_FLAGS", "")
-    with pytest.warns(RuntimeWarning, match=r"jaxlib 0\.10\.2 adds wrongly on CPUs.*import diffusion first"):
+    with pytest.warns(RuntimeWarning, match=r"jaxlib 0\.10\.2 returns wrong sums on CPUs.*import diffusion first"):
         compiler.set_cpu_flags()
     assert os.environ["XLA_FLAGS"] == f"{compiler.FLAG}="
 
