@@ -41,8 +41,8 @@ def set_cpu_flags() -> None:
     bridge = sys.modules.get("jax._src.xla_bridge")
     if version in WRONG and bridge is not None and bridge.backends_are_initialized():
         warnings.warn(
-            f"jaxlib {version} returns wrong sums on CPUs, and JAX has computed before that could be turned off: "
-            "import diffusion first, or install another jaxlib",
+            f"jaxlib {version} returns wrong sums on CPUs, and JAX computed before that could be turned off: import "
+            "diffusion first, or install another jaxlib",
             RuntimeWarning,
             stacklevel=2,
         )
