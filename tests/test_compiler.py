@@ -1,4 +1,4 @@
-"""What XLA is asked for on CPUs: sums are right, in this release and in those that return wrong ones, and flags are kept."""
+"""What XLA is asked for on CPUs: sums are right here, are made so where they are not, and flags are kept."""
 
 import os
 import re
