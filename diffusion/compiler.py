@@ -17,7 +17,7 @@ FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 KNOWN = ("0.10.", "0.11.", "0.12.")  # XLA ends a process for a flag that it does not know
 WRONG = ("0.10.2", "0.11.0", "0.11.1", "0.11.2")
 NOISY = ("0.10.0", "0.10.1")
-GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
+CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 
 def cpu_flags(version: str) -> str:
@@ -30,22 +30,23 @@ def cpu_flags(version: str) -> str:
 def set_cpu_flags() -> None:
     """Appends `cpu_flags` to XLA_FLAGS, unless the flag is there; XLA reads them before its first computation.
 
-    Warns where that was before, in a release that returns wrong sums.
+    Warns where a release returns wrong sums all the same: JAX computed before, or the flag that is there asks for it.
     """
     from jaxlib.version import __version__ as version
 
     flags = os.environ.get("XLA_FLAGS", "")
-    if FLAG in flags:
-        return
-    os.environ["XLA_FLAGS"] = f"{flags} {cpu_flags(version)}".strip()
+    if FLAG not in flags:
+        os.environ["XLA_FLAGS"] = flags = f"{flags} {cpu_flags(version)}".strip()
     bridge = sys.modules.get("jax._src.xla_bridge")
-    if version in WRONG and bridge is not None and bridge.backends_are_initialized():
-        warnings.warn(
-            f"jaxlib {version} returns wrong sums on CPUs, and JAX computed before that could be turned off: import "
-            "diffusion first, or install another jaxlib",
-            RuntimeWarning,
-            stacklevel=2,
+    late = bridge is not None and bridge.backends_are_initialized()
+    if version in WRONG and (late or f"{FLAG}=" not in flags.split()):
+        cause, remedy = (
+            ("JAX computed before that could be turned off", "import diffusion first")
+            if late
+            else (f"XLA_FLAGS has another {FLAG} than none", f"give {FLAG}=")
         )
+        line = f"jaxlib {version} returns wrong sums on CPUs, and {cause}: {remedy}, or install another jaxlib"
+        warnings.warn(line, RuntimeWarning, stacklevel=2)
 
 
 def hush_cache() -> None:
@@ -56,5 +57,5 @@ def hush_cache() -> None:
     """
     from jaxlib.version import __version__ as version
 
-    if version in NOISY and not any(map(importlib.util.find_spec, GPU_PLUGINS)):
+    if version in NOISY and not any(map(importlib.util.find_spec, (*CUDA_PLUGINS, "jax_rocm7_plugin"))):
         importlib.import_module("jaxlib.utils").absl_set_min_log_level(3)  # fatal ones alone

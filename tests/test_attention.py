@@ -115,6 +115,6 @@ def test_without_a_plugin_of_gpus_all_is_xlas(monkeypatch):
 def test_a_gpu_older_than_the_kernel_is_left_to_xla(monkeypatch, capabilities, expected):
     """On a machine without one the program may be compiled for another that has it."""
     gpus = [SimpleNamespace(compute_capability=capability) for capability in capabilities]
-    monkeypatch.setattr(attention, "PLUGINS", ("jax",))
+    monkeypatch.setattr(attention, "CUDA_PLUGINS", ("jax",))
     monkeypatch.setattr(jax, "local_devices", lambda: gpus or [SimpleNamespace()])
     assert attention.has_kernels.__wrapped__() is expected

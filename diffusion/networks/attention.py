@@ -16,9 +16,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
+from diffusion.compiler import CUDA_PLUGINS
+
 LARGEST_HEAD = 128  # of cuDNN's kernel with a gradient, on every GPU since Ampere
 OLDEST = 8.0  # compute capability: Ampere
-PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # without them JAX cannot even trace cuDNN's kernel
 
 Heads = Float[Array, "B T heads head"]
 
@@ -56,7 +57,8 @@ def has_kernels() -> bool:
     The program decides by the device it is compiled for, which may be one that is not here; JAX compiles the kernel for
     any GPU, and an older one then finds no engine that runs it.
     """
-    if not any(importlib.util.find_spec(name) is not None for name in PLUGINS):
+    # Without a plugin JAX cannot even trace cuDNN's kernel.
+    if not any(importlib.util.find_spec(name) is not None for name in CUDA_PLUGINS):
         return False
     return all(float(getattr(device, "compute_capability", OLDEST)) >= OLDEST for device in jax.local_devices())
 
