@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,7 @@ from diffusion.training.writers import MakeWriter, tensorboard
 
 def abstract_train_state(experiment: Experiment, settings: Settings, mesh: Mesh, batch: dict[str, Any]) -> TrainState:
     """Returns the state's shapes, dtypes and shardings; nothing is allocated."""
-    init = lambda: init_state(experiment, settings.seed, shapes_of(batch), settings.ema_profiles)  # noqa: E731
-    state = jax.eval_shape(init)
+    state = jax.eval_shape(partial(init_state, experiment, settings.seed, shapes_of(batch), settings.ema_profiles))
     shardings = state_shardings(mesh, state, experiment.rules, settings.spread)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
@@ -227,7 +227,7 @@ def first_state(experiment: Experiment, settings: Settings, abstract: TrainState
         name: jax.tree.map(lambda like, x: place_as(x, like), abstract.params[name], group)
         for name, group in groups.items()
     }
-    init = lambda begun: init_state(experiment, settings.seed, shapes_of(batch), settings.ema_profiles, begun)  # noqa: E731
+    init = partial(init_state, experiment, settings.seed, shapes_of(batch), settings.ema_profiles)
     return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract), donate_argnums=0)(placed)
 
 
