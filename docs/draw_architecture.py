@@ -26,7 +26,7 @@ ROWS: list[dict[str, tuple[float, float]]] = [
 ]
 WHAT = {
     "papers": "diffusion/*.py: the papers, jax.numpy alone",
-    "files": "files.py, extras.py, compiler.py",
+    "files": "diffusion/*.py: others",
     "data": "diffusion/data: images by index",
     "networks": "diffusion/networks: Flax modules",
     "training": "diffusion/training: the loop, checkpoints",
@@ -124,8 +124,7 @@ def draw(path: Path, rooms: dict[str, dict[str, list[str]]]) -> None:
             style = "round,pad=0,rounding_size=0.12"
             axes.add_patch(FancyBboxPatch((left, bottom), right - left, height, style, fc=colours[row], ec="0.4"))
             axes.text(left + 0.15, bottom + height - 0.15, WHAT[room], va="top", weight="bold", size=9.5)
-            if room != "files":
-                axes.text(left + 0.15, bottom + height - 0.45, "\n".join(lines), va="top", size=8.5, linespacing=1.35)
+            axes.text(left + 0.15, bottom + height - 0.45, "\n".join(lines), va="top", size=8.5, linespacing=1.35)
         bottom += height + 0.5
     if missing := rooms.keys() - boxes.keys():
         raise ValueError(f"give {', '.join(sorted(missing))} a place in ROWS and a line in WHAT")
