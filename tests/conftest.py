@@ -64,8 +64,8 @@ UNOPTIMIZED = (
     "autoencoder_experiment", "benchmarks", "captions_experiment", "checked_first", "clip", "demo_api", "demo_engine",
     "demo_page", "demo_requests", "demo_server", "docs", "edit", "emoji", "evaluation_command", "experiments",
     "few_step_runs", "field_values", "flux2_pipeline", "flux2_training", "formats", "hidden_words", "image_shapes",
-    "keep", "lora", "meshes", "mmdit", "modes", "not_finite", "own_training", "policies", "pretrained_sd3", "prompts", "provenance",
-    "refusals", "reports", "run", "scenes_experiment", "sd3", "second_time", "space", "spine", "sweeps", "traps",
+    "keep", "lora", "meshes", "mmdit", "modes", "not_finite", "own_training", "policies", "pretrained_sd3", "prompts",
+    "provenance", "refusals", "reports", "run", "scenes_experiment", "sd3", "second_time", "space", "spine", "sweeps", "traps",
     "unet", "warm_start", "warnings", "weights",
 )
 # fmt: on
