@@ -11,6 +11,6 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.45} # 
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
 code=0
 timeout 180 "$python" -m benchmarks.gpu_check --json "$out/gpu_check.json" || code=$?
-timeout 400 "$python" -m benchmarks.unet --batch "${BATCH:-512}" --dtype bfloat16 --rounds 5 --count 8 \
+timeout 400 "$python" -m benchmarks.unet --batch "${BATCH:-512}" --dtype bfloat16 --rounds 5 --count 20 \
   --peer_python "${PEER:-$python}" --peer_modes compiled --json "$out/unet_gpu.json" || code=$?
 exit $code

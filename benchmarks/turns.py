@@ -15,8 +15,10 @@ import jax
 from benchmarks import common
 from diffusion.training import Experiment, init_state, make_mesh, make_train_step, place_batch
 
-# timer(what, count) -> the seconds of `count` single runs of "train" or "forward".
-Timer = Callable[[str, int], list[float]]
+# timer(what, count) -> the seconds per run of `count` runs of "train" or "forward", after one that does not count: the
+# first after the other's turn took our networks up to twice as long, which no training does that goes on. Runs are
+# queued as in training, where the host prepares one while the device computes the one before.
+Timer = Callable[[str, int], float]
 
 
 class Ours:
@@ -44,18 +46,21 @@ class Ours:
             self.compiled[name] = function.lower(argument, self.batch).compile()
             self.compile_seconds[name] = round(time.perf_counter() - begun, 2)
 
-    def __call__(self, what: str, count: int) -> list[float]:
-        """Returns the seconds of `count` single runs."""
-        seconds = []
+    def __call__(self, what: str, count: int) -> float:
+        """Returns the seconds per run, see `Timer`."""
+        jax.block_until_ready(self.run(what))
+        begun = time.perf_counter()
         for _ in range(count):
-            begun = time.perf_counter()
-            if what == "train":
-                self.state, report = self.compiled["train"](self.state, self.batch)
-                jax.block_until_ready((self.state, report))
-            else:
-                jax.block_until_ready(self.compiled["forward"](self.state.params, self.batch))
-            seconds.append(time.perf_counter() - begun)
-        return seconds
+            last = self.run(what)
+        jax.block_until_ready(last)
+        return (time.perf_counter() - begun) / count
+
+    def run(self, what: str) -> Any:
+        """Starts a run and returns its results, which may not be there yet."""
+        if what == "forward":
+            return self.compiled["forward"](self.state.params, self.batch)
+        self.state, report = self.compiled["train"](self.state, self.batch)
+        return self.state, report
 
 
 class Peer:
@@ -77,7 +82,7 @@ class Peer:
     def mode(self, mode: str) -> Timer:
         """Returns timer(what, count) for "eager" or "compiled"."""
 
-        def run(what: str, count: int) -> list[float]:
+        def run(what: str, count: int) -> float:
             assert self.process.stdin is not None
             self.process.stdin.write(json.dumps({"mode": mode, "what": what, "count": count}) + "\n")
             self.process.stdin.flush()
@@ -92,7 +97,7 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--count", type=int, default=2, help="runs per round; the round's median counts")
+    parser.add_argument("--count", type=int, default=2, help="runs per round")
     parser.add_argument("--peer_python", help="an interpreter with the packages that the peer needs")
     parser.add_argument("--peer_modes", default="eager,compiled")
     parser.add_argument("--json", help="where to write the result")
@@ -132,10 +137,8 @@ def measure(timers: dict[str, Timer], rounds: int, count: int, batch_size: int, 
     results = {}
     for what in ("train", "forward"):
         for timer in timers.values():
-            timer(what, 2)  # warm-up, and the peer's compilation
-        seconds = common.take_turns(
-            {name: partial(median_of, timer, what, count) for name, timer in timers.items()}, rounds
-        )
+            timer(what, 1)  # warm-up, and the peer's compilation
+        seconds = common.take_turns({name: partial(timer, what, count) for name, timer in timers.items()}, rounds)
         rates = {name: batch_size / statistics.median(values) for name, values in seconds.items()}
         ours_over = {
             name: common.median_ratio(values, seconds["ours"]) for name, values in seconds.items() if name != "ours"
@@ -149,11 +152,3 @@ def measure(timers: dict[str, Timer], rounds: int, count: int, batch_size: int, 
             "rounds": {name: [round(value, 4) for value in values] for name, values in seconds.items()},
         }
     return results
-
-
-def median_of(timer: Timer, what: str, count: int) -> float:
-    """Returns the median of the seconds of `count` runs, after one that does not count.
-
-    The first run after the other's turn took our networks up to twice as long, which no training does that goes on.
-    """
-    return statistics.median(timer(what, count + 1)[1:])
