@@ -211,18 +211,34 @@ def test_adms_embedding_has_cosines_first_and_ends_short_of_the_longest_period()
     np.testing.assert_allclose(embedding, expected, atol=2 * 999 * 2.0**-24)
 
 
-@pytest.mark.parametrize("mean", [0.0, 30.0])
-def test_group_norm_against_float64(mean):
+@pytest.mark.parametrize("mean", [0.0, 30.0, 1000.0])
+@pytest.mark.parametrize("outlier", [0.0, 100.0])
+def test_group_norm_against_float64(mean, outlier):
+    """Also where the pixel that differences are taken from is far off all others."""
     rng = np.random.RandomState(0)
     x = (mean + rng.randn(2, 16, 16, 12) * rng.uniform(0.5, 2.0, 12)).astype(np.float32)
+    x[:, 0, 0] += outlier
     layer = GroupNorm(num_groups=4)
     scale, bias = rng.randn(2, 12).astype(np.float32)
     groups = x.astype(np.float64).reshape(2, 256, 4, 3)
-    expected = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-6)
+    deviation = np.sqrt(groups.var((1, 3), keepdims=True) + 1e-6)
+    expected = (groups - groups.mean((1, 3), keepdims=True)) / deviation
+    largest = np.abs(expected).max()
     expected = expected.reshape(x.shape) * scale + bias
     actual: Any = layer.apply({"params": {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}}, jnp.asarray(x))
-    # The mean of 768 float32 is off by at most sqrt(768) * 2^-24 of its size, the variance by as much of its own.
-    np.testing.assert_allclose(actual, expected, atol=(4 + mean) * 28 * 2.0**-24 * np.abs(scale).max())
+    # A mean of n float32 is off by at most sqrt(n) 2^-24 of its size, for the 768 of a group; a variance by as much of
+    # E[d^2], of which at least 1 / n is left for the n = 256 of a channel, half of it without an outlier.
+    of_means = 28 * mean / deviation.min()
+    of_variance = (256 if outlier else 2) * 28 / 2 * largest
+    np.testing.assert_allclose(actual, expected, atol=(of_means + of_variance + 4) * 2.0**-24 * np.abs(scale).max())
+
+
+def test_group_norm_of_channels_without_variance_is_the_bias():
+    scale, bias = np.random.RandomState(0).randn(2, 12).astype(np.float32)
+    layer = GroupNorm(num_groups=12)
+    actual: Any = layer.apply({"params": {"scale": scale, "bias": bias}}, jnp.full((2, 16, 16, 12), 5.0))
+    # Two terms of the size 5 |scale| / sqrt(epsilon) cancel.
+    assert np.all(np.abs(actual - bias) <= 4 * 2.0**-24 * 5e3 * np.abs(scale).max())
 
 
 @pytest.mark.parametrize(("size", "stride", "padding"), [(1, 1, None), (3, 1, None), (3, 2, None), (3, 2, 1)])

@@ -136,10 +136,12 @@ class GroupNorm(nn.Module):
         bias = self.param("bias", zeros_init, (channels,), jnp.float32)
         x = x.astype(jnp.float32)
         space = tuple(range(1, x.ndim - 1))
-        # Per channel first, then per group, which reads x in the order of memory. The mean is subtracted before
-        # squaring: E[x^2] - E[x]^2 would lose the variance of channels whose mean is large.
-        mean_c = jnp.mean(x, axis=space, keepdims=True)
-        variance_c = jnp.mean(jnp.square(x - mean_c), axis=space, keepdims=True)
+        # Per channel first, then per group, which reads x in the order of memory, and once. Moments are those of the
+        # differences from one of the pixels: E[x^2] - E[x]^2 would lose the variance of channels whose mean is large.
+        pixel = jax.lax.stop_gradient(x[(slice(None), *(slice(1) for _ in space))])
+        difference = jnp.mean(x - pixel, axis=space, keepdims=True)
+        variance_c = jnp.mean(jnp.square(x - pixel), axis=space, keepdims=True) - jnp.square(difference)
+        mean_c = pixel + difference
         groups = (*mean_c.shape[:-1], self.num_groups, channels // self.num_groups)
         mean = jnp.mean(mean_c.reshape(groups), axis=-1, keepdims=True)
         variance = jnp.mean(variance_c.reshape(groups) + jnp.square(mean_c.reshape(groups) - mean), -1, keepdims=True)
