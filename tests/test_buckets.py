@@ -1,6 +1,7 @@
 """Aspect buckets: shapes, the nearest, and an order that is a pure function of (seed, step)."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,8 +123,15 @@ def test_a_run_trains_on_pictures_of_several_shapes(pairs, tmp_path, space):
 
 
 def test_a_batch_of_an_unknown_shape_is_refused():
-    programs = Programs(lambda batch: len)
+    programs = Programs(lambda batch: SimpleNamespace(compile=lambda: len))
     batches = [{"image": np.zeros((2, side))} for side in (3, 4, 5)]
     assert programs.of(batches[0], most=2) is programs.of(batches[1], most=2)
     with pytest.raises(RunError, match=r"a batch has other shapes than those before: image \[2, 5\]"):
         programs.of(batches[2], most=2)
+
+
+def test_a_fault_of_compiling_is_raised_where_the_program_is_asked_for():
+    programs = Programs(lambda batch: SimpleNamespace(compile=lambda: 1 / 0))
+    programs.begin({"image": np.zeros((2, 3))})
+    with pytest.raises(ZeroDivisionError):
+        programs.of({"image": np.zeros((2, 3))}, most=1)

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,14 @@ def train(
         batches = cleanup.enter_context(contextlib.closing(experiment.batches(step)))
         batch = place_batch(mesh, next(batches))
         abstract = abstract_train_state(experiment, settings, mesh, batch)
+        ballot = Ballot(mesh)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
+        train_step = ballot.with_votes(make_step(experiment, settings), (shardings, None))
+        steps = Programs(lambda batch: train_step.lower(abstract, batch, ballot.vote(False)))
+        # Compiled before the first step, whose cost is then known apart, and while the state is made or read.
+        compiling = time.perf_counter()
+        if step < settings.num_steps:
+            steps.begin(batch)
         if checkpoints.newest is None:
             state = first_state(experiment, settings, abstract, batch)
         else:
@@ -122,11 +130,6 @@ def train(
                 print(f"the run in {workdir} is finished: {step} of {settings.num_steps} steps", file=sys.stderr)
             return state
 
-        # Compiled before the first step, whose cost is then known apart.
-        compiling = time.perf_counter()
-        ballot = Ballot(mesh)
-        train_step = ballot.with_votes(make_step(experiment, settings), (shardings, None))
-        steps = Programs(lambda batch: train_step.lower(state, batch, ballot.vote(False)).compile())
         steps.of(batch, most=1)
         compile_seconds = time.perf_counter() - compiling
         meet("to train")
@@ -293,12 +296,18 @@ class Programs:
     """Compiled programs by the shapes of a batch.
 
     Args:
-      make: batch -> the program for its shapes.
+      lower: batch -> the program for its shapes, lowered.
     """
 
-    def __init__(self, make: Callable[[Batch], Callable[..., Any]]):
-        self._make = make
-        self._made: dict[Any, Callable[..., Any]] = {}
+    def __init__(self, lower: Callable[[Batch], Any]):
+        self._lower = lower
+        self._made: dict[Any, Future[Callable[..., Any]]] = {}
+
+    def begin(self, batch: Batch) -> None:
+        """Lowers the program for a batch, and lets a thread compile it."""
+        threads = ThreadPoolExecutor(1)
+        self._made[shapes_by_name(batch)] = threads.submit(self._lower(batch).compile)
+        threads.shutdown(wait=False)
 
     def of(self, batch: Batch, most: int) -> Callable[..., Any]:
         """Returns the program for a batch.
@@ -306,13 +315,18 @@ class Programs:
         Raises:
           RunError: it is of another shape than those of `most` before: a fault in the data, not to be compiled away.
         """
-        shapes = tuple((name, x.shape, x.dtype) for name, x in sorted(batch.items()))
+        shapes = shapes_by_name(batch)
         if shapes not in self._made:
             if len(self._made) == most:
                 found = ", ".join(f"{name} {list(shape)}" for name, shape, _ in shapes)
                 raise RunError(f"a batch has other shapes than those before: {found}")
-            self._made[shapes] = self._make(batch)
-        return self._made[shapes]
+            self.begin(batch)
+        return self._made[shapes].result()
+
+
+def shapes_by_name(batch: Batch) -> tuple[tuple[str, tuple[int, ...], Any], ...]:
+    """Returns the name, shape and dtype of every array of a batch."""
+    return tuple((name, x.shape, x.dtype) for name, x in sorted(batch.items()))
 
 
 class Stopwatch:
