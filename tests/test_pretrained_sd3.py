@@ -56,7 +56,9 @@ def test_the_authors_names_become_what_diffusers_makes_of_them(tmp_path):
         if name != "versions":
             array = np.asarray(renamed[name])
             assert array.shape == renamed[name].shape == tuple(ORIGINAL[name][1:].astype(int))
-            assert checksum(array) == ORIGINAL[name][0], name
+            # Sums of the same terms, whose order is the processor's: n roundings of at most the sum of their sizes.
+            rounding = array.size * 2.0**-53 * np.abs(array).sum()
+            assert abs(checksum(array) - ORIGINAL[name][0]) <= 2 * rounding, name
     params = mmdit.from_diffusers(network, renamed)  # which fits, strictly
     assert params["block_0"]["image_qkv"]["kernel"].shape == (WIDTH, 3, 1, WIDTH)
     with pytest.raises(ValueError, match=r"not those of an MM-DiT: joint_blocks\.0\.x_block\.extra"):
