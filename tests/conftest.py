@@ -50,8 +50,10 @@ QUICK = (
     "randomness", "released_samplers", "samplers", "schedules", "stepping", "weightings",
 )
 # fmt: on
-# But these, of 10 seconds and more, which would be a third of it.
+# But these, of 10 seconds and more with all their cases, which would be a third of it.
 SLOW = (
+    "test_inpainting_draws_from_the_conditional_distribution",
+    "test_moments_of_stochastic_samplers",
     "test_the_bound_from_a_few_steps_is_the_bound_on_average",
     "test_the_terms_gradient_is_finite_at_every_step",
     "test_a_perfect_network_costs_only_the_decoders_term",
