@@ -119,6 +119,7 @@ def train(
         compiling = time.perf_counter()
         if step < settings.num_steps:
             steps.begin(batch)
+        compile_seconds = time.perf_counter() - compiling
         if checkpoints.newest is None:
             state = first_state(experiment, settings, abstract, batch)
         else:
@@ -130,8 +131,9 @@ def train(
                 print(f"the run in {workdir} is finished: {step} of {settings.num_steps} steps", file=sys.stderr)
             return state
 
+        compiling = time.perf_counter()
         steps.of(batch, most=1)
-        compile_seconds = time.perf_counter() - compiling
+        compile_seconds += time.perf_counter() - compiling
         meet("to train")
         if first and stored:
             claim(workdir, name, config, migrate)
