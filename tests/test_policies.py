@@ -90,9 +90,8 @@ def test_a_policy_is_rolled_out_along_its_own_velocity(shift):
     solution = solve_ivp(jax.jit(velocity), (1.0, 0.3), np.ravel(x), method="RK45", rtol=1e-11, atol=1e-11)
     s = r + 0.3 * (t - r)
     exact = policies.roll_out(policy, x, t, s)
-    np.testing.assert_allclose(
-        exact, solution.y[:, -1].reshape(x.shape), atol=1e-6
-    )  # over kinks SciPy's steps hang on rounding
+    # Over kinks SciPy's error is up to 1,000 times its tolerance, and rounding decides where its steps end.
+    np.testing.assert_allclose(exact, solution.y[:, -1].reshape(x.shape), atol=1e-8)
     np.testing.assert_allclose(policies.roll_out(policy, exact, s, r), policies.roll_out(policy, x, t, r), atol=1e-13)
 
 
