@@ -15,7 +15,7 @@ from diffusion.data.captions import caption_folder
 from diffusion.data.named import named_captions
 from diffusion.runs.run import open_run
 from diffusion.training import RunError
-from diffusion.training.loop import Programs
+from diffusion.training.programs import Programs
 from experiments import captions
 
 
@@ -123,7 +123,9 @@ def test_a_run_trains_on_pictures_of_several_shapes(pairs, tmp_path, space):
 
 
 def test_a_batch_of_an_unknown_shape_is_refused():
-    programs = Programs(lambda batch: SimpleNamespace(compile=lambda: len))
+    programs = Programs(
+        SimpleNamespace(lower=lambda batch: SimpleNamespace(compile=lambda: len)), lambda batch: (batch,)
+    )
     batches = [{"image": np.zeros((2, side))} for side in (3, 4, 5)]
     assert programs.of(batches[0], most=2) is programs.of(batches[1], most=2)
     with pytest.raises(RunError, match=r"a batch has other shapes than those before: image \[2, 5\]"):
@@ -131,7 +133,9 @@ def test_a_batch_of_an_unknown_shape_is_refused():
 
 
 def test_a_fault_of_compiling_is_raised_where_the_program_is_asked_for():
-    programs = Programs(lambda batch: SimpleNamespace(compile=lambda: 1 / 0))
+    programs = Programs(
+        SimpleNamespace(lower=lambda batch: SimpleNamespace(compile=lambda: 1 / 0)), lambda batch: (batch,)
+    )
     programs.begin({"image": np.zeros((2, 3))})
     with pytest.raises(ZeroDivisionError):
         programs.of({"image": np.zeros((2, 3))}, most=1)

@@ -254,15 +254,15 @@ def test_a_run_traces_its_weights_once_and_its_loss_twice(tmp_path):
     assert traced == ["init", "loss", "loss"]
 
 
-def test_the_step_is_compiled_while_the_state_is_made_and_not_for_a_finished_run(tmp_path, monkeypatch):
+def test_the_state_is_made_while_the_step_is_traced_and_nothing_is_for_a_finished_run(tmp_path, monkeypatch):
     begun, order = training_loop.Programs.begin, []
     make_state = training_loop.first_state
     monkeypatch.setattr(training_loop.Programs, "begin", lambda *told: order.append("step") or begun(*told))
     monkeypatch.setattr(training_loop, "first_state", lambda *told: order.append("state") or make_state(*told))
     do_train(tmp_path)
-    assert order == ["step", "state"]
+    assert order == ["state", "step"]
     do_train(tmp_path)
-    assert order == ["step", "state"]
+    assert order == ["state", "step"]
 
 
 def test_a_checkpoint_of_one_layout_is_resumed_in_another(tmp_path):

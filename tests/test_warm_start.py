@@ -39,7 +39,7 @@ def begin(kind, origin, vocabulary=(), *arguments):
     learner, settings = make_learner(call.config, model)._replace(begun=begun), make_settings(call.config)
     batch = abstract_batch(call.config, model)
     abstract = training.abstract_train_state(learner, settings, call.mesh, batch)
-    return first_state(learner, settings, abstract, batch), model, about
+    return first_state(learner, settings, abstract, batch)(), model, about
 
 
 @pytest.mark.parametrize("raw", [False, True])

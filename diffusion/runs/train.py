@@ -161,6 +161,7 @@ def train_on(
     model, description = describe(name, config, source, stored, vocabulary, origin)
     for line in warnings_of_training(config, model):
         logging.warning(line)
+    kept = training.kept_program(mesh, description)
     begun: dict[str, Any] = {}
     examples = examples or spread_captions(source, NUM_EXAMPLES)
     if stored is None:
@@ -179,6 +180,7 @@ def train_on(
         migrate=formats.current,
         writers=writers,
         started=started,
+        kept=kept,
     )
     params = training.averaged(state.params, state.ema, model.frozen)
     run = Run(name, workdir, config, mesh, model, params, int(state.step), settings.ema_decay, {})

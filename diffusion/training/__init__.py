@@ -18,6 +18,7 @@ from diffusion.training.experiment import (
     init_state,
     run_key,
 )
+from diffusion.training.kept import kept_program
 from diffusion.training.loop import abstract_train_state, train
 from diffusion.training.settings import Settings
 from diffusion.training.sharding import batch_sharding, make_mesh, on_mesh, place_batch, state_shardings
@@ -40,6 +41,7 @@ __all__ = [
     "check_seed",
     "digest",
     "init_state",
+    "kept_program",
     "make_mesh",
     "make_train_step",
     "on_mesh",

@@ -61,7 +61,7 @@ def dry_run(experiment: Experiment, settings: Settings, *, mesh: Mesh, num_examp
     abstract = abstract_train_state(experiment, settings, mesh, batch)
     lines += parameter_lines(abstract) + sharding_lines(abstract)
 
-    state = first_state(experiment, settings, abstract, batch)
+    state = first_state(experiment, settings, abstract, batch)()
     alike = same_noise(experiment, state, rows, mesh)
     begun = time.perf_counter()
     step = jit_step(experiment, settings, mesh, abstract).lower(state, batch).compile()

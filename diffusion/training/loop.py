@@ -5,7 +5,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from diffusion.data.images import image_grid, save_png
 from diffusion.training import snapshots
 from diffusion.training.checkpoints import Checkpoints, provenance
 from diffusion.training.description import Description, Migrate, unchanged
-from diffusion.training.errors import RunError
 from diffusion.training.experiment import Batch, Experiment, TrainState, averaged, init_state
 from diffusion.training.health import Watch
 from diffusion.training.interrupt import StopSignal
+from diffusion.training.kept import Kept, in_thread
 from diffusion.training.lock import sole_run
 from diffusion.training.loggers import Loggers
 from diffusion.training.processes import meet
+from diffusion.training.programs import Programs, StaleProgramError
 from diffusion.training.settings import Settings, check_settings, is_due, refuse_shorter
 from diffusion.training.sharding import on_mesh, place_batch, state_shardings
 from diffusion.training.step import Report, make_train_step, starts_interval
@@ -57,6 +57,7 @@ def train(
     migrate: Migrate = unchanged,
     writers: Sequence[MakeWriter] = (tensorboard,),
     started: float | None = None,
+    kept: Kept | None = None,
 ) -> TrainState:
     """Trains until `settings.num_steps`, resuming from the newest intact checkpoint in `workdir`.
 
@@ -73,6 +74,7 @@ def train(
       migrate: brings an older stored description to the present format, for comparison.
       writers: of what is reported, beside metrics.jsonl.
       started: the `time.perf_counter()` since which its seconds are counted, see `process_start`; None: now.
+      kept: where the program of the step is kept between starts, see `kept_program`.
 
     Returns:
       The state after the last step.
@@ -84,6 +86,30 @@ def train(
         - no intact checkpoint among those in the folder, or one with weights that are not finite
         - a save that failed, or a bad step (reported; nothing of it is saved)
     """
+    if experiment.begun:  # these arrays become the state's: it could not be made again
+        kept = None
+    work = partial(_train, experiment, settings, workdir, mesh, description, migrate, writers, started, kept)
+    try:
+        return work()
+    except StaleProgramError:
+        assert kept is not None
+        kept.forget()
+        print("the program of the last start is not that of this code: beginning again without it", file=sys.stderr)
+        return work()
+
+
+def _train(
+    experiment: Experiment,
+    settings: Settings,
+    workdir: Path,
+    mesh: Mesh,
+    description: Description,
+    migrate: Migrate,
+    writers: Sequence[MakeWriter],
+    started: float | None,
+    kept: Kept | None,
+) -> TrainState:
+    """Trains, see `train`; raises StaleProgramError before anything but the first lines is written."""
     begun = time.perf_counter() if started is None else started
     check_settings(settings, experiment, mesh)
     name, config = description["experiment"], description["config"]
@@ -114,14 +140,17 @@ def train(
         ballot = Ballot(mesh)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         train_step = ballot.with_votes(make_step(experiment, settings), (shardings, None))
-        steps = Programs(lambda batch: train_step.lower(abstract, batch, ballot.vote(False)))
-        # Compiled before the first step, whose cost is then known apart, and while the state is made or read.
+        steps = Programs(train_step, lambda batch: (abstract, batch, ballot.vote(False)), kept)
+        # The state is made, or read, and the step compiled, before the first step, whose cost is then known apart.
+        making = None
+        if checkpoints.newest is None:
+            making = in_thread(first_state(experiment, settings, abstract, batch))
         compiling = time.perf_counter()
         if step < settings.num_steps:
             steps.begin(batch)
         compile_seconds = time.perf_counter() - compiling
-        if checkpoints.newest is None:
-            state = first_state(experiment, settings, abstract, batch)
+        if making is not None:
+            state = making.result()
         else:
             state = checkpoints.restore(abstract)
             weights = {"params": state.params, "ema": state.ema, "profiles": state.profiles}
@@ -164,6 +193,8 @@ def train(
             logs.advance()
             # The device computes this step while the host checks the one before.
             if previous is not None:
+                if previous[0].bad:
+                    steps.confirm()
                 watch.check(previous[0], step - 1)
             if clock.steps == 0:
                 jax.block_until_ready(report)
@@ -172,6 +203,7 @@ def train(
                     f"{'start' if started is None else 'start of the process'}, "
                     f"of which {compile_seconds:.1f} s compiling"
                 )
+                steps.begin_to_confirm()
             clock.steps += 1
 
             last = step == settings.num_steps
@@ -184,6 +216,7 @@ def train(
             preview_now = experiment.preview and is_due(step, settings.preview_every, last)
             snapshot_now = state.profiles and is_due(step, settings.snapshot_every, last)
             if log_now or save_now or preview_now or snapshot_now:
+                steps.confirm()
                 watch.check(report, step)
                 clock.pause()
             if log_now:
@@ -217,8 +250,13 @@ def train(
     return state
 
 
-def first_state(experiment: Experiment, settings: Settings, abstract: TrainState, batch: Batch) -> TrainState:
-    """Returns the state before the first step, with the arrays of `experiment.begun`, of which none is copied.
+def first_state(
+    experiment: Experiment, settings: Settings, abstract: TrainState, batch: Batch
+) -> Callable[[], TrainState]:
+    """Returns what compiles and runs the program for the state before the first step.
+
+    That state has the arrays of `experiment.begun`, of which none is copied. All tracing is done here, so that a thread
+    may do the rest.
 
     Args:
       experiment: what is learned.
@@ -233,7 +271,9 @@ def first_state(experiment: Experiment, settings: Settings, abstract: TrainState
         for name, group in groups.items()
     }
     init = partial(init_state, experiment, settings.seed, shapes_of(batch), settings.ema_profiles)
-    return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract), donate_argnums=0)(placed)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    lowered = jax.jit(init, out_shardings=shardings, donate_argnums=0).lower(placed)
+    return lambda: lowered.compile()(placed)
 
 
 def place_as(x: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -292,43 +332,6 @@ def draw_previews(experiment: Experiment, state: TrainState, path: Path) -> dict
         if jax.process_index() == 0:
             save_png(path.with_name(f"{path.name}_{name}.png"), drawn[name], smallest_side=480)
     return drawn
-
-
-class Programs:
-    """Compiled programs by the shapes of a batch.
-
-    Args:
-      lower: batch -> the program for its shapes, lowered.
-    """
-
-    def __init__(self, lower: Callable[[Batch], Any]):
-        self._lower = lower
-        self._made: dict[Any, Future[Callable[..., Any]]] = {}
-
-    def begin(self, batch: Batch) -> None:
-        """Lowers the program for a batch, and lets a thread compile it."""
-        threads = ThreadPoolExecutor(1)
-        self._made[shapes_by_name(batch)] = threads.submit(self._lower(batch).compile)
-        threads.shutdown(wait=False)
-
-    def of(self, batch: Batch, most: int) -> Callable[..., Any]:
-        """Returns the program for a batch.
-
-        Raises:
-          RunError: it is of another shape than those of `most` before: a fault in the data, not to be compiled away.
-        """
-        shapes = shapes_by_name(batch)
-        if shapes not in self._made:
-            if len(self._made) == most:
-                found = ", ".join(f"{name} {list(shape)}" for name, shape, _ in shapes)
-                raise RunError(f"a batch has other shapes than those before: {found}")
-            self.begin(batch)
-        return self._made[shapes].result()
-
-
-def shapes_by_name(batch: Batch) -> tuple[tuple[str, tuple[int, ...], Any], ...]:
-    """Returns the name, shape and dtype of every array of a batch."""
-    return tuple((name, x.shape, x.dtype) for name, x in sorted(batch.items()))
 
 
 class Stopwatch:

@@ -1,0 +1,196 @@
+"""The compiled program that a run's steps begin with, kept on disk: it is there before Python has made its text anew.
+
+JAX's compilation cache finds a program by its text, so a start with it traces and lowers the step first, and then has
+XLA load the program: most of a second start. Here the two are files beside that cache, in its folder "steps": of every
+run, by its config and devices, a line with the name of the program that it began with the last time, and of what
+sources; and the programs, by their text. `programs` uses both.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import pickle
+import platform
+import sys
+import sysconfig
+import threading
+import zlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import Mesh
+
+from diffusion.files import replacing
+from diffusion.training.description import Description
+
+MOST = 16  # programs, of some megabytes each
+
+T = TypeVar("T")
+_written = threading.local()  # count: of the programs that this thread compiled and JAX wrote to its cache
+
+
+def _count_written(event: str, **_: Any) -> None:
+    if event == "/jax/compilation_cache/cache_misses":  # recorded where an entry is written, in the compiling thread
+        _written.count = getattr(_written, "count", 0) + 1
+
+
+jax.monitoring.register_event_listener(_count_written)
+
+
+def in_thread(work: Callable[[], T]) -> Future[T]:
+    """Begins some work, and returns its result to come, or its error."""
+    threads = ThreadPoolExecutor(1)
+    result = threads.submit(work)
+    threads.shutdown(wait=False)
+    return result
+
+
+class Kept:
+    """What is kept of a run; a thread is loading its program.
+
+    Args:
+      folder: of the files.
+      run: the name of the run's line.
+      sources: a digest of the code.
+      system: what a program depends on beside its text.
+      mesh: the devices that the program is for.
+
+    Attributes:
+      trusted: whether the program's sources are today's, so that the program is in all likelihood, too.
+    """
+
+    def __init__(self, folder: Path, run: str, sources: str, system: str, mesh: Mesh):
+        self._folder = folder
+        self._line = folder / f"{run}.json"
+        self._sources = sources
+        self._system = system
+        self._devices = list(mesh.devices.flat)
+        line: dict[str, str] = {}
+        with contextlib.suppress(OSError, ValueError):
+            line = json.loads(self._line.read_text())
+        self._name = line.get("program", "")
+        self.trusted = line.get("sources") == sources and self._path(self._name).exists()
+        self._loading = in_thread(partial(self._load, self._name))
+
+    def program(self) -> jax.stages.Compiled | None:
+        """Returns the program of the last start; None where there is none."""
+        return self._loading.result()
+
+    def is_of(self, lowered: jax.stages.Lowered) -> bool:
+        """Returns whether the program of the last start is that of a lowered function."""
+        return self._name == self._name_of(lowered)
+
+    def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        """Returns the program of a lowered function, from disk or the compiler, and keeps it for the next start."""
+        name = self._name_of(lowered)
+        found = self.program() if name == self._name else self._load(name)
+        if found is None:
+            _written.count = 0
+            found = lowered.compile()
+            # XLA on CPUs cannot serialize again what was loaded: only a program that JAX wrote to its cache now.
+            if not _written.count:
+                return found
+        in_thread(partial(self._save, name, found))
+        return found
+
+    def forget(self) -> None:
+        """Removes the run's line."""
+        self.trusted = False
+        with contextlib.suppress(OSError):
+            self._line.unlink(missing_ok=True)
+
+    def _name_of(self, lowered: jax.stages.Lowered) -> str:
+        return name_of(self._system, lowered.as_text())
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.program"
+
+    def _load(self, name: str) -> jax.stages.Compiled | None:
+        from jax.experimental.serialize_executable import deserialize_and_load
+
+        try:
+            parts = pickle.loads(zlib.decompress(self._path(name).read_bytes()))
+            os.utime(self._path(name))  # see `_save`
+            return deserialize_and_load(*parts, execution_devices=self._devices)
+        except Exception:  # whatever is wrong with it: the program is compiled
+            return None
+
+    def _save(self, name: str, program: jax.stages.Compiled) -> None:
+        """Writes the run's line and its program, and removes programs that were not used for longest, beyond `MOST`.
+
+        Where the program cannot be serialized or the disk is full nothing is kept, as in JAX's own cache.
+        """
+        from jax.experimental.serialize_executable import serialize
+
+        with contextlib.suppress(OSError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
+            if not self._path(name).exists():
+                content = zlib.compress(pickle.dumps(serialize(program)), level=1)
+                with replacing(self._path(name)) as temporary:
+                    temporary.write_bytes(content)
+            with replacing(self._line) as temporary:
+                temporary.write_text(json.dumps({"program": name, "sources": self._sources}))
+            programs = sorted(self._folder.glob("*.program"), key=lambda file: file.stat().st_mtime)
+            for old in programs[:-MOST]:
+                old.unlink(missing_ok=True)
+
+
+def kept_program(mesh: Mesh, description: Description) -> Kept | None:
+    """Returns what is kept of a run, and begins to load it.
+
+    None where JAX keeps no programs on this machine's disk, and for several processes, which compile together: one that
+    found its program would leave the others waiting.
+
+    Args:
+      mesh: the devices.
+      description: of the run, see `loop.train`.
+    """
+    settings = jax.config.values
+    folder = settings["jax_compilation_cache_dir"]
+    if not folder or "://" in folder or not settings["jax_enable_compilation_cache"] or jax.process_count() > 1:
+        return None
+    devices = mesh.devices.ravel()
+    system = name_of(
+        [importlib.import_module(name).__version__ for name in ("jax", "jaxlib")],
+        [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
+        {name: str(value) for name, value in settings.items()},
+        [devices[0].client.platform_version, processor()],
+        [dict(mesh.shape), [[device.id, device.device_kind] for device in devices]],
+    )
+    run = name_of(system, description["experiment"], description["config"])
+    return Kept(Path(folder) / "steps", run, digest_of_sources(), system, mesh)
+
+
+def name_of(*parts: Any) -> str:
+    """Returns a name for JSON values, the same for the same ones."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def digest_of_sources() -> str:
+    """Returns a digest of all files of the packages that were imported and are not installed, but worked on."""
+    library = sysconfig.get_paths()["stdlib"]
+    roots: set[Path] = set()
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        installed = file.startswith(library) or {"site-packages", "dist-packages"}.intersection(Path(file).parts)
+        if file.endswith(".py") and not installed:
+            package = getattr(sys.modules.get(name.partition(".")[0]), "__path__", None)
+            roots |= set(map(Path, package)) if package else {Path(file)}
+    files = {file for root in roots for file in ([root] if root.is_file() else root.rglob("*.py"))}
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def processor() -> str:
+    """Returns what the machine's processor can do: a program for CPUs may not run on another."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return " ".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    return platform.processor()
