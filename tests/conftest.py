@@ -63,19 +63,20 @@ SLOW = (
 # `trained` are among them, as a run has the bits of another only where both were compiled alike.
 # fmt: off
 UNOPTIMIZED = (
-    "autoencoder_experiment", "benchmarks", "captions_experiment", "checked_first", "clip", "demo_api", "demo_engine",
-    "demo_page", "demo_requests", "demo_server", "docs", "edit", "emoji", "evaluation_command", "experiments",
-    "few_step_runs", "field_values", "flux2_pipeline", "flux2_training", "formats", "hidden_words", "image_shapes",
-    "keep", "lora", "meshes", "mmdit", "modes", "not_finite", "own_training", "policies", "pretrained_sd3", "prompts",
-    "provenance", "refusals", "reports", "run", "scenes_experiment", "sd3", "second_time", "space", "spine", "sweeps",
-    "traps", "unet", "warm_start", "warnings", "weights",
+    "attention", "autoencoder_experiment", "benchmarks", "buckets", "by_hand", "captions_experiment",
+    "checked_first", "clip", "clip_weights", "demo_api", "demo_engine", "demo_page", "demo_requests", "demo_server",
+    "distilled", "docs", "edit", "emoji", "evaluation_command", "experiments", "few_step_runs", "field_values",
+    "flux2_pipeline", "flux2_training", "formats", "hidden_words", "image_shapes", "keep", "lora", "meshes",
+    "mmdit", "modes", "not_finite", "own_training", "policies", "pretrained_sd3", "prompts", "provenance",
+    "refusals", "reports", "run", "scenes_experiment", "sd3", "sd3_text", "second_time", "space", "spine", "sweeps",
+    "traps", "unet", "vae", "warm_start", "warnings", "weights",
 )
 # fmt: on
 # The dearest, of 30 and more seconds of CPU time: they come first, for one that came last would leave a core idle.
 # fmt: off
 DEAREST = (
     "modes", "spine", "flux2_training", "weights", "samplers", "experiments", "likelihood", "run", "docs", "sd3",
-    "buckets", "refusals", "autoencoder_experiment", "few_step_runs", "warm_start", "editing", "edit",
+    "buckets", "lecture", "refusals", "autoencoder_experiment", "few_step_runs", "warm_start", "editing", "edit",
     "flux2_pipeline", "space", "lora", "emoji", "demo_page",
 )
 # fmt: on

@@ -129,7 +129,7 @@ def test_a_step_that_does_not_fit_is_told_apart_and_by_how_much():
 
 
 def test_a_batch_is_that_of_training(tmp_path):
-    call = make_call(scenes.TASK, "scenes", tmp_path, *SMALL_TEXT, "--mode=check")
+    call = make_call(scenes.TASK, "scenes", tmp_path, *SMALL_TEXT, "--config.data.num_examples=64", "--mode=check")
     source, notes = source_of(call)
     model, _ = describe("scenes", call.config, source, None, scenes.VOCABULARY)
     batch = training_batch(call.config, model)
