@@ -109,6 +109,25 @@ def test_a_bad_step_of_a_program_of_other_code_does_not_end_the_run(cache, tmp_p
     assert int(state.step) == 12 and np.isfinite(state.params["w"]).all()
 
 
+forget = kept_module.Kept.forget
+
+
+def test_a_program_that_fails_is_replaced(cache, tmp_path, monkeypatch, capsys):
+    first, _ = start(tmp_path / "first")
+
+    def fail(*arguments):
+        raise jax.errors.JaxRuntimeError("NOT_FOUND: Function wrapped_add not found")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.stages.Compiled, "__call__", fail, raising=True)
+        patch.setattr(kept_module.Kept, "forget", lambda self: patch.undo() or forget(self))
+        second, _ = start(tmp_path / "second")
+    assert "last start failed (NOT_FOUND: Function wrapped_add not found): beginning again" in capsys.readouterr().err
+    assert_same_bits(second, first)
+    start(tmp_path / "third")
+    assert "beginning again" not in capsys.readouterr().err
+
+
 def test_after_a_change_of_sources_the_text_is_made_first(cache, tmp_path, monkeypatch):
     """The same text: the program is not compiled again, and the start after that is a fast one."""
     first, _ = start(tmp_path / "first")

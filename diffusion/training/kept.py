@@ -3,7 +3,7 @@
 JAX's compilation cache finds a program by its text, so a start with it traces and lowers the step first, and then has
 XLA load the program: most of a second start. Here the two are files beside that cache, in its folder "steps": of every
 run, by its config and devices, a line with the name of the program that it began with the last time, and of what
-sources; and the programs, by their text. `programs` uses both.
+sources; and the programs, by their text. `programs` uses both. JAX_ENABLE_COMPILATION_CACHE=0 turns them off as well.
 """
 
 import contextlib
@@ -62,7 +62,8 @@ class Kept:
       mesh: the devices that the program is for.
 
     Attributes:
-      trusted: whether the program's sources are today's, so that the program is in all likelihood, too.
+      trusted: whether the program's sources are today's, so that the program is in all likelihood, too. Set to False as
+        soon as that is known.
     """
 
     def __init__(self, folder: Path, run: str, sources: str, system: str, mesh: Mesh):
@@ -88,22 +89,25 @@ class Kept:
 
     def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         """Returns the program of a lowered function, from disk or the compiler, and keeps it for the next start."""
+        self.trusted = False
         name = self._name_of(lowered)
         found = self.program() if name == self._name else self._load(name)
-        if found is None:
-            _written.count = 0
-            found = lowered.compile()
-            # XLA on CPUs cannot serialize again what was loaded: only a program that JAX wrote to its cache now.
-            if not _written.count:
-                return found
-        in_thread(partial(self._save, name, found))
-        return found
+        if found is not None:
+            in_thread(partial(self._save, name))
+            return found
+        _written.count = 0
+        compiled = lowered.compile()
+        # XLA on CPUs cannot serialize again what was loaded: only a program that JAX wrote to its cache now.
+        if _written.count:
+            in_thread(partial(self._save, name, compiled))
+        return compiled
 
     def forget(self) -> None:
-        """Removes the run's line."""
-        self.trusted = False
-        with contextlib.suppress(OSError):
-            self._line.unlink(missing_ok=True)
+        """Removes the run's line, and the program."""
+        for file in (self._line, self._path(self._name)):
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
+        self.trusted, self._name = False, ""
 
     def _name_of(self, lowered: jax.stages.Lowered) -> str:
         return name_of(self._system, lowered.as_text())
@@ -116,21 +120,23 @@ class Kept:
 
         try:
             parts = pickle.loads(zlib.decompress(self._path(name).read_bytes()))
-            os.utime(self._path(name))  # see `_save`
-            return deserialize_and_load(*parts, execution_devices=self._devices)
+            program = deserialize_and_load(*parts, execution_devices=self._devices)
         except Exception:  # whatever is wrong with it: the program is compiled
             return None
+        with contextlib.suppress(OSError):
+            os.utime(self._path(name))  # see `_save`
+        return program
 
-    def _save(self, name: str, program: jax.stages.Compiled) -> None:
-        """Writes the run's line and its program, and removes programs that were not used for longest, beyond `MOST`.
+    def _save(self, name: str, compiled: jax.stages.Compiled | None = None) -> None:
+        """Writes the run's line, and a program that was compiled; removes those not used for longest, beyond `MOST`.
 
         Where the program cannot be serialized or the disk is full nothing is kept, as in JAX's own cache.
         """
         from jax.experimental.serialize_executable import serialize
 
         with contextlib.suppress(OSError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
-            if not self._path(name).exists():
-                content = zlib.compress(pickle.dumps(serialize(program)), level=1)
+            if compiled is not None:
+                content = zlib.compress(pickle.dumps(serialize(compiled)), level=1)
                 with replacing(self._path(name)) as temporary:
                     temporary.write_bytes(content)
             with replacing(self._line) as temporary:

@@ -19,6 +19,7 @@ from diffusion.data.images import image_grid, save_png
 from diffusion.training import snapshots
 from diffusion.training.checkpoints import Checkpoints, provenance
 from diffusion.training.description import Description, Migrate, unchanged
+from diffusion.training.errors import one_line
 from diffusion.training.experiment import Batch, Experiment, TrainState, averaged, init_state
 from diffusion.training.health import Watch
 from diffusion.training.interrupt import StopSignal
@@ -91,10 +92,12 @@ def train(
     work = partial(_train, experiment, settings, workdir, mesh, description, migrate, writers, started, kept)
     try:
         return work()
-    except StaleProgramError:
-        assert kept is not None
+    except (StaleProgramError, jax.errors.JaxRuntimeError) as error:
+        if kept is None or not kept.trusted:
+            raise
         kept.forget()
-        print("the program of the last start is not that of this code: beginning again without it", file=sys.stderr)
+        fault = "is not that of this code" if isinstance(error, StaleProgramError) else f"failed ({one_line(error)})"
+        print(f"the program of the last start {fault}: beginning again without it", file=sys.stderr)
         return work()
 
 

@@ -74,9 +74,10 @@ class Programs:
             return
         # What a `with` around the run sets, as `jax.enable_x64` does, is not set in a thread: it may see a difference.
         same = self._confirming is not None and self._confirming.exception() is None and self._confirming.result()
+        assert self._kept is not None
         if not same and not self._is_kept(self._unconfirmed):
             raise StaleProgramError
-        self._unconfirmed = None
+        self._unconfirmed, self._kept.trusted = None, False
 
     def _is_kept(self, arguments: tuple[Any, ...]) -> bool:
         assert self._kept is not None
