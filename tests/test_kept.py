@@ -222,10 +222,12 @@ def test_sources_are_files_that_are_worked_on(tmp_path, monkeypatch):
     package = tmp_path / "someones_idea"
     package.mkdir()
     (package / "__init__.py").write_text("")
+    (package / "model.py").write_text("")
     (package / "part.py").write_text("scale = 1\n")
+    (package / ".#part.py").symlink_to("nothing")
     monkeypatch.syspath_prepend(str(tmp_path))
-    __import__("someones_idea")
+    __import__("someones_idea.model")
     with_package = kept_module.digest_of_sources()
     (package / "part.py").write_text("scale = 2\n")  # not imported yet, as what is imported when it is used
     assert len({before, with_package, kept_module.digest_of_sources()}) == 3
-    del sys.modules["someones_idea"]
+    del sys.modules["someones_idea"], sys.modules["someones_idea.model"]

@@ -178,19 +178,23 @@ def name_of(*parts: Any) -> str:
 
 
 def digest_of_sources() -> str:
-    """Returns a digest of all files of the packages that were imported and are not installed, but worked on."""
+    """Returns a digest of the modules that were imported and are not installed, but worked on, and of those beside.
+
+    The latter are what is imported when it is used; deeper folders are not searched, which may hold data.
+    """
     library = sysconfig.get_paths()["stdlib"]
-    roots: set[Path] = set()
+    files: set[Path] = set()
+    folders: set[Path] = set()
     for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None) or ""
-        installed = file.startswith(library) or {"site-packages", "dist-packages"}.intersection(Path(file).parts)
-        if file.endswith(".py") and not installed:
-            package = getattr(sys.modules.get(name.partition(".")[0]), "__path__", None)
-            roots |= set(map(Path, package)) if package else {Path(file)}
-    files = {file for root in roots for file in ([root] if root.is_file() else root.rglob("*.py"))}
+        file = Path(getattr(module, "__file__", None) or "")
+        installed = file.is_relative_to(library) or {"site-packages", "dist-packages"}.intersection(file.parts)
+        if file.suffix == ".py" and not installed:
+            files.add(file)
+            folders |= {file.parent} if "." in name else set()  # a script's folder may be anyone's
     digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(f"{file}\n".encode() + file.read_bytes())
+    for file in sorted(files.union(*(folder.glob("*.py") for folder in folders))):
+        if file.is_file():  # an editor's lock is a link to nothing
+            digest.update(f"{file}\n".encode() + file.read_bytes())
     return digest.hexdigest()
 
 
