@@ -114,9 +114,12 @@ forget = kept_module.Kept.forget
 
 def test_a_program_that_fails_is_replaced(cache, tmp_path, monkeypatch, capsys):
     first, _ = start(tmp_path / "first")
+    call = jax.stages.Compiled.__call__
 
-    def fail(*arguments):
-        raise jax.errors.JaxRuntimeError("NOT_FOUND: Function wrapped_add not found")
+    def fail(self, *arguments):
+        if len(arguments) == 3:  # the step's, not the first state's
+            raise jax.errors.JaxRuntimeError("NOT_FOUND: Function wrapped_add not found")
+        return call(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(jax.stages.Compiled, "__call__", fail, raising=True)
@@ -126,6 +129,19 @@ def test_a_program_that_fails_is_replaced(cache, tmp_path, monkeypatch, capsys):
     assert_same_bits(second, first)
     start(tmp_path / "third")
     assert "beginning again" not in capsys.readouterr().err
+
+
+def test_a_failure_before_the_program_is_used_is_not_the_programs(cache, tmp_path, monkeypatch, capsys):
+    start(tmp_path / "first")
+
+    def fail():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+        patch.setattr("diffusion.training.loop.first_state", lambda *told: fail)
+        start(tmp_path / "second")
+    assert "beginning again" not in capsys.readouterr().err
+    assert start(tmp_path / "third")[1] == 1
 
 
 def test_after_a_change_of_sources_the_text_is_made_first(cache, tmp_path, monkeypatch):

@@ -62,8 +62,8 @@ class Kept:
       mesh: the devices that the program is for.
 
     Attributes:
-      trusted: whether the program's sources are today's, so that the program is in all likelihood, too. Set to False as
-        soon as that is known.
+      trusted: whether the program's sources are today's, so that the program is in all likelihood, too.
+      unconfirmed: whether steps are being computed with the program, and it is not known yet to be that of the code.
     """
 
     def __init__(self, folder: Path, run: str, sources: str, system: str, mesh: Mesh):
@@ -77,6 +77,7 @@ class Kept:
             line = json.loads(self._line.read_text())
         self._name = line.get("program", "")
         self.trusted = line.get("sources") == sources and self._path(self._name).exists()
+        self.unconfirmed = False
         self._loading = in_thread(partial(self._load, self._name))
 
     def program(self) -> jax.stages.Compiled | None:
@@ -89,7 +90,6 @@ class Kept:
 
     def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         """Returns the program of a lowered function, from disk or the compiler, and keeps it for the next start."""
-        self.trusted = False
         name = self._name_of(lowered)
         found = self.program() if name == self._name else self._load(name)
         if found is not None:
@@ -107,7 +107,7 @@ class Kept:
         for file in (self._line, self._path(self._name)):
             with contextlib.suppress(OSError):
                 file.unlink(missing_ok=True)
-        self.trusted, self._name = False, ""
+        self.trusted, self.unconfirmed, self._name = False, False, ""
 
     def _name_of(self, lowered: jax.stages.Lowered) -> str:
         return name_of(self._system, lowered.as_text())

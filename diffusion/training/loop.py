@@ -93,7 +93,7 @@ def train(
     try:
         return work()
     except (StaleProgramError, jax.errors.JaxRuntimeError) as error:
-        if kept is None or not kept.trusted:
+        if kept is None or not kept.unconfirmed:
             raise
         kept.forget()
         fault = "is not that of this code" if isinstance(error, StaleProgramError) else f"failed ({one_line(error)})"

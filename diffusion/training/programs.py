@@ -77,7 +77,7 @@ class Programs:
         assert self._kept is not None
         if not same and not self._is_kept(self._unconfirmed):
             raise StaleProgramError
-        self._unconfirmed, self._kept.trusted = None, False
+        self._unconfirmed, self._kept.unconfirmed = None, False
 
     def _is_kept(self, arguments: tuple[Any, ...]) -> bool:
         assert self._kept is not None
@@ -96,7 +96,7 @@ class Programs:
         if program is not None and signature(program.args_info) == signature((arguments, {})):
             self._made[shapes_by_name(batch)] = loaded = Future()
             loaded.set_result(program)
-            self._unconfirmed = arguments
+            self._unconfirmed, self._kept.unconfirmed = arguments, True
 
 
 def signature(arguments: Any) -> Any:
