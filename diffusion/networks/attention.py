@@ -1,8 +1,6 @@
 """The one way in which all networks attend: a fused kernel of the device where it has one that fits, else XLA.
 
-jax.nn's fused kernel, cuDNN's, has a gradient and no derivative in forward mode, which flow maps are trained by
-(`flow_map.total_derivative`). Here the derivative along a tangent is a primitive: forward, XLA computes it; its
-transpose, which is what a gradient takes, is the kernel's.
+jax.nn's fused kernel, cuDNN's, has a gradient and no derivative in forward mode; see `tangents`.
 """
 
 import functools
@@ -12,11 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
 from diffusion.compiler import CUDA_PLUGINS
+from diffusion.networks.tangents import make_tangent
 
 LARGEST_HEAD = 128  # of cuDNN's kernel with a gradient, on every GPU since Ampere
 OLDEST = 8.0  # compute capability: Ampere
@@ -102,41 +99,23 @@ def _fused_jvp(is_causal: bool, scale: float | None, primals: Any, tangents: Any
         return jax.vjp(partial(by_cudnn, **options), *heads)[0]
 
     out = jax.lax.platform_dependent(*primals, cuda=forward, default=partial(by_xla, **options))
-    return out, tangent_p.bind(*primals, *tangents, **options)
+    return out, _tangent(*primals, *tangents, **options)[0]
 
 
-def _tangent(*arrays: Array, **options: Any) -> Array:
+def _push(*arrays: Array, **options: Any) -> list[Array]:
     """Returns the derivative of attention along a tangent, of query, key, value and their tangents."""
-    return jax.jvp(partial(by_xla, **options), arrays[:3], arrays[3:])[1]
+    return [jax.jvp(partial(by_xla, **options), arrays[:3], arrays[3:])[1]]
 
 
-def _tangent_jvp(primals: Any, tangents: Any, **options: Any) -> Any:
-    return jax.jvp(partial(_tangent, **options), tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
-
-
-def _tangent_transpose(cotangent: Any, *arrays: Any, **options: Any) -> list[Any]:
-    """Returns the gradients of those of the last three that are asked for."""
-    asked = [ad.is_undefined_primal(x) for x in arrays[3:]]
-    if isinstance(cotangent, ad.Zero):
-        return [None] * 6
+def _pull(cotangents: Any, *heads: Array, **options: Any) -> list[Array | None]:
+    """Returns the gradients by query, key and value."""
 
     def gradients(attend: Any, *heads: Array) -> tuple[Array, ...]:
-        return jax.vjp(partial(attend, **options), *heads)[1](cotangent)
+        return jax.vjp(partial(attend, **options), *heads)[1](*cotangents)
 
-    found = jax.lax.platform_dependent(
-        *arrays[:3], cuda=partial(gradients, by_cudnn), default=partial(gradients, by_xla)
+    return list(
+        jax.lax.platform_dependent(*heads, cuda=partial(gradients, by_cudnn), default=partial(gradients, by_xla))
     )
-    return [None] * 3 + [gradient if wanted else None for gradient, wanted in zip(found, asked, strict=True)]
 
 
-def _tangent_batch(arrays: Any, axes: Any, **options: Any) -> tuple[Array, int]:
-    return jax.vmap(partial(_tangent, **options), in_axes=tuple(axes))(*arrays), 0
-
-
-tangent_p = Primitive("attention_tangent")
-tangent_p.def_impl(_tangent)
-tangent_p.def_abstract_eval(lambda query, *_, **options: query)
-ad.primitive_jvps[tangent_p] = _tangent_jvp
-ad.primitive_transposes[tangent_p] = _tangent_transpose
-batching.primitive_batchers[tangent_p] = _tangent_batch
-mlir.register_lowering(tangent_p, mlir.lower_fun(_tangent, multiple_results=False))
+_tangent = make_tangent("attention_tangent", 3, _push, _pull)

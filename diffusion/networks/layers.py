@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from diffusion.networks.attention import attention
+from diffusion.networks.group_norm import Plan, group_norm, norm_silu_dropout
 
 # Weights of the released DDPM code. Its "zero" layers have scale 1e-10; here they are exactly zero.
 ddpm_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
@@ -100,8 +101,8 @@ class Conv(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w out"]:
-        """Returns the convolution plus the bias, computed in `dtype`."""
+    def __call__(self, x: Float[Array, "B H W C"], apart: bool = False) -> Any:
+        """Returns the convolution plus the bias, computed in `dtype`; or both, not added, if they are asked `apart`."""
         kernel = self.param("kernel", self.kernel_init, (self.size, self.size, x.shape[-1], self.channels), jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if self.size == self.stride == 1:
@@ -113,7 +114,8 @@ class Conv(nn.Module):
             y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
         if not self.use_bias:
             return y
-        return y + self.param("bias", zeros_init, (self.channels,), jnp.float32).astype(self.dtype)
+        bias = self.param("bias", zeros_init, (self.channels,), jnp.float32)
+        return (y, bias) if apart else y + bias.astype(self.dtype)
 
 
 class GroupNorm(nn.Module):
@@ -129,25 +131,55 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B *space C"]) -> Float[Array, "B *space C"]:
         """Returns x normalised; raises ValueError when the groups do not divide the channels."""
-        channels = x.shape[-1]
-        if channels % self.num_groups:
-            raise ValueError(f"{self.num_groups} groups do not divide {channels} channels: choose another num_groups")
-        scale = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
-        bias = self.param("bias", zeros_init, (channels,), jnp.float32)
-        x = x.astype(jnp.float32)
-        space = tuple(range(1, x.ndim - 1))
-        # Per channel first, then per group, which reads x in the order of memory, and once. Moments are those of the
-        # differences from one of the pixels: E[x^2] - E[x]^2 would lose the variance of channels whose mean is large.
-        pixel = jax.lax.stop_gradient(x[(slice(None), *(slice(1) for _ in space))])
-        difference = jnp.mean(x - pixel, axis=space, keepdims=True)
-        variance_c = jnp.mean(jnp.square(x - pixel), axis=space, keepdims=True) - jnp.square(difference)
-        mean_c = pixel + difference
-        groups = (*mean_c.shape[:-1], self.num_groups, channels // self.num_groups)
-        mean = jnp.mean(mean_c.reshape(groups), axis=-1, keepdims=True)
-        variance = jnp.mean(variance_c.reshape(groups) + jnp.square(mean_c.reshape(groups) - mean), -1, keepdims=True)
-        gain = jax.lax.rsqrt(variance + self.epsilon) * scale.reshape(groups[-2:])
-        shift = bias.reshape(groups[-2:]) - mean * gain
-        return (x * gain.reshape(mean_c.shape) + shift.reshape(mean_c.shape)).astype(self.dtype)
+        scale, bias = norm_params(self, x.shape[-1], self.num_groups)
+        return group_norm(x.astype(jnp.float32), scale, bias, self.num_groups, self.epsilon).astype(self.dtype)
+
+
+class FusedNorm(nn.Module):
+    """`GroupNorm` with what surrounds it, as one kernel on GPUs; its parameters are those of `GroupNorm`.
+
+    Attributes:
+      silu: whether SiLU follows.
+    """
+
+    num_groups: int
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+    silu: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B *space C"],
+        shift: Float[Array, "#B C"] | None = None,
+        rate: float = 0.0,
+        keep: Bool[Array, "B *space C"] | None = None,
+    ) -> tuple[Float[Array, "B *space C"], Float[Array, "B *space C"]]:
+        """Returns x, to go past it, and what becomes of x + shift; dropout at a rate lets pass what `keep` is True of."""
+        scale, bias = norm_params(self, x.shape[-1], self.num_groups)
+        shift = jnp.zeros((1, x.shape[-1])) if shift is None else shift
+        return norm_silu_dropout(
+            x, shift, scale, bias, keep, Plan(self.num_groups, self.epsilon, self.silu, rate, self.dtype)
+        )
+
+
+class DropoutMask(nn.Module):
+    """Draws what Flax's `Dropout` of the same name lets pass."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, shape: tuple[int, ...]) -> Bool[Array, "..."]:
+        """Returns True with the probability 1 - rate, drawn from the key "dropout"."""
+        return jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, shape)
+
+
+def norm_params(module: nn.Module, channels: int, num_groups: int) -> tuple[Any, Any]:
+    """Returns the scale and the bias [C] of a module that normalises; raises ValueError for groups that do not fit."""
+    if channels % num_groups:
+        raise ValueError(f"{num_groups} groups do not divide {channels} channels: choose another num_groups")
+    scale = module.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
+    return scale, module.param("bias", zeros_init, (channels,), jnp.float32)
 
 
 class ResidualBlock(nn.Module):
@@ -157,6 +189,7 @@ class ResidualBlock(nn.Module):
       channels: of the output; x passes a convolution of size 1 where it has others.
       scale_shift: the embedding scales and shifts what the second norm returns, instead of being added before it.
       resample: changes the resolution of x, and of what follows the first norm and SiLU, as ADM's blocks do.
+      fused: norm, SiLU and dropout are `FusedNorm`; not with scale_shift, resample or without an embedding.
     """
 
     channels: int
@@ -166,12 +199,23 @@ class ResidualBlock(nn.Module):
     norm_eps: float = 1e-6
     scale_shift: bool = False
     resample: Callable | None = None
+    fused: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B H W C"], embedding: Float[Array, "B E"] | None = None, train: bool = False
     ) -> Float[Array, "B h w out"]:
         """`embedding` is SiLU(time and class embedding), or None; with `train` dropout draws from the key "dropout"."""
+        if self.fused and embedding is not None and self.resample is None and not self.scale_shift:
+            x, h = self._fused(x, embedding, self.dropout if train else 0.0)
+        else:
+            x, h = self._in_steps(x, embedding, train)
+        h = Conv(self.channels, dtype=self.dtype, kernel_init=zeros_init, name="conv_2")(h)
+        if x.shape[-1] != self.channels:
+            x = Conv(self.channels, size=1, dtype=self.dtype, name="shortcut")(x)
+        return x + h
+
+    def _in_steps(self, x: Array, embedding: Array | None, train: bool) -> tuple[Array, Array]:
         h = nn.silu(GroupNorm(self.num_groups, self.norm_eps, self.dtype, name="norm_1")(x))
         if self.resample is not None:
             x, h = self.resample(x), self.resample(h)
@@ -187,11 +231,15 @@ class ResidualBlock(nn.Module):
                 h = norm_2(h) * (1 + scale) + shift
             else:
                 h = norm_2(h + shift)
-        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
-        h = Conv(self.channels, dtype=self.dtype, kernel_init=zeros_init, name="conv_2")(h)
-        if x.shape[-1] != self.channels:
-            x = Conv(self.channels, size=1, dtype=self.dtype, name="shortcut")(x)
-        return x + h
+        return x, nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
+
+    def _fused(self, x: Array, embedding: Array, rate: float) -> tuple[Array, Array]:
+        norm = partial(FusedNorm, self.num_groups, self.norm_eps, self.dtype)
+        x, h = norm(name="norm_1")(x)
+        h, bias = Conv(self.channels, dtype=self.dtype, name="conv_1")(h, apart=True)
+        shift = Dense(self.channels, dtype=self.dtype, name="embedding")(embedding) + bias
+        keep = DropoutMask(rate, name="Dropout_0")(h.shape) if rate else None
+        return x, norm(name="norm_2")(h, shift, rate, keep)[1]
 
 
 class Attention(nn.Module):
@@ -201,6 +249,7 @@ class Attention(nn.Module):
       head_channels: width of one head.
       num_groups: of the normalisation; 0 for none.
       norm_eps: epsilon of the normalisation.
+      fused: the normalisation is `FusedNorm`.
 
     Source: the released DDPM code's `attn_block` (one head there).
     """
@@ -209,6 +258,7 @@ class Attention(nn.Module):
     num_groups: int
     dtype: Any = jnp.float32
     norm_eps: float = 1e-6
+    fused: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -216,7 +266,11 @@ class Attention(nn.Module):
         batch, height, width, channels = x.shape
         if channels % self.head_channels:
             raise ValueError(f"heads of {self.head_channels} channels do not divide {channels} channels")
-        h = GroupNorm(self.num_groups, self.norm_eps, self.dtype, name="norm")(x) if self.num_groups else x
+        h = x
+        if self.num_groups and self.fused:
+            x, h = FusedNorm(self.num_groups, self.norm_eps, self.dtype, silu=False, name="norm")(x)
+        elif self.num_groups:
+            h = GroupNorm(self.num_groups, self.norm_eps, self.dtype, name="norm")(x)
         heads = (batch, height * width, channels // self.head_channels, self.head_channels)
         query, key, value = (
             Dense(channels, dtype=self.dtype, name=name)(h).reshape(heads) for name in ("query", "key", "value")

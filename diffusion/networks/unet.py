@@ -15,6 +15,7 @@ from diffusion.networks.layers import (
     Attention,
     Conv,
     Dense,
+    FusedNorm,
     GroupNorm,
     ResidualBlock,
     attention,
@@ -93,6 +94,7 @@ class UNet(nn.Module):
       dtype: what convolutions and products compute in; parameters, normalisation statistics, softmax, the last layer
         and the output stay float32.
       remat: recomputes every block's activations in the backward pass.
+      fused_norms: normalisation, SiLU and dropout are one kernel on GPUs, see `group_norm`.
 
     Raises:
       ValueError: image sizes that the levels do not divide, an attention resolution that no level has, groups or heads
@@ -126,6 +128,7 @@ class UNet(nn.Module):
     center_input_sample: bool = False
     dtype: Any = jnp.float32
     remat: bool = False
+    fused_norms: bool = False
 
     @nn.compact
     def __call__(
@@ -154,12 +157,12 @@ class UNet(nn.Module):
 
         def block(h, level: int, name: str, resample=None):
             settings = self.dropout, self.num_groups, self.dtype, self.norm_eps, self.scale_shift, resample
-            return residual_block(widths[level], *settings, name=name)(h, embedding, train)
+            return residual_block(widths[level], *settings, self.fused_norms, name=name)(h, embedding, train)
 
         def attend(h, level: int, name: str, groups: int = self.num_groups):
             head_channels = self.head_channels or h.shape[-1] // self.num_heads
             head_channels = head_channels if isinstance(head_channels, int) else head_channels[level]
-            h = self_attention(head_channels, groups, self.dtype, self.norm_eps, name=name)(h)
+            h = self_attention(head_channels, groups, self.dtype, self.norm_eps, self.fused_norms, name=name)(h)
             if context is None:
                 return h
             text = cross_attention(head_channels, self.num_groups, self.dtype, self.norm_eps, name=f"{name}_text")
@@ -200,7 +203,10 @@ class UNet(nn.Module):
                 else:
                     h = Conv(h.shape[-1], dtype=self.dtype, name=name)(upsample(h))
 
-        h = nn.silu(GroupNorm(self.num_groups, self.norm_eps, name="norm_out")(h))
+        if self.fused_norms:
+            _, h = FusedNorm(self.num_groups, self.norm_eps, name="norm_out")(h)
+        else:
+            h = nn.silu(GroupNorm(self.num_groups, self.norm_eps, name="norm_out")(h))
         return Conv(self.out_channels or x_t.shape[-1], kernel_init=zeros_init, name="conv_out")(h)
 
     def level_widths(self) -> list[int]:

@@ -30,7 +30,7 @@ from diffusion.training.checkpoints import steps_in
 PARTS = {"network": "network", "text": "condition", "space": "space"}  # groups of weights, and their blocks in a config
 # Fields of these blocks that say how a part is used, not what it is: those of the new run.
 OWN = {
-    "network": ("dtype", "remat", "scan", "dropout"),
+    "network": ("dtype", "remat", "fused_norms", "scan", "dropout"),
     "condition": ("folder", "precomputed", "dropout", "null"),
     "space": ("folder", "precomputed", "sample", "fitted"),
 }

@@ -186,7 +186,7 @@ def describe_network(config: Config, network: Any) -> None:
     """Changes a config into that of a published U-Net."""
     own = {field: getattr(network, field) for field in fields_of(type(network))}
     own = {field: 0 if value is None else value for field, value in own.items()}
-    config.network = ConfigDict({**own, "name": "unet", "dtype": "float32", "remat": False})
+    config.network = ConfigDict({**own, "name": "unet", "dtype": "float32"})
     choose(config, "condition", "nothing" if network.num_classes is None else "classes")
     if network.num_classes is not None and not network.null_class:
         config.condition.dropout = 0.0
