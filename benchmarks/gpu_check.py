@@ -1,4 +1,4 @@
-"""Is what a GPU computes right? Fused attention beside XLA's, values and gradients; small networks beside a CPU's.
+"""Is what a GPU computes right? Fused attention and norms beside XLA's, with gradients; small networks beside a CPU's.
 
     python -m benchmarks.gpu_check --json OUT.json
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import make_parser, write_results
-from diffusion.networks import attention
+from diffusion.networks import attention, group_norm
 from diffusion.networks.mmdit import MMDiT
 from diffusion.networks.unet import UNet
 
@@ -26,6 +26,8 @@ SHAPES = [
     (4, 512, 512, 24, 128, False),
     (8, 256, 256, 1, 256, False),
 ]
+# (images, pixels, channels, rate of dropout) of the norms, in 32 groups
+NORMS = [(8, 1024, 128, 0.1), (8, 1024, 384, 0.0), (8, 256, 512, 0.0), (8, 16, 256, 0.1), (8, 49, 96, 0.1)]
 LARGEST = 1e-2  # of an error in bfloat16
 
 
@@ -66,6 +68,37 @@ def attention_errors(shape: tuple[int, int, int, int, int, bool]) -> dict[str, A
     names = ("output", "query", "key", "value")
     errors = {name: relative(a, b) for name, a, b in zip(names, found, expected, strict=True)}
     return {"shape": shape, "fused": "fmha" in text, **errors, "forward mode": relative(push, pushed)}
+
+
+def norm_errors(shape: tuple[int, int, int, float]) -> dict[str, Any]:
+    """Returns the errors of the kernel of norm, SiLU and dropout on bfloat16, of its gradients and its forward mode."""
+    *size, rate = shape
+    draws = jax.random.split(jax.random.key(0), 7)
+    x, past, dy, along = (jax.random.normal(key, size).astype(jnp.bfloat16) for key in draws[:4])
+    shift = jax.random.normal(draws[4], (size[0], size[2]))
+    scale, bias = jax.random.normal(draws[5], (2, size[2]))
+    keep = [jax.random.bernoulli(draws[6], 1 - rate, x.shape).astype(jnp.uint8)] if rate else []
+    inputs = (x, shift, scale, bias)
+
+    def both(function: Any, dtype: Any) -> Any:
+        plan = group_norm.Plan(32, 1e-6, True, rate, dtype)
+        first, *others = (inputs[0].astype(dtype), *inputs[1:])
+
+        def of(*inputs: jax.Array) -> Any:
+            return function(plan, *inputs, *keep)
+
+        (_, y), pull = jax.vjp(of, first, *others)
+        tangent = jax.jvp(lambda x: of(x, *others)[1], (first,), (along.astype(dtype),))[1]
+        return y, *pull((past.astype(dtype), dy.astype(dtype))), tangent
+
+    def plain(plan: Any, x: jax.Array, *arrays: jax.Array) -> Any:
+        return x, group_norm.in_steps(plan, x, *arrays)
+
+    found = jax.jit(lambda: both(group_norm.fused, jnp.bfloat16))()
+    expected = jax.jit(lambda: both(plain, jnp.float32))()
+    names = ("output", "x", "shift", "scale", "bias", "forward mode")
+    errors = {name: relative(a, b) for name, a, b in zip(names, found, expected, strict=True)}
+    return {"shape": shape, "fused": group_norm.fits(x), **errors}
 
 
 def network_errors() -> dict[str, float]:
@@ -109,11 +142,12 @@ def main() -> None:
     if jax.default_backend() != "gpu":
         parser.error(f"this checks a GPU, and JAX has {jax.default_backend()}")
     rows = [attention_errors(shape) for shape in SHAPES]
+    norms = [norm_errors(shape) for shape in NORMS]
     networks = network_errors()
-    print(write_results(arguments.json, {"attention": rows, "networks": networks}))
+    print(write_results(arguments.json, {"attention": rows, "norms": norms, "networks": networks}))
     wrong = [
         (row["shape"], name)
-        for row in rows
+        for row in (*rows, *norms)
         for name, error in row.items()
         if name not in ("shape", "fused") and not error < LARGEST
     ]

@@ -10,9 +10,9 @@ python=${PYTHON:-python3}
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.45} # the peer needs the rest
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
 code=0
-timeout 120 "$python" -m benchmarks.gpu_check --json "$out/gpu_check.json" || code=$?
-timeout 300 "$python" -m benchmarks.unet --batch "${BATCH:-512}" --dtype bfloat16 --rounds 5 --count 20 \
+timeout 100 "$python" -m benchmarks.gpu_check --json "$out/gpu_check.json" || code=$?
+timeout 340 "$python" -m benchmarks.unet --batch "${BATCH:-512}" --dtype bfloat16 --rounds 5 --count 20 --fused_norms \
   --peer_python "${PEER:-$python}" --peer_modes compiled --json "$out/unet_gpu.json" || code=$?
-timeout 170 "$python" -m benchmarks.mmdit --batch 256 --width 768 --depth 12 --dtype bfloat16 --rounds 5 --count 20 \
+timeout 150 "$python" -m benchmarks.mmdit --batch 256 --width 768 --depth 12 --dtype bfloat16 --rounds 5 --count 20 \
   --peer_python "${PEER:-$python}" --peer_modes compiled --json "$out/mmdit_gpu.json" || code=$?
 exit $code

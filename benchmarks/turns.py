@@ -104,7 +104,14 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def compare(arguments: argparse.Namespace, ours: Ours, script: str, extra: list[str], flop: float) -> None:
+def compare(
+    arguments: argparse.Namespace,
+    ours: Ours,
+    script: str,
+    extra: list[str],
+    flop: float,
+    variants: dict[str, Ours] | None = None,
+) -> None:
     """Prints, and writes to --json, what `measure` finds of ours, and of the peer where --peer_python names one.
 
     Args:
@@ -113,8 +120,9 @@ def compare(arguments: argparse.Namespace, ours: Ours, script: str, extra: list[
       script: the peer's file.
       extra: its arguments beside --batch and --dtype.
       flop: of one forward pass of one example.
+      variants: of ours, by names, which take turns with it.
     """
-    timers: dict[str, Timer] = {"ours": ours}
+    timers: dict[str, Timer] = {"ours": ours, **(variants or {})}
     peer = None
     if arguments.peer_python:
         given = ["--batch", str(arguments.batch), "--dtype", arguments.dtype, *extra]
@@ -125,6 +133,7 @@ def compare(arguments: argparse.Namespace, ours: Ours, script: str, extra: list[
         "dtype": arguments.dtype,
         "versions": peer.versions if peer else {},
         "compile_seconds": ours.compile_seconds,
+        **{f"compile_seconds, {name}": one.compile_seconds for name, one in (variants or {}).items()},
         **measure(timers, arguments.rounds, arguments.count, arguments.batch, flop),
     }
     if peer is not None:

@@ -3,7 +3,7 @@
     python -m benchmarks.unet --batch 8 --peer_python /path/to/python/with/torch/and/diffusers --json OUT.json
 
 Ours and the peer take turns, so that a machine whose speed drifts does not favour one; medians are reported, and ratios
-round by round. Without a peer only ours is timed. On a GPU: `--batch 512 --dtype bfloat16`.
+round by round. Without a peer only ours is timed. On a GPU: `--batch 512 --dtype bfloat16 --fused_norms`.
 """
 
 from typing import Any
@@ -21,9 +21,9 @@ from diffusion.training import Experiment
 FORWARD_FLOP = 2 * 6.22e9
 
 
-def make_ours(batch_size: int, dtype: str) -> turns.Ours:
+def make_ours(batch_size: int, dtype: str, fused_norms: bool = False) -> turns.Ours:
     """Returns this project's network and its own train step (Adam, averaging, clipping off)."""
-    network = UNet(dtype=jnp.dtype(dtype))
+    network = UNet(dtype=jnp.dtype(dtype), fused_norms=fused_norms)
     random = np.random.RandomState(0)
     x = random.randn(batch_size, 32, 32, 3).astype(np.float32)
     times = (np.arange(batch_size) % 1000).astype(np.float32)
@@ -45,8 +45,12 @@ def make_ours(batch_size: int, dtype: str) -> turns.Ours:
 
 
 def main() -> None:
-    arguments = turns.make_parser(__doc__).parse_args()
-    turns.compare(arguments, make_ours(arguments.batch, arguments.dtype), "unet_peer.py", [], FORWARD_FLOP)
+    parser = turns.make_parser(__doc__)
+    parser.add_argument("--fused_norms", action="store_true", help="time the network with fused norms, too")
+    arguments = parser.parse_args()
+    ours = make_ours(arguments.batch, arguments.dtype)
+    variants = {"ours, fused norms": make_ours(arguments.batch, arguments.dtype, True)} if arguments.fused_norms else {}
+    turns.compare(arguments, ours, "unet_peer.py", [], FORWARD_FLOP, variants)
 
 
 if __name__ == "__main__":

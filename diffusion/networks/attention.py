@@ -118,4 +118,4 @@ def _pull(cotangents: Any, *heads: Array, **options: Any) -> list[Array | None]:
     )
 
 
-_tangent = make_tangent("attention_tangent", 3, _push, _pull)
+_tangent = make_tangent("attention_tangent", 3, _push, _pull, lambda query, *_, **options: [query])

@@ -87,7 +87,7 @@ def norm_silu_dropout(
     shift = jnp.broadcast_to(shift.astype(jnp.float32), (x.shape[0], x.shape[-1]))
     flat = (x.shape[0], -1, x.shape[-1])
     mask = () if keep is None else (keep.reshape(flat).astype(jnp.uint8),)
-    function = fused if fits(x) else _in_steps
+    function = _traced_once if fits(x) else _in_steps
     same, y = function(plan, x.reshape(flat), shift, scale, bias, *mask)
     return same.reshape(x.shape), y.reshape(x.shape)
 
@@ -111,20 +111,21 @@ def _in_steps(plan: Plan, x: Array, *arrays: Array) -> tuple[Array, Array]:
     return x, in_steps(plan, x, *arrays)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def fused(plan: Plan, x: Array, shift: Array, scale: Array, bias: Array, *keep: Array) -> tuple[Array, Array]:
-    """Returns x and the output by the kernel, where the program is compiled for a GPU."""
-    return x, _forward(plan, x, shift, scale, bias, *keep)[0]
+    """Returns x and the output by the kernel, where the program is compiled for a GPU.
+
+    Differentiable as often as wanted forward, and once backward, as a kernel's gradient has none of its own.
+    """
+    return _with_moments(plan, x, shift, scale, bias, *keep)[:2]
 
 
-@fused.defjvp
-def _fused_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    y, mean, rstd = _forward(plan, *primals)
-    return (primals[0], y), tuple(_tangent(*primals, mean, rstd, *tangents[:4], plan=plan))
+# Layers of one shape share a trace, which takes longer for a kernel than for the formulas.
+_traced_once = jax.jit(fused, static_argnums=0)
 
 
-def _forward(plan: Plan, *arrays: Array) -> tuple[Array, Array, Array]:
-    """Returns the output, and the kernel's mean and 1 / standard deviation, which its gradient is computed with."""
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _with_moments(plan: Plan, *arrays: Array) -> tuple[Array, Array, Array, Array]:
+    """Returns x, the output, and the kernel's mean and 1 / standard deviation, which its gradient is computed with."""
 
     def by_kernel(*arrays: Array) -> Any:
         from diffusion.networks import group_norm_kernel
@@ -135,7 +136,15 @@ def _forward(plan: Plan, *arrays: Array) -> tuple[Array, Array, Array]:
         nothing = jnp.zeros(arrays[1].shape, jnp.float32)
         return in_steps(plan, *arrays), nothing, nothing
 
-    return jax.lax.platform_dependent(*arrays, cuda=by_kernel, default=by_xla)
+    return arrays[0], *jax.lax.platform_dependent(*arrays, cuda=by_kernel, default=by_xla)
+
+
+@_with_moments.defjvp
+def _with_moments_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    outputs = _with_moments(plan, *primals)
+    nothing = jnp.zeros(outputs[2].shape, jnp.float32)  # no derivative that is asked for goes through the moments
+    found = _tangent(*primals, *outputs[2:], *tangents[:4], plan=plan)
+    return outputs, (*found, nothing, nothing)
 
 
 def _push(*arrays: Array, plan: Plan) -> list[Array]:
@@ -165,7 +174,11 @@ def _pull(cotangents: Any, *arrays: Array, plan: Plan) -> list[Array | None]:
     return list(jax.lax.platform_dependent(dy, past, inputs, keep, stored, cuda=by_kernel, default=by_xla))
 
 
-_tangent = make_tangent("norm_silu_dropout_tangent", 4, _push, _pull)
+def _outputs(x: Any, *_: Any, plan: Plan) -> list[Any]:
+    return [x, x.update(dtype=jnp.dtype(plan.dtype))]
+
+
+_tangent = make_tangent("norm_silu_dropout_tangent", 4, _push, _pull, _outputs)
 
 
 def on_shards(function: Any, *arrays: Array) -> Any:

@@ -38,8 +38,8 @@ class Tile:
         self.channel = pl.program_id(1) * width + self.column
         self.rows = min(PIXELS, pl.next_power_of_2(pixels))
 
-    def sums(self, terms: Callable[[Any], tuple[Array, ...]], count: int) -> tuple[Array, ...]:
-        """Returns the sums over all pixels of `count` terms, which are given a slice and the mask of what is inside."""
+    def sums(self, terms: Callable[[Any, Array], tuple[Array, ...]], count: int) -> tuple[Array, ...]:
+        """Returns the sums over all pixels of `count` terms, which are given where pixels are, and a mask of them."""
 
         def add(i: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
             at, mask = self._pixels(i)
@@ -50,8 +50,8 @@ class Tile:
         totals = jax.lax.fori_loop(0, pl.cdiv(self.pixels, self.rows), add, (zero,) * count)
         return tuple(total.sum(0) for total in totals)
 
-    def each(self, write: Callable[..., None]) -> None:
-        """Calls `write` for all pixels."""
+    def each(self, write: Callable[[Any, Array], None]) -> None:
+        """Calls `write` for all pixels, with where they are, and a mask of them."""
         jax.lax.fori_loop(0, pl.cdiv(self.pixels, self.rows), lambda i, _: write(*self._pixels(i)), None)
 
     def mean_of_groups(self, x: Float[Array, "C"]) -> Float[Array, "C"]:
@@ -83,8 +83,10 @@ def read(ref: Any, at: Any, mask: Array) -> Float[Array, "P C"]:
 
 
 def forward_kernel(plan: Plan, x_ref: Any, shift_ref: Any, scale_ref: Any, bias_ref: Any, *refs: Any) -> None:
+    """Writes the output of a program's image and channels, and its groups' moments; see `forward`."""
     *keep, y_ref, mean_ref, rstd_ref = refs
-    tile = Tile(*x_ref.shape[1:], plan.num_groups)
+    _, pixels, channels = x_ref.shape
+    tile = Tile(pixels, channels, plan.num_groups)
     shift = tile.load_row(shift_ref)
     # Sums of differences from the first pixel: E[x^2] - E[x]^2 would lose the variance where the mean is large.
     pixel = triton.load(x_ref.at[0, 0, tile.channel], mask=tile.inside, other=0).astype(jnp.float32)
@@ -113,11 +115,13 @@ def forward_kernel(plan: Plan, x_ref: Any, shift_ref: Any, scale_ref: Any, bias_
 
 
 def gradient_kernel(plan: Plan, has_past: bool, *refs: Any) -> None:
+    """Writes the gradients of a program's image and channels; see `gradients`."""
     x_ref, shift_ref, scale_ref, bias_ref, mean_ref, rstd_ref, dy_ref, *others = refs
     *others, dx_ref, dshift_ref, dscale_ref, dbias_ref = others
     past_ref = others.pop() if has_past else None
     keep_ref = others.pop() if others else None
-    tile = Tile(*x_ref.shape[1:], plan.num_groups)
+    _, pixels, channels = x_ref.shape
+    tile = Tile(pixels, channels, plan.num_groups)
     scale, bias, rstd = tile.load(scale_ref), tile.load(bias_ref), tile.load_row(rstd_ref)
     centre = tile.load_row(shift_ref) - tile.load_row(mean_ref)
 
@@ -195,8 +199,8 @@ def gradients(
     Args:
       plan: what is computed.
       has_past: whether a gradient is given that is added to that by x.
-      x: as in `forward`; so are shift, scale and bias.
-      shift, scale, bias: see there.
+      x: as in `forward`.
+      shift, scale, bias: the same.
       mean, rstd: what `forward` returned.
       dy: the gradient by the output.
       *others: `forward`'s keep, if there is dropout; then the gradient to be added.

@@ -155,7 +155,7 @@ class FusedNorm(nn.Module):
         rate: float = 0.0,
         keep: Bool[Array, "B *space C"] | None = None,
     ) -> tuple[Float[Array, "B *space C"], Float[Array, "B *space C"]]:
-        """Returns x, to go past it, and what becomes of x + shift; dropout at a rate lets pass what `keep` is True of."""
+        """Returns x, to go past it, and what becomes of x + shift; dropout of a rate lets pass what `keep` has True."""
         scale, bias = norm_params(self, x.shape[-1], self.num_groups)
         shift = jnp.zeros((1, x.shape[-1])) if shift is None else shift
         return norm_silu_dropout(

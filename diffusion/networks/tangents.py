@@ -19,6 +19,7 @@ def make_tangent(
     count: int,
     push: Callable[..., list[Array]],
     pull: Callable[..., list[Array | None]],
+    outputs: Callable[..., list[Any]],
 ) -> Callable[..., list[Array]]:
     """Returns bind(*arrays, *tangents, **options) -> tangents of the outputs, differentiable in both modes.
 
@@ -28,6 +29,7 @@ def make_tangent(
       push: (*arrays, *tangents, **options) -> tangents of the outputs, in operations of JAX.
       pull: (cotangents of the outputs, *arrays, **options) -> gradients of the `count` inputs; a cotangent that is 0
         is None.
+      outputs: (*arrays, *tangents, **options) -> abstract values of what `push` returns, of those of its arguments.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -50,12 +52,8 @@ def make_tangent(
         outputs = jax.vmap(partial(push, **options), in_axes=tuple(axes))(*inputs)
         return outputs, [0] * len(outputs)
 
-    def abstract(*inputs: Any, **options: Any) -> list[Any]:
-        shapes = jax.eval_shape(partial(push, **options), *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs))
-        return [jax.core.ShapedArray(x.shape, x.dtype) for x in shapes]
-
     primitive.def_impl(push)
-    primitive.def_abstract_eval(abstract)
+    primitive.def_abstract_eval(outputs)
     ad.primitive_jvps[primitive] = jvp
     ad.primitive_transposes[primitive] = transpose
     batching.primitive_batchers[primitive] = batch
