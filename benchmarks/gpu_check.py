@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import make_parser, write_results
-from diffusion.networks import attention, group_norm
+from diffusion.networks import attention, fused_norm
+from diffusion.networks.group_norm import Plan, in_steps
 from diffusion.networks.mmdit import MMDiT
 from diffusion.networks.unet import UNet
 
@@ -81,7 +82,7 @@ def norm_errors(shape: tuple[int, int, int, float]) -> dict[str, Any]:
     inputs = (x, shift, scale, bias)
 
     def both(function: Any, dtype: Any) -> Any:
-        plan = group_norm.Plan(32, 1e-6, True, rate, dtype)
+        plan = Plan(32, 1e-6, True, rate, dtype)
         first, *others = (inputs[0].astype(dtype), *inputs[1:])
 
         def of(*inputs: jax.Array) -> Any:
@@ -92,13 +93,13 @@ def norm_errors(shape: tuple[int, int, int, float]) -> dict[str, Any]:
         return y, *pull((past.astype(dtype), dy.astype(dtype))), tangent
 
     def plain(plan: Any, x: jax.Array, *arrays: jax.Array) -> Any:
-        return x, group_norm.in_steps(plan, x, *arrays)
+        return x, in_steps(plan, x, *arrays)
 
-    found = jax.jit(lambda: both(group_norm.fused, jnp.bfloat16))()
+    found = jax.jit(lambda: both(fused_norm.fused, jnp.bfloat16))()
     expected = jax.jit(lambda: both(plain, jnp.float32))()
     names = ("output", "x", "shift", "scale", "bias", "forward mode")
     errors = {name: relative(a, b) for name, a, b in zip(names, found, expected, strict=True)}
-    return {"shape": shape, "fused": group_norm.fits(x), **errors}
+    return {"shape": shape, "fused": fused_norm.fits(x), **errors}
 
 
 def network_errors() -> dict[str, float]:

@@ -66,7 +66,7 @@ UNOPTIMIZED = (
     "attention", "autoencoder_experiment", "benchmarks", "buckets", "by_hand", "captions_experiment", "checked_first",
     "clip", "clip_weights", "demo_api", "demo_engine", "demo_page", "demo_requests", "demo_server", "distilled",
     "docs", "edit", "emoji", "evaluation_command", "experiments", "few_step_runs", "field_values", "flux2_pipeline",
-    "flux2_training", "formats", "group_norm", "hidden_words", "image_shapes", "keep", "lora", "meshes", "mmdit",
+    "flux2_training", "formats", "fused_norm", "hidden_words", "image_shapes", "keep", "lora", "meshes", "mmdit",
     "modes", "not_finite", "own_training", "policies", "pretrained_sd3", "prompts", "provenance", "refusals",
     "reports", "run", "scenes_experiment", "sd3", "sd3_text", "second_time", "space", "spine", "sweeps", "traps",
     "unet", "vae", "warm_start", "warnings", "weights",

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from diffusion.networks.attention import attention
-from diffusion.networks.group_norm import Plan, group_norm, norm_silu_dropout
+from diffusion.networks.fused_norm import norm_silu_dropout
+from diffusion.networks.group_norm import Plan, group_norm
 
 # Weights of the released DDPM code. Its "zero" layers have scale 1e-10; here they are exactly zero.
 ddpm_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")

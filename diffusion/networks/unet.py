@@ -94,7 +94,7 @@ class UNet(nn.Module):
       dtype: what convolutions and products compute in; parameters, normalisation statistics, softmax, the last layer
         and the output stay float32.
       remat: recomputes every block's activations in the backward pass.
-      fused_norms: normalisation, SiLU and dropout are one kernel on GPUs, see `group_norm`.
+      fused_norms: normalisation, SiLU and dropout are one kernel on GPUs, see `fused_norm`.
 
     Raises:
       ValueError: image sizes that the levels do not divide, an attention resolution that no level has, groups or heads

@@ -10,8 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, UInt8
 
 from diffusion.networks.group_norm import Plan
@@ -28,15 +26,20 @@ def channels_of(channels: int, groups: int) -> int:
 
 
 class Tile:
-    """The part of the images [B, P, C] that a program takes, and its loops over pixels."""
+    """The part of the images [B, P, C] that a program takes: its loops over pixels, what it reads and writes."""
 
     def __init__(self, pixels: int, channels: int, groups: int):
+        from jax.experimental import pallas
+        from jax.experimental.pallas import triton
+
+        self.memory: Any = triton
         self.pixels, self.size = pixels, channels // groups
         width = channels_of(channels, groups)
-        self.column = jnp.arange(pl.next_power_of_2(width))  # Triton's arrays have powers of two
+        self.column = jnp.arange(power_of_two(width))
         self.inside = self.column < width
-        self.channel = pl.program_id(1) * width + self.column
-        self.rows = min(PIXELS, pl.next_power_of_2(pixels))
+        self.channel = pallas.program_id(1) * width + self.column
+        self.rows = min(PIXELS, power_of_two(pixels))
+        self.turns = -(-pixels // self.rows)
 
     def sums(self, terms: Callable[[Any, Array], tuple[Array, ...]], count: int) -> tuple[Array, ...]:
         """Returns the sums over all pixels of `count` terms, which are given where pixels are, and a mask of them."""
@@ -47,12 +50,12 @@ class Tile:
 
         # Threads meet once, after the loop: each has sums of its own until then.
         zero = jnp.zeros((self.rows, *self.column.shape), jnp.float32)
-        totals = jax.lax.fori_loop(0, pl.cdiv(self.pixels, self.rows), add, (zero,) * count)
+        totals = jax.lax.fori_loop(0, self.turns, add, (zero,) * count)
         return tuple(total.sum(0) for total in totals)
 
     def each(self, write: Callable[[Any, Array], None]) -> None:
         """Calls `write` for all pixels, with where they are, and a mask of them."""
-        jax.lax.fori_loop(0, pl.cdiv(self.pixels, self.rows), lambda i, _: write(*self._pixels(i)), None)
+        jax.lax.fori_loop(0, self.turns, lambda i, _: write(*self._pixels(i)), None)
 
     def mean_of_groups(self, x: Float[Array, "C"]) -> Float[Array, "C"]:
         """Returns the mean of each channel's group."""
@@ -60,26 +63,30 @@ class Tile:
         share = jnp.where((group[:, None] == group) & self.inside, 1.0 / self.size, 0.0)
         return jnp.sum(share * x, axis=1)
 
-    def load(self, ref: Any) -> Float[Array, "C"]:
-        """Returns the numbers of an array [C]."""
-        return triton.load(ref.at[self.channel], mask=self.inside, other=0.0)
+    def read(self, ref: Any, at: Any, mask: Array) -> Float[Array, "P C"]:
+        """Returns pixels of an array [1, P, C], in float32."""
+        return self.memory.load(ref.at[at], mask=mask, other=0).astype(jnp.float32)
 
-    def load_row(self, ref: Any) -> Float[Array, "C"]:
-        """Returns the image's numbers of an array [1, C]."""
-        return triton.load(ref.at[0, self.channel], mask=self.inside, other=0.0)
+    def write(self, ref: Any, at: Any, mask: Array, x: Float[Array, "P C"]) -> None:
+        """Writes pixels of an array [1, P, C]."""
+        self.memory.store(ref.at[at], x.astype(ref.dtype), mask=mask)
 
-    def store_row(self, ref: Any, x: Float[Array, "C"]) -> None:
-        """Writes the image's numbers of an array [1, C]."""
-        triton.store(ref.at[0, self.channel], x, mask=self.inside)
+    def read_row(self, ref: Any, *at: int) -> Float[Array, "C"]:
+        """Returns the program's channels of an array [C], or of the row `at` of another, in float32."""
+        return self.memory.load(ref.at[(*at, self.channel)], mask=self.inside, other=0).astype(jnp.float32)
+
+    def write_row(self, ref: Any, x: Float[Array, "C"]) -> None:
+        """Writes the program's channels of an array [1, C]."""
+        self.memory.store(ref.at[0, self.channel], x, mask=self.inside)
 
     def _pixels(self, i: Array) -> tuple[Any, Array]:
         pixel = i * self.rows + jnp.arange(self.rows)
         return (0, pixel[:, None], self.channel[None, :]), (pixel < self.pixels)[:, None] & self.inside
 
 
-def read(ref: Any, at: Any, mask: Array) -> Float[Array, "P C"]:
-    """Returns some pixels of an array [1, P, C], in float32."""
-    return triton.load(ref.at[at], mask=mask, other=0).astype(jnp.float32)
+def power_of_two(size: int) -> int:
+    """Returns the least power of two that is not below `size`: the sizes of Triton's arrays."""
+    return 1 << (size - 1).bit_length()
 
 
 def forward_kernel(plan: Plan, x_ref: Any, shift_ref: Any, scale_ref: Any, bias_ref: Any, *refs: Any) -> None:
@@ -87,12 +94,12 @@ def forward_kernel(plan: Plan, x_ref: Any, shift_ref: Any, scale_ref: Any, bias_
     *keep, y_ref, mean_ref, rstd_ref = refs
     _, pixels, channels = x_ref.shape
     tile = Tile(pixels, channels, plan.num_groups)
-    shift = tile.load_row(shift_ref)
+    shift = tile.read_row(shift_ref, 0)
     # Sums of differences from the first pixel: E[x^2] - E[x]^2 would lose the variance where the mean is large.
-    pixel = triton.load(x_ref.at[0, 0, tile.channel], mask=tile.inside, other=0).astype(jnp.float32)
+    pixel = tile.read_row(x_ref, 0, 0)
 
     def moments(at: Any, mask: Array) -> tuple[Array, Array]:
-        difference = read(x_ref, at, mask) - pixel
+        difference = tile.read(x_ref, at, mask) - pixel
         return difference, jnp.square(difference)
 
     first, second = (total / tile.pixels for total in tile.sums(moments, 2))
@@ -100,18 +107,18 @@ def forward_kernel(plan: Plan, x_ref: Any, shift_ref: Any, scale_ref: Any, bias_
     mean = tile.mean_of_groups(mean_c)
     variance = tile.mean_of_groups(variance_c + jnp.square(mean_c - mean))
     rstd = jax.lax.rsqrt(variance + plan.epsilon)
-    gain = rstd * tile.load(scale_ref)
-    offset = tile.load(bias_ref) + (shift - mean) * gain
+    gain = rstd * tile.read_row(scale_ref)
+    offset = tile.read_row(bias_ref) + (shift - mean) * gain
 
     def write(at: Any, mask: Array) -> None:
-        y = read(x_ref, at, mask) * gain + offset
+        y = tile.read(x_ref, at, mask) * gain + offset
         y = y * jax.nn.sigmoid(y) if plan.silu else y
-        y = jnp.where(read(keep[0], at, mask) > 0, y * (1 / (1 - plan.rate)), 0.0) if keep else y
-        triton.store(y_ref.at[at], y.astype(y_ref.dtype), mask=mask)
+        y = jnp.where(tile.read(keep[0], at, mask) > 0, y * (1 / (1 - plan.rate)), 0.0) if keep else y
+        tile.write(y_ref, at, mask, y)
 
     tile.each(write)
-    tile.store_row(mean_ref, mean)
-    tile.store_row(rstd_ref, rstd)
+    tile.write_row(mean_ref, mean)
+    tile.write_row(rstd_ref, rstd)
 
 
 def gradient_kernel(plan: Plan, has_past: bool, *refs: Any) -> None:
@@ -122,14 +129,14 @@ def gradient_kernel(plan: Plan, has_past: bool, *refs: Any) -> None:
     keep_ref = others.pop() if others else None
     _, pixels, channels = x_ref.shape
     tile = Tile(pixels, channels, plan.num_groups)
-    scale, bias, rstd = tile.load(scale_ref), tile.load(bias_ref), tile.load_row(rstd_ref)
-    centre = tile.load_row(shift_ref) - tile.load_row(mean_ref)
+    scale, bias, rstd = tile.read_row(scale_ref), tile.read_row(bias_ref), tile.read_row(rstd_ref, 0)
+    centre = tile.read_row(shift_ref, 0) - tile.read_row(mean_ref, 0)
 
     def parts(at: Any, mask: Array) -> tuple[Array, Array]:
         """Returns what was normalised, and the gradient by what scale and bias made of it."""
-        normal, slope = (read(x_ref, at, mask) + centre) * rstd, read(dy_ref, at, mask)
+        normal, slope = (tile.read(x_ref, at, mask) + centre) * rstd, tile.read(dy_ref, at, mask)
         if keep_ref is not None:
-            slope = jnp.where(read(keep_ref, at, mask) > 0, slope * (1 / (1 - plan.rate)), 0.0)
+            slope = jnp.where(tile.read(keep_ref, at, mask) > 0, slope * (1 / (1 - plan.rate)), 0.0)
         if plan.silu:
             h = normal * scale + bias
             s = jax.nn.sigmoid(h)
@@ -147,13 +154,13 @@ def gradient_kernel(plan: Plan, has_past: bool, *refs: Any) -> None:
     def write(at: Any, mask: Array) -> None:
         normal, slope = parts(at, mask)
         dx = rstd * (scale * slope - along_mean - normal * along_normal)
-        dx = dx + read(past_ref, at, mask) if past_ref is not None else dx
-        triton.store(dx_ref.at[at], dx.astype(dx_ref.dtype), mask=mask)
+        dx = dx + tile.read(past_ref, at, mask) if past_ref is not None else dx
+        tile.write(dx_ref, at, mask, dx)
 
     tile.each(write)
-    tile.store_row(dscale_ref, dscale)
-    tile.store_row(dbias_ref, dbias)
-    tile.store_row(dshift_ref, rstd * (scale * dbias - tile.pixels * along_mean - normals * along_normal))
+    tile.write_row(dscale_ref, dscale)
+    tile.write_row(dbias_ref, dbias)
+    tile.write_row(dshift_ref, rstd * (scale * dbias - tile.pixels * along_mean - normals * along_normal))
 
 
 def forward(
@@ -213,13 +220,16 @@ def gradients(
 
 
 def _call(kernel: Any, plan: Plan, outputs: tuple[Any, ...], interpret: bool, *arrays: Array) -> Any:
+    from jax.experimental import pallas
+    from jax.experimental.pallas import triton
+
     batch, _, channels = arrays[0].shape
     specs = {
-        1: lambda x: pl.BlockSpec(x.shape, lambda b, c: (0,)),
-        2: lambda x: pl.BlockSpec((1, *x.shape[1:]), lambda b, c: (b, 0)),
-        3: lambda x: pl.BlockSpec((1, *x.shape[1:]), lambda b, c: (b, 0, 0)),
+        1: lambda x: pallas.BlockSpec(x.shape, lambda b, c: (0,)),
+        2: lambda x: pallas.BlockSpec((1, *x.shape[1:]), lambda b, c: (b, 0)),
+        3: lambda x: pallas.BlockSpec((1, *x.shape[1:]), lambda b, c: (b, 0, 0)),
     }
-    return pl.pallas_call(
+    return pallas.pallas_call(
         kernel,
         outputs,
         grid=(batch, channels // channels_of(channels, plan.num_groups)),

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from diffusion.networks import group_norm, group_norm_kernel
-from diffusion.networks.group_norm import Plan, fused, in_steps
+from diffusion.networks import fused_norm, norm_kernel
+from diffusion.networks.fused_norm import fused
+from diffusion.networks.group_norm import Plan, in_steps
 from diffusion.networks.layers import Attention, FusedNorm, ResidualBlock
 from diffusion.networks.unet import UNet
 from diffusion.training import make_mesh
@@ -36,9 +37,9 @@ def kernel(monkeypatch):
         return run
 
     for name in ("forward", "gradients"):
-        monkeypatch.setattr(group_norm_kernel, name, interpreted(name, getattr(group_norm_kernel, name)))
+        monkeypatch.setattr(norm_kernel, name, interpreted(name, getattr(norm_kernel, name)))
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, cuda, default: cuda(*arrays))
-    monkeypatch.setattr(group_norm, "has_kernels", lambda: True)
+    monkeypatch.setattr(fused_norm, "has_kernels", lambda: True)
     jax.clear_caches()
     yield calls
     jax.clear_caches()
@@ -190,7 +191,7 @@ def test_a_batch_that_devices_do_not_share_evenly_is_left_to_the_formulas(kernel
 
 def test_a_network_with_fused_norms_is_the_network(monkeypatch):
     """By the formulas, as on a machine without GPUs: every norm of it, dropout's draws, and all gradients."""
-    monkeypatch.setattr(group_norm, "has_kernels", lambda: False)
+    monkeypatch.setattr(fused_norm, "has_kernels", lambda: False)
     network = UNet(channels=8, multipliers=(1,), num_blocks=1, attention_resolutions=(8,), num_groups=4, dropout=0.5)
     fused_norms = network.clone(fused_norms=True)
     x, time = jax.random.normal(jax.random.key(0), (2, 8, 8, 3)), jnp.linspace(1, 100, 2)
