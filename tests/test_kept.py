@@ -30,7 +30,15 @@ def cache(tmp_path):
             yield tmp_path / "cache" / "steps"
 
 
-def start(workdir, loss=noisy_loss, num_devices=1, **changes):
+def kept_of(mesh, facts=None):
+    """What is kept of the run, as a new process finds it."""
+    kept = kept_program(mesh, DESCRIPTION["experiment"], DESCRIPTION["config"])
+    if kept is not None:
+        kept.compare(facts)
+    return kept
+
+
+def start(workdir, loss=noisy_loss, num_devices=1, facts=None, **changes):
     """Trains as a new process would, and returns the final state and how often the loss was traced before step 1."""
     workdir.mkdir(exist_ok=True)
     traced, traced_before = [], []
@@ -43,7 +51,7 @@ def start(workdir, loss=noisy_loss, num_devices=1, **changes):
     jax.clear_caches()
     mesh = make_mesh(num_devices)
     experiment = make_experiment(counted, **changes)
-    kept = kept_program(mesh, DESCRIPTION)
+    kept = kept_of(mesh, facts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             programs.Programs, "begin_to_confirm", lambda self: traced_before.append(len(traced)) or begin(self)
@@ -160,6 +168,14 @@ def test_after_a_change_of_sources_the_text_is_made_first(cache, tmp_path, monke
     assert_same_bits(third, first)
 
 
+def test_with_other_data_the_text_is_made_first(cache, tmp_path):
+    first, _ = start(tmp_path / "first", facts={"data": "one"})
+    second, traced = start(tmp_path / "second", facts={"data": "another"})
+    assert traced == 2
+    assert start(tmp_path / "third", facts={"data": "another"})[1] == 1
+    assert_same_bits(second, first)
+
+
 @pytest.mark.parametrize("content", [b"", b"no program"])
 def test_a_file_that_cannot_be_read_is_a_program_that_is_compiled(content, cache, tmp_path):
     first, _ = start(tmp_path / "first")
@@ -175,7 +191,7 @@ def test_a_batch_of_another_shape_is_compiled_for(cache, tmp_path):
         return ({"x": batch["x"][:8]} for batch in batches_from(start_step))
 
     start(tmp_path / "first")
-    mesh, kept = make_mesh(1), kept_program(make_mesh(1), DESCRIPTION)
+    mesh, kept = make_mesh(1), kept_of(make_mesh(1))
     (tmp_path / "half").mkdir()
     experiment = make_experiment(batches=half, batch_size=8)
     state = train(experiment, settings(), workdir=tmp_path / "half", mesh=mesh, description=DESCRIPTION, kept=kept)
@@ -229,7 +245,7 @@ def scaled_loss(factor, params, batch, key):
 def test_nothing_is_kept_where_jax_keeps_nothing(monkeypatch):
     values = {**jax.config.values, "jax_compilation_cache_dir": None}
     monkeypatch.setattr(type(jax.config), "values", property(lambda self: values))
-    assert kept_program(make_mesh(1), DESCRIPTION) is None
+    assert kept_of(make_mesh(1)) is None
 
 
 def test_sources_are_files_that_are_worked_on(tmp_path, monkeypatch):

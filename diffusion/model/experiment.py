@@ -241,6 +241,7 @@ def make_experiment(
     mesh: Mesh,
     examples: Sequence[str] = (),
     references: Sequence[np.ndarray] = (),
+    known: bool = False,
 ) -> Experiment:
     """Returns the experiment of `config` on the images of `source`.
 
@@ -251,6 +252,8 @@ def make_experiment(
       mesh: the devices.
       examples: prompts that the previews show in turn.
       references: pictures that these edit, uint8 [len(examples), h, w, C] each.
+      known: whether all of these are known to fit together, as where the same was begun before: the sampler is not
+        traced to see that it does.
 
     Raises:
       ValueError: whatever does not fit together; nothing has been allocated or written by then.
@@ -271,9 +274,10 @@ def make_experiment(
     generate = make_generate(shown, make_sampling(config, model.process), mesh)
     rows = model.condition.read(preview_requests(model.condition, max(num_previews, mesh.size), examples))
     away = rows_away(model.condition, rows)
-    shapes = jax.eval_shape(learner.init, run_key(config.seed, "init"))
-    state_shardings(mesh, shapes, learner.rules)
     seen = [picture[np.arange(len(rows)) % len(picture)] for picture in references]
-    jax.eval_shape(partial(generate, references=seen), shapes, rows, away, np.uint32(0), np.arange(len(rows)))
+    if not known:
+        shapes = jax.eval_shape(learner.init, run_key(config.seed, "init"))
+        state_shardings(mesh, shapes, learner.rules)
+        jax.eval_shape(partial(generate, references=seen), shapes, rows, away, np.uint32(0), np.arange(len(rows)))
     num_shapes = max(1, len(source.parts))
     return learner._replace(batches=batches, preview=preview if num_previews else None, num_shapes=num_shapes)

@@ -34,6 +34,8 @@ from diffusion.training.started import process_start
 from diffusion.training.workdir import check_same_data
 from diffusion.training.writers import MakeWriter, tensorboard
 
+# Of a description, what the step of a config depends on.
+FACTS = ("image_shape", "num_classes", "data", "condition", "space", "frozen", "teacher")
 NUM_EXAMPLES = 24  # captions of the training set that previews show where the experiment has no examples
 
 
@@ -43,6 +45,7 @@ def run_training(call: Call) -> None:
     check_length(call.workdir, call.config.training.num_steps)
     if call.config.evaluation.after_training:
         (call.task.ready or ready)(call)
+    kept = training.kept_program(call.mesh, call.task.name, plain(call.config))
     source = call.task.read(call.config, TRAIN)
     origin = None if call.stored else asked_origin(call.flags, call.config)
     vocabulary = [] if call.stored else list(call.task.vocabulary(call.config, source))
@@ -59,6 +62,7 @@ def run_training(call: Call) -> None:
         origin,
         writers=writers,
         started=process_start(),
+        kept=kept,
     )
     if call.config.evaluation.after_training:
         evaluate(call, run)
@@ -117,7 +121,8 @@ def train_run(
     config = settle(config, workdir, stored, init_from, origin)
     vocabulary = words_of_captions(config, source) if source.captions and not stored else []
     mesh = make_mesh(num_devices, config.training.get("mesh", ""))
-    return train_on(name, config, source, workdir, mesh, stored, vocabulary, (), origin, optimizer, writers)
+    kept = training.kept_program(mesh, name, plain(config))
+    return train_on(name, config, source, workdir, mesh, stored, vocabulary, (), origin, optimizer, writers, kept=kept)
 
 
 def with_given(config: Config) -> Config:
@@ -150,24 +155,27 @@ def train_on(
     optimizer: optax.GradientTransformation | None = None,
     writers: Sequence[MakeWriter] = (tensorboard,),
     started: float | None = None,
+    kept: training.Kept | None = None,
 ) -> Run:
     """Trains `config` on `source` in `workdir`.
 
     `stored` is the description of the run there, None for a new one, which begins with the weights of `origin`;
-    `started` is that of `training.train`.
+    `started` and `kept` are those of `training.train`.
     """
     if (config.optimizer.name == GIVEN) != (optimizer is not None):
         raise ValueError("optimizer.name=given is one that Python passes: diffusion.train(..., optimizer=...)")
     model, description = describe(name, config, source, stored, vocabulary, origin)
     for line in warnings_of_training(config, model):
         logging.warning(line)
-    kept = training.kept_program(mesh, description)
+    if kept is not None:
+        kept.compare({fact: description.get(fact) for fact in FACTS})
     begun: dict[str, Any] = {}
     examples = examples or spread_captions(source, NUM_EXAMPLES)
     if stored is None:
         begun, about = first_weights(config, model, origin, mesh)
         description |= about | ({"examples": list(examples)} if examples else {})
-    experiment = prepare(config, model, source, workdir, mesh, stored, examples, begun)
+    known = kept is not None and kept.trusted
+    experiment = prepare(config, model, source, workdir, mesh, stored, examples, begun, known)
     if optimizer is not None:
         experiment = experiment._replace(optimizer=optimizer)
     settings = make_settings(config)
@@ -227,10 +235,12 @@ def prepare(
     stored: Any,
     examples: Sequence[str],
     begun: dict[str, Any],
+    known: bool = False,
 ) -> Experiment:
     """Returns the experiment on `source`, read with what the space and the condition need.
 
-    `begun` are the groups of parameters that a run which starts, whose `stored` is None, begins with.
+    `begun` are the groups of parameters that a run which starts, whose `stored` is None, begins with. `known` is that
+    of `make_experiment`.
     """
 
     @cache
@@ -257,7 +267,7 @@ def prepare(
             source = each_part(source, lambda part: prompts.with_features(part, model.condition, text))
         else:
             source = each_part(source, lambda part: with_text(part, model.condition.read))
-    return make_experiment(config, model, source, mesh, examples, references)._replace(begun=begun)
+    return make_experiment(config, model, source, mesh, examples, references, known)._replace(begun=begun)
 
 
 def refuse_changes(config: Config, what: str, remedy: str) -> None:

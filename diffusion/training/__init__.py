@@ -18,7 +18,7 @@ from diffusion.training.experiment import (
     init_state,
     run_key,
 )
-from diffusion.training.kept import kept_program
+from diffusion.training.kept import Kept, kept_program
 from diffusion.training.loop import abstract_train_state, train
 from diffusion.training.settings import Settings
 from diffusion.training.sharding import batch_sharding, make_mesh, on_mesh, place_batch, state_shardings
@@ -28,6 +28,7 @@ from diffusion.training.weights import check_finite, digest
 __all__ = [
     "Checkpoints",
     "Experiment",
+    "Kept",
     "Loss",
     "Mean",
     "Rules",

@@ -2,8 +2,9 @@
 
 JAX's compilation cache finds a program by its text, so a start with it traces and lowers the step first, and then has
 XLA load the program: most of a second start. Here the two are files beside that cache, in its folder "steps": of every
-run, by its config and devices, a line with the name of the program that it began with the last time, and of what
-sources; and the programs, by their text. `programs` uses both. JAX_ENABLE_COMPILATION_CACHE=0 turns them off as well.
+run, by its config and devices, a line with the name of the program that it began with the last time, and a digest of
+the sources and the data then; and the programs, by their text. `programs` uses both. JAX_ENABLE_COMPILATION_CACHE=0
+turns them off as well.
 """
 
 import contextlib
@@ -27,7 +28,6 @@ import jax
 from jax.sharding import Mesh
 
 from diffusion.files import replacing
-from diffusion.training.description import Description
 
 MOST = 16  # programs, of some megabytes each
 
@@ -57,28 +57,36 @@ class Kept:
     Args:
       folder: of the files.
       run: the name of the run's line.
-      sources: a digest of the code.
       system: what a program depends on beside its text.
       mesh: the devices that the program is for.
 
     Attributes:
-      trusted: whether the program's sources are today's, so that the program is in all likelihood, too.
+      trusted: whether sources and data are those of the last start, see `compare`, so that the program is in all
+        likelihood, too, and what fitted together then does now.
       unconfirmed: whether steps are being computed with the program, and it is not known yet to be that of the code.
     """
 
-    def __init__(self, folder: Path, run: str, sources: str, system: str, mesh: Mesh):
+    def __init__(self, folder: Path, run: str, system: str, mesh: Mesh):
         self._folder = folder
         self._line = folder / f"{run}.json"
-        self._sources = sources
         self._system = system
         self._devices = list(mesh.devices.flat)
-        line: dict[str, str] = {}
+        self._stored: dict[str, str] = {}
         with contextlib.suppress(OSError, ValueError):
-            line = json.loads(self._line.read_text())
-        self._name = line.get("program", "")
-        self.trusted = line.get("sources") == sources and self._path(self._name).exists()
-        self.unconfirmed = False
+            self._stored = dict(json.loads(self._line.read_text()))
+        self._name = self._stored.get("program", "")
+        self._origin = ""
+        self.trusted = self.unconfirmed = False
         self._loading = in_thread(partial(self._load, self._name))
+
+    def compare(self, facts: Any) -> None:
+        """Finds out whether the program is to be trusted.
+
+        Args:
+          facts: JSON, what the step depends on beside the config and the code: the data, and what was read of it.
+        """
+        self._origin = name_of(digest_of_sources(), facts)
+        self.trusted = self._stored.get("origin") == self._origin and self._path(self._name).exists()
 
     def program(self) -> jax.stages.Compiled | None:
         """Returns the program of the last start; None where there is none."""
@@ -140,21 +148,22 @@ class Kept:
                 with replacing(self._path(name)) as temporary:
                     temporary.write_bytes(content)
             with replacing(self._line) as temporary:
-                temporary.write_text(json.dumps({"program": name, "sources": self._sources}))
+                temporary.write_text(json.dumps({"program": name, "origin": self._origin}))
             programs = sorted(self._folder.glob("*.program"), key=lambda file: file.stat().st_mtime)
             for old in programs[:-MOST]:
                 old.unlink(missing_ok=True)
 
 
-def kept_program(mesh: Mesh, description: Description) -> Kept | None:
-    """Returns what is kept of a run, and begins to load it.
+def kept_program(mesh: Mesh, experiment: str, config: Any) -> Kept | None:
+    """Returns what is kept of a run, and begins to load it; `Kept.compare` is to be called before it is used.
 
     None where JAX keeps no programs on this machine's disk, and for several processes, which compile together: one that
     found its program would leave the others waiting.
 
     Args:
       mesh: the devices.
-      description: of the run, see `loop.train`.
+      experiment: its name.
+      config: of the run, plain JSON.
     """
     settings = jax.config.values
     folder = settings["jax_compilation_cache_dir"]
@@ -168,8 +177,7 @@ def kept_program(mesh: Mesh, description: Description) -> Kept | None:
         [devices[0].client.platform_version, processor()],
         [dict(mesh.shape), [[device.id, device.device_kind] for device in devices]],
     )
-    run = name_of(system, description["experiment"], description["config"])
-    return Kept(Path(folder) / "steps", run, digest_of_sources(), system, mesh)
+    return Kept(Path(folder) / "steps", name_of(system, experiment, config), system, mesh)
 
 
 def name_of(*parts: Any) -> str:
