@@ -158,16 +158,29 @@ def test_a_target_is_for_checks(tmp_path):
         make_call(digits.TASK, "digits", tmp_path, "--mode=sample", "--target=h100")
 
 
-@pytest.mark.parametrize("spec", ["h100:2", "v5e:2x2"])
-def test_a_tiny_step_compiles_for_a_machine_that_is_not_there(tmp_path, spec):
-    platform = parse_target(spec).chip.platform
-    if missing := [name for name in PLUGINS[platform] if not is_installed(name)]:
+def check_for(spec: str, folder: Path, *arguments: str) -> dict:
+    """Compiles a run's step for a machine in a process of its own, as a user does, and returns what it reports."""
+    if missing := [name for name in PLUGINS[parse_target(spec).chip.platform] if not is_installed(name)]:
         pytest.skip(f"{missing[0]} is not installed: pip install 'diffusion-jax[aot]'")
-    command = [sys.executable, "-m", "experiments.scenes", "--mode=check", f"--target={spec}", f"--workdir={tmp_path}"]
-    command += [*SMALL_TEXT, "--config.optimizer.name=adam", "--config.training.ema_profiles=()"]
+    command = [sys.executable, "-m", *arguments, "--mode=check", f"--target={spec}", f"--workdir={folder}"]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("fits: ")
-    found = json.loads((tmp_path / "check" / f"{spec.replace(':', '_')}.json").read_text())
+    return json.loads((folder / "check" / f"{spec.replace(':', '_')}.json").read_text())
+
+
+@pytest.mark.parametrize("spec", ["h100:2", "v5e:2x2"])
+def test_a_tiny_step_compiles_for_a_machine_that_is_not_there(tmp_path, spec):
+    changes = (*SMALL_TEXT, "--config.optimizer.name=adam", "--config.training.ema_profiles=()")
+    found = check_for(spec, tmp_path, "experiments.scenes", *changes)
     assert found["kernels"]["in all"]["count"] > 50 and "all-reduce" in found["collectives"]
+
+
+def test_fused_norms_are_kernels_on_every_gpu_of_a_mesh(tmp_path):
+    """Of each norm a kernel and its gradient's, and no device gathers the others' images for them."""
+    changes = (*SMALL, "--config.network.fused_norms=True", "--config.network.dtype=bfloat16")
+    found = check_for("h100:2", tmp_path, "experiments.digits", *changes)
+    norms = 5 * 2 + 1 + 1  # two in a block, attention's, the last one
+    assert found["kernels"]["custom"]["count"] == 2 * norms
+    assert set(found["collectives"]) == {"all-reduce"}
