@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from diffusion.networks.attention import attention
-from diffusion.networks.fused_norm import norm_silu_dropout
+from diffusion.networks.fused_norm import BATCH, norm_silu_dropout
 from diffusion.networks.group_norm import Plan, group_norm
 
 # Weights of the released DDPM code. Its "zero" layers have scale 1e-10; here they are exactly zero.
@@ -321,4 +321,4 @@ def cut_along_batch(x: Float[Array, "B *shape"]) -> Float[Array, "B *shape"]:
     if sizes.get("fsdp", 1) == 1:
         return x
     free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp"), *free))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH, *free))
