@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What is to be known of a GPU, within ten minutes: are its numbers right, and how fast are the exact U-Net and an MM-DiT
-# beside compiled PyTorch? Results go to the folder that is named, benchmarks/results by default.
+# beside compiled PyTorch? Results go to the folder that is named, benchmarks/results by default. Which cut of the fused
+# norms is best is asked of benchmarks.norms.
 #
 #     benchmarks/on_gpu.sh [FOLDER]        PYTHON=... names the interpreter, PEER=... one with torch and diffusers
 set -uo pipefail
