@@ -30,11 +30,10 @@ from experiments import cifar10
     ],
 )
 def test_eps_is_refused_where_sampling_begins_with_noise_alone(kinds, kind, changes, tmp_path, untrained, refused):
-    flags = [flag for flag in kinds[kind].flags if not flag.startswith("--config.process.")]  # another process here
-    call = kinds[kind].call(tmp_path / "run", *flags, *changes)
+    call = kinds[kind].call(tmp_path / "run", *kinds[kind].flags, *changes)
     refused("loss.prediction=eps holds no image where sampling begins, .* predict v, velocity or x_0", lambda: do(call))
     with pytest.raises(Begun):  # what holds one there
-        do(kinds[kind].call(tmp_path / "run", *flags, *changes, "--config.loss.prediction=v"))
+        do(kinds[kind].call(tmp_path / "run", *kinds[kind].flags, *changes, "--config.loss.prediction=v"))
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
