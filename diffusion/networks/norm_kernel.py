@@ -2,6 +2,9 @@
 
 A program takes one image and some of its groups. It reads them twice, the second time out of the GPU's cache: first
 for sums over the pixels, then for what it writes. The formulas are `group_norm.in_steps`'s, in float32.
+
+JAX 0.11 still has Pallas's way to Triton, and warns that a later version will not: then these kernels are to be written
+for Mosaic GPU, or called through jax_triton.
 """
 
 from collections.abc import Callable
