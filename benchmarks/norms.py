@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 from benchmarks.common import make_parser, take_turns, write_results
 from diffusion.networks import norm_kernel
-from diffusion.networks.fused_norm import fused
-from diffusion.networks.group_norm import Plan, in_steps
+from diffusion.networks.fused_norm import fused, unfused
+from diffusion.networks.group_norm import Plan
 from diffusion.networks.layers import FusedNorm
 from diffusion.networks.unet import UNet
 
@@ -67,7 +67,7 @@ def timer(case: Case, batch: int, count: int, training: bool, kernel: bool) -> C
     keep = [jnp.ones(shape, jnp.uint8)] if case.rate else []
 
     def norm(x: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return fused(plan, x, *arrays, *keep) if kernel else (x, in_steps(plan, x, *arrays, *keep))
+        return (fused if kernel else unfused)(plan, x, *arrays, *keep)
 
     def once(_: Any, carry: Any) -> Any:
         x, shift, scale, bias = carry

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 import diffusion
-from benchmarks import common, compare, few_step, norms, processes, samplers, saving, scenes, soak, turns
+from benchmarks import common, compare, few_step, processes, samplers, saving, scenes, soak, turns
 from diffusion.data.sources import digits
-from diffusion.networks.unet import UNet
 from diffusion.training.workdir import flatten
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -227,25 +226,6 @@ def test_nothing_is_written_without_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert json.loads(common.write_results(None, {"x": 1}))["x"] == 1
     assert not list(tmp_path.iterdir())
-
-
-def test_every_norm_of_a_network_is_timed_by_steps_and_by_each_cut_of_the_kernel():
-    network = UNet(channels=8, multipliers=(1,), num_blocks=1, attention_resolutions=(), num_groups=4, fused_norms=True)
-    cases = norms.norms_of(network, 4)
-    # Of five blocks, attention in the middle and the end; the blocks of the way up read the joined skips.
-    assert cases == {
-        norms.Case(16, 8, 4, True, 0.0): 3 + 1,
-        norms.Case(16, 16, 4, True, 0.0): 2,
-        norms.Case(16, 8, 4, True, 0.1): 5,
-        norms.Case(16, 8, 4, False, 0.0): 1,
-    }
-    before = norms.norm_kernel.PIXELS
-    found = norms.measure(cases, batch=2, settings=[(8, 16, 4)], count=2, rounds=1)
-    assert before == norms.norm_kernel.PIXELS
-    for what in ("forward", "training"):
-        assert set(found[what]["a step"]) == {"steps", "kernel 8, 16, 4"}
-        total = sum(row["number"] * row["milliseconds"]["steps"] for row in found[what]["norms"])
-        assert found[what]["a step"]["steps"] == pytest.approx(total, abs=12 * 1e-4)
 
 
 def test_turns_are_taken_in_both_orders():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks import norms
 from diffusion.networks import fused_norm, norm_kernel
 from diffusion.networks.fused_norm import fused
 from diffusion.networks.group_norm import Plan, in_steps
@@ -18,9 +19,15 @@ from diffusion.networks.unet import UNet
 from diffusion.training import make_mesh
 from diffusion.training.sharding import on_mesh
 
-# Pixels: some whole turns of the kernel's loop, a part of one, and less than one. Channels of a program: a power of two
-# or not, all or a part.
-SHAPES = [((2, 64, 128), 32, 0.1), ((2, 49, 24), 4, 0.0), ((1, 100, 384), 32, 0.3), ((3, 16, 96), 8, 0.0)]
+# Pixels: some whole turns of the kernel's loop, a part of one, less than one, and one pixel. Channels of a program: a
+# power of two or not, all or a part. Dropout: of some, of none, of all.
+SHAPES = [
+    ((2, 64, 128), 32, 0.1),
+    ((2, 49, 24), 4, 0.0),
+    ((1, 100, 384), 32, 0.3),
+    ((3, 16, 96), 8, 1.0),
+    ((2, 1, 8), 2, 0.0),
+]
 EPS = 2.0**-24
 
 
@@ -123,6 +130,7 @@ def test_forward_mode_and_a_gradient_through_it(kernel):
 
     expected = loss(lambda x: in_steps(plan, x, *inputs[1:], *keep))
     found = loss(lambda x: fused(plan, x, *inputs[1:], *keep)[1])
+    # Means of 2,352 numbers, each off by some 32 roundings: sqrt(2352) 32 2^-24.
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
@@ -161,6 +169,7 @@ def test_a_layer_with_fused_norms_is_the_layer(kernel, name):
     chex.assert_trees_all_equal_shapes(filled(other, *inputs), params)
     expected, found = (jax.jit(with_gradient(one, *inputs, dropout=dropout))(params, *inputs) for one in (layer, other))
     assert {"forward", "gradients"} <= set(kernel)
+    # Sums over at most 1,024 numbers, each off by some 5 roundings: sqrt(1024) 5 2^-24.
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5 * scale)
 
@@ -178,6 +187,14 @@ def test_devices_normalise_their_own_images(kernel):
     expected, found = jax.jit(step)(params, *inputs), compiled(whole, *placed)
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_dropouts_rate_and_what_it_lets_pass_are_given_together():
+    layer, x = FusedNorm(num_groups=4), jnp.ones((1, 4, 4, 8))
+    variables = {"params": filled(layer, x)}
+    for told in ({"rate": 0.5}, {"keep": jnp.ones(x.shape, bool)}):
+        with pytest.raises(ValueError, match="are given together, or neither"):
+            layer.apply(variables, x, None, **told)
 
 
 def test_a_batch_that_devices_do_not_share_evenly_is_left_to_the_formulas(kernel):
@@ -209,3 +226,22 @@ def test_a_network_with_fused_norms_is_the_network(monkeypatch):
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5 * scale)
     count = str(jax.make_jaxpr(lambda p: fused_norms.apply({"params": p}, x, time))(params)).count(" rsqrt ")
     assert count == str(jax.make_jaxpr(lambda p: network.apply({"params": p}, x, time))(params)).count(" rsqrt ")
+
+
+def test_every_norm_of_a_network_is_timed_by_steps_and_by_each_cut_of_the_kernel():
+    network = UNet(channels=8, multipliers=(1,), num_blocks=1, attention_resolutions=(), num_groups=4, fused_norms=True)
+    cases = norms.norms_of(network, 4)
+    # Of five blocks, attention in the middle and the end; the blocks of the way up read the joined skips.
+    assert cases == {
+        norms.Case(16, 8, 4, True, 0.0): 3 + 1,
+        norms.Case(16, 16, 4, True, 0.0): 2,
+        norms.Case(16, 8, 4, True, 0.1): 5,
+        norms.Case(16, 8, 4, False, 0.0): 1,
+    }
+    before = norms.norm_kernel.PIXELS
+    found = norms.measure(cases, batch=2, settings=[(8, 16, 4)], count=2, rounds=1)
+    assert before == norms.norm_kernel.PIXELS
+    for what in ("forward", "training"):
+        assert set(found[what]["a step"]) == {"steps", "kernel 8, 16, 4"}
+        total = sum(row["number"] * row["milliseconds"]["steps"] for row in found[what]["norms"])
+        assert found[what]["a step"]["steps"] == pytest.approx(total, abs=12 * 1e-4)

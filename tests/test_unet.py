@@ -308,6 +308,7 @@ def test_centred_images(params, inputs, apply):
         ({"channels": 5}, (8, 8), "even width"),
         ({"num_classes": None}, (8, 8), "labels were given .* set num_classes"),
         ({"up_attention_resolutions": (16,)}, (8, 8), r"\[16\] are at no level"),
+        ({"fused_norms": True, "scale_shift": True}, (8, 8), "no kernel for the blocks of scale_shift"),
         ({"head_channels": (8, 8)}, (8, 8), r"head_channels \[8, 8\] must be one width, or 3"),
     ],
 )

@@ -42,11 +42,16 @@ def norm_silu_dropout(
       bias: added to that.
       keep: what dropout lets pass; None for all.
       plan: the rest.
+
+    Raises:
+      ValueError: a rate of dropout without what it lets pass, or the other way round.
     """
+    if (keep is not None) != (plan.rate > 0):
+        raise ValueError(f"dropout of a rate of {plan.rate:g} and what it lets pass are given together, or neither")
     shift = jnp.broadcast_to(shift.astype(jnp.float32), (x.shape[0], x.shape[-1]))
     flat = (x.shape[0], -1, x.shape[-1])
     mask = () if keep is None else (keep.reshape(flat).astype(jnp.uint8),)
-    function = _traced_once if fits(x) else _in_steps
+    function = _traced_once if fits(x) else unfused
     same, y = function(plan, x.reshape(flat), shift, scale, bias, *mask)
     return same.reshape(x.shape), y.reshape(x.shape)
 
@@ -57,7 +62,8 @@ def fits(x: Array) -> bool:
     return has_kernels() and x.shape[0] % (sizes.get("data", 1) * sizes.get("fsdp", 1)) == 0
 
 
-def _in_steps(plan: Plan, x: Array, *arrays: Array) -> tuple[Array, Array]:
+def unfused(plan: Plan, x: Array, *arrays: Array) -> tuple[Array, Array]:
+    """Returns what `fused` does, by the formulas."""
     return x, in_steps(plan, x, *arrays)
 
 

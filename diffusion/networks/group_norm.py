@@ -27,6 +27,11 @@ class Plan(NamedTuple):
     rate: float
     dtype: Any
 
+    @property
+    def gain(self) -> float:
+        """What dropout multiplies by what it lets pass; of a rate of 1 that is nothing."""
+        return 1 / (1 - self.rate) if self.rate < 1 else 0.0
+
 
 def group_norm(
     x: Float[Array, "B *space C"], scale: Channels, bias: Channels, num_groups: int, epsilon: float
@@ -55,5 +60,5 @@ def in_steps(plan: Plan, x: Array, shift: Array, scale: Array, bias: Array, *kee
     y = group_norm(x.astype(jnp.float32) + shift[:, None], scale, bias, plan.num_groups, plan.epsilon)
     y = jax.nn.silu(y) if plan.silu else y
     for mask in keep:
-        y = jnp.where(mask > 0, y / (1 - plan.rate), 0.0)
+        y = jnp.where(mask > 0, y * plan.gain, 0.0)
     return y.astype(plan.dtype)

@@ -103,7 +103,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], apart: bool = False) -> Any:
-        """Returns the convolution plus the bias, computed in `dtype`; or both, not added, if they are asked `apart`."""
+        """Returns the convolution plus the bias, computed in `dtype`; or both, not added, if asked `apart`."""
         kernel = self.param("kernel", self.kernel_init, (self.size, self.size, x.shape[-1], self.channels), jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if self.size == self.stride == 1:
@@ -113,10 +113,10 @@ class Conv(nn.Module):
             strides = (self.stride, self.stride)
             padding = "SAME" if self.padding is None else ((self.padding, self.padding),) * 2
             y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        if not self.use_bias:
-            return y
-        bias = self.param("bias", zeros_init, (self.channels,), jnp.float32)
-        return (y, bias) if apart else y + bias.astype(self.dtype)
+        bias = self.param("bias", zeros_init, (self.channels,), jnp.float32) if self.use_bias else None
+        if apart:
+            return y, bias
+        return y if bias is None else y + bias.astype(self.dtype)
 
 
 class GroupNorm(nn.Module):

@@ -116,7 +116,7 @@ def forward_kernel(plan: Plan, x_ref: Any, shift_ref: Any, scale_ref: Any, bias_
     def write(at: Any, mask: Array) -> None:
         y = tile.read(x_ref, at, mask) * gain + offset
         y = y * jax.nn.sigmoid(y) if plan.silu else y
-        y = jnp.where(tile.read(keep[0], at, mask) > 0, y * (1 / (1 - plan.rate)), 0.0) if keep else y
+        y = jnp.where(tile.read(keep[0], at, mask) > 0, y * plan.gain, 0.0) if keep else y
         tile.write(y_ref, at, mask, y)
 
     tile.each(write)
@@ -139,7 +139,7 @@ def gradient_kernel(plan: Plan, has_past: bool, *refs: Any) -> None:
         """Returns what was normalised, and the gradient by what scale and bias made of it."""
         normal, slope = (tile.read(x_ref, at, mask) + centre) * rstd, tile.read(dy_ref, at, mask)
         if keep_ref is not None:
-            slope = jnp.where(tile.read(keep_ref, at, mask) > 0, slope * (1 / (1 - plan.rate)), 0.0)
+            slope = jnp.where(tile.read(keep_ref, at, mask) > 0, slope * plan.gain, 0.0)
         if plan.silu:
             h = normal * scale + bias
             s = jax.nn.sigmoid(h)

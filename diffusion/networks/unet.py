@@ -94,11 +94,13 @@ class UNet(nn.Module):
       dtype: what convolutions and products compute in; parameters, normalisation statistics, softmax, the last layer
         and the output stay float32.
       remat: recomputes every block's activations in the backward pass.
-      fused_norms: normalisation, SiLU and dropout are one kernel on GPUs, see `fused_norm`.
+      fused_norms: normalisation, SiLU and dropout are one kernel on GPUs, see `fused_norm`; not in blocks that change
+        the resolution, nor before attention to a text.
 
     Raises:
       ValueError: image sizes that the levels do not divide, an attention resolution that no level has, groups or heads
-        that do not divide the channels, or labels without `num_classes`.
+        that do not divide the channels, labels without `num_classes`, or fused norms of blocks that the embedding
+        scales and shifts.
     """
 
     channels: int = 128
@@ -265,6 +267,8 @@ class UNet(nn.Module):
     ) -> None:
         if next_time is not None and not self.two_times:
             raise ValueError("next_time was given to a U-Net of one time: set two_times")
+        if self.fused_norms and self.scale_shift:
+            raise ValueError("fused_norms has no kernel for the blocks of scale_shift: leave one of them out")
         height, width = x_t.shape[1:3]
         divisor = 2 ** (num_levels - 1)
         if height % divisor or width % divisor:
