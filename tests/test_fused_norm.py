@@ -192,9 +192,9 @@ def test_devices_normalise_their_own_images(kernel):
 def test_dropouts_rate_and_what_it_lets_pass_are_given_together():
     layer, x = FusedNorm(num_groups=4), jnp.ones((1, 4, 4, 8))
     variables = {"params": filled(layer, x)}
-    for told in ({"rate": 0.5}, {"keep": jnp.ones(x.shape, bool)}):
+    for rate, keep in ((0.5, None), (0.0, jnp.ones(x.shape, bool))):
         with pytest.raises(ValueError, match="are given together, or neither"):
-            layer.apply(variables, x, None, **told)
+            layer.apply(variables, x, None, rate, keep)
 
 
 def test_a_batch_that_devices_do_not_share_evenly_is_left_to_the_formulas(kernel):

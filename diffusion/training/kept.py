@@ -18,20 +18,18 @@ import sys
 import sysconfig
 import threading
 import zlib
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from diffusion.files import replacing
+from diffusion.training.threads import in_thread
 
 MOST = 16  # programs, of some megabytes each
 
-T = TypeVar("T")
 _written = threading.local()  # count: of the programs that this thread compiled and JAX wrote to its cache
 
 
@@ -41,14 +39,6 @@ def _count_written(event: str, **_: Any) -> None:
 
 
 jax.monitoring.register_event_listener(_count_written)
-
-
-def in_thread(work: Callable[[], T]) -> Future[T]:
-    """Begins some work, and returns its result to come, or its error."""
-    threads = ThreadPoolExecutor(1)
-    result = threads.submit(work)
-    threads.shutdown(wait=False)
-    return result
 
 
 class Kept:

@@ -23,7 +23,7 @@ from diffusion.training.errors import one_line
 from diffusion.training.experiment import Batch, Experiment, TrainState, averaged, init_state
 from diffusion.training.health import Watch
 from diffusion.training.interrupt import StopSignal
-from diffusion.training.kept import Kept, in_thread
+from diffusion.training.kept import Kept
 from diffusion.training.lock import sole_run
 from diffusion.training.loggers import Loggers
 from diffusion.training.processes import meet
@@ -31,6 +31,7 @@ from diffusion.training.programs import Programs, StaleProgramError
 from diffusion.training.settings import Settings, check_settings, is_due, refuse_shorter
 from diffusion.training.sharding import on_mesh, place_batch, state_shardings
 from diffusion.training.step import Report, make_train_step, starts_interval
+from diffusion.training.threads import in_thread
 from diffusion.training.weights import check_finite
 from diffusion.training.workdir import check, check_same_data, check_same_run, claim, recorded_config
 from diffusion.training.writers import MakeWriter, tensorboard

@@ -14,7 +14,8 @@ import jax
 
 from diffusion.training.errors import RunError
 from diffusion.training.experiment import Batch
-from diffusion.training.kept import Kept, in_thread
+from diffusion.training.kept import Kept
+from diffusion.training.threads import in_thread
 
 
 class StaleProgramError(Exception):
