@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from diffusion.networks.attention import attention
+from diffusion.networks.convolution import convolve
 from diffusion.networks.fused_norm import BATCH, norm_silu_dropout
 from diffusion.networks.group_norm import Plan, group_norm
 
@@ -110,9 +111,8 @@ class Conv(nn.Module):
             # The same as a matrix product, whose gradient by the kernel XLA computes several times faster on CPUs.
             y = merged_dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
         else:
-            strides = (self.stride, self.stride)
-            padding = "SAME" if self.padding is None else ((self.padding, self.padding),) * 2
-            y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            padding = "SAME" if self.padding is None else ((self.padding,) * 2,) * 2
+            y = convolve(x, kernel, self.stride, padding)
         bias = self.param("bias", zeros_init, (self.channels,), jnp.float32) if self.use_bias else None
         if apart:
             return y, bias
