@@ -118,11 +118,11 @@ def test_batched():
     ],
 )
 def test_what_fits(x, kernel, stride, padding, fitting):
-    arrays = jnp.ones(x), jnp.ones(kernel)
-    assert fits(*arrays, stride, padding) == fitting
+    one, other = jnp.ones(x), jnp.ones(kernel)
+    assert fits(one, other, stride, padding) == fitting
     if not fitting:
-        np.testing.assert_array_equal(convolve(*arrays, stride, padding), by_xla(*arrays, stride, padding))
-    assert not fits(*(array.astype(jnp.bfloat16) for array in arrays), stride, padding)
+        np.testing.assert_array_equal(convolve(one, other, stride, padding), by_xla(one, other, stride, padding))
+    assert not fits(one.astype(jnp.bfloat16), other.astype(jnp.bfloat16), stride, padding)
 
 
 def test_other_devices_convolve_as_before():
@@ -159,5 +159,5 @@ def test_a_batch_stays_where_it_is():
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     x, kernel = drawn((len(jax.devices()), 8, 6, 64))
     compiled = jax.jit(convolve).lower(jax.device_put(x, sharding), kernel).compile()
-    assert "all-gather" not in compiled.as_text()
+    assert "all-gather" not in str(compiled.as_text())
     np.testing.assert_allclose(compiled(jax.device_put(x, sharding), kernel), convolve(x, kernel), atol=1e-5)
