@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from diffusion.networks.attention import attention
+from diffusion.networks.convolution import convolve
 from diffusion.networks.fused_norm import BATCH, norm_silu_dropout
 from diffusion.networks.group_norm import Plan, group_norm
 
@@ -105,14 +106,13 @@ class Conv(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"], apart: bool = False) -> Any:
         """Returns the convolution plus the bias, computed in `dtype`; or both, not added, if asked `apart`."""
         kernel = self.param("kernel", self.kernel_init, (self.size, self.size, x.shape[-1], self.channels), jnp.float32)
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        x, kernel = jnp.asarray(x, self.dtype), kernel.astype(self.dtype)
         if self.size == self.stride == 1:
             # The same as a matrix product, whose gradient by the kernel XLA computes several times faster on CPUs.
             y = merged_dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
         else:
-            strides = (self.stride, self.stride)
-            padding = "SAME" if self.padding is None else ((self.padding, self.padding),) * 2
-            y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            padding = "SAME" if self.padding is None else ((self.padding,) * 2,) * 2
+            y = convolve(x, kernel, self.stride, padding)
         bias = self.param("bias", zeros_init, (self.channels,), jnp.float32) if self.use_bias else None
         if apart:
             return y, bias
