@@ -106,7 +106,7 @@ class Conv(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"], apart: bool = False) -> Any:
         """Returns the convolution plus the bias, computed in `dtype`; or both, not added, if asked `apart`."""
         kernel = self.param("kernel", self.kernel_init, (self.size, self.size, x.shape[-1], self.channels), jnp.float32)
-        x, kernel = jnp.asarray(x, self.dtype), kernel.astype(self.dtype)
+        x, kernel = jnp.asarray(x, self.dtype), jnp.asarray(kernel, self.dtype)
         if self.size == self.stride == 1:
             # The same as a matrix product, whose gradient by the kernel XLA computes several times faster on CPUs.
             y = merged_dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
