@@ -111,7 +111,8 @@ class Conv(nn.Module):
             # The same as a matrix product, whose gradient by the kernel XLA computes several times faster on CPUs.
             y = merged_dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
         else:
-            padding = "SAME" if self.padding is None else ((self.padding,) * 2,) * 2
+            side = self.padding
+            padding = "SAME" if side is None else ((side, side), (side, side))
             y = convolve(x, kernel, self.stride, padding)
         bias = self.param("bias", zeros_init, (self.channels,), jnp.float32) if self.use_bias else None
         if apart:
