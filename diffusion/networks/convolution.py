@@ -33,7 +33,7 @@ B_T = np.array(
         [0, 4, 0, -5, 0, 1],
     ]
 )
-G = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
+G_24 = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]])  # 24 G
 A_T = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
 
 NARROWEST = 64  # channels on both sides: below, XLA's own convolution is as fast
@@ -77,8 +77,8 @@ def by_winograd(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C K"]) -> 
     d = [padded[:, row : row + height - 3 : 4] for row in range(6)]  # of all tiles, which overlap by two rows
     numbers = ("NHWC", "HWIO", "NHWC")
     products = [
-        jax.lax.conv_general_dilated(v, u[None], (1, 1), ((0, 0), (1, 1)), dimension_numbers=numbers)
-        for v, u in zip(_combine(B_T, d), _combine(G, kernel), strict=True)
+        jax.lax.conv_general_dilated(v, u[None] * (1 / 24), (1, 1), ((0, 0), (1, 1)), dimension_numbers=numbers)
+        for v, u in zip(_combine(B_T, d), _combine(G_24, kernel), strict=True)
     ]
     return jnp.stack(list(_combine(A_T, products)), axis=2).reshape(*x.shape[:3], -1)
 
