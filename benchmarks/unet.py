@@ -3,10 +3,12 @@
     python -m benchmarks.unet --batch 8 --peer_python /path/to/python/with/torch/and/diffusers --json OUT.json
 
 Ours and the peer take turns, so that a machine whose speed drifts does not favour one; medians are reported, and ratios
-round by round. Without a peer only ours is timed. On a GPU: `--batch 512 --dtype bfloat16 --fused_norms`.
+round by round. Without a peer only ours is timed. On a GPU: `--batch 512 --dtype bfloat16 --fused_norms`; on a CPU
+`--plain_convolutions` shows what Winograd's are worth.
 """
 
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import numpy as np
 import optax
 
 from benchmarks import turns
+from diffusion.networks import convolution
 from diffusion.networks.unet import UNet
 from diffusion.training import Experiment
 
@@ -47,9 +50,15 @@ def make_ours(batch_size: int, dtype: str, fused_norms: bool = False) -> turns.O
 def main() -> None:
     parser = turns.make_parser(__doc__)
     parser.add_argument("--fused_norms", action="store_true", help="time the network with fused norms, too")
+    parser.add_argument("--plain_convolutions", action="store_true", help="time the network with XLA's own, too")
     arguments = parser.parse_args()
     ours = make_ours(arguments.batch, arguments.dtype)
-    variants = {"ours, fused norms": make_ours(arguments.batch, arguments.dtype, True)} if arguments.fused_norms else {}
+    variants = {}
+    if arguments.fused_norms:
+        variants["ours, fused norms"] = make_ours(arguments.batch, arguments.dtype, True)
+    if arguments.plain_convolutions:
+        with mock.patch.object(convolution, "fits", return_value=False):
+            variants["ours, plain convolutions"] = make_ours(arguments.batch, arguments.dtype)
     turns.compare(arguments, ours, "unet_peer.py", [], FORWARD_FLOP, variants)
 
 
