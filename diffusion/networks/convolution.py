@@ -72,15 +72,32 @@ def by_xla(x: Array, kernel: Array, stride: int = 1, padding: Padding = "SAME") 
 @jax.jit  # layers of one shape share a trace
 def by_winograd(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C K"]) -> Float[Array, "B H W K"]:
     """Returns the convolution padded to the size of x, whose height is a multiple of 4."""
-    height = x.shape[1]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
-    d = [padded[:, row : row + height - 3 : 4] for row in range(6)]  # of all tiles, which overlap by two rows
     numbers = ("NHWC", "HWIO", "NHWC")
     products = [
         jax.lax.conv_general_dilated(v, u[None] * (1 / 24), (1, 1), ((0, 0), (1, 1)), dimension_numbers=numbers)
-        for v, u in zip(_combine(B_T, d), _combine(G_24, kernel), strict=True)
+        for v, u in zip(_tiles(x), _combine(G_24, kernel), strict=True)
     ]
     return jnp.stack(list(_combine(A_T, products)), axis=2).reshape(*x.shape[:3], -1)
+
+
+@jax.jit
+def kernel_gradient(x: Float[Array, "B H W C"], dy: Float[Array, "B H W K"]) -> Float[Array, "3 3 C K"]:
+    """Returns the gradient by the kernel: six products of matrices, each of the kernel's three columns at once."""
+    v = jnp.stack(list(_tiles(x)))
+    m = jnp.stack(list(_combine(A_T.T, (dy[:, row::4] for row in range(4)))))
+    none = (0, 0, 0)
+    sides = [(none, none, none, (column, -column, 0), none) for column in (-1, 0, 1)]
+    columns = jnp.concatenate([jax.lax.pad(m, jnp.float32(0), side) for side in sides], axis=-1)
+    # As matrices: where there are several axes to sum over XLA copies one side of the product, transposed.
+    u = jnp.einsum("tnc,tnk->tck", *(part.reshape(6, -1, part.shape[-1]) for part in (v, columns)))
+    g = jnp.stack(list(_combine(G_24.T, u))) * (1 / 24)
+    return g.reshape(3, x.shape[-1], 3, dy.shape[-1]).swapaxes(1, 2)
+
+
+def _tiles(x: Float[Array, "B H W C"]) -> Iterator[Float[Array, "B _ W C"]]:
+    """Yields B^T d of all tiles of six rows, which overlap by two."""
+    padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
+    return _combine(B_T, (padded[:, row : row + x.shape[1] - 3 : 4] for row in range(6)))
 
 
 def _combine(matrix: Any, parts: Iterable[Array]) -> Iterator[Array]:
@@ -99,20 +116,19 @@ def _on_device(x: Array, kernel: Array) -> Array:
 
 def _on_device_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x, kernel), (dx, dkernel) = primals, tangents
-    zero = jax.custom_derivatives.SymbolicZero
+    terms = []
+    if not isinstance(dx, jax.custom_derivatives.SymbolicZero):
+        terms += _along_image(kernel, dx)
+    if not isinstance(dkernel, jax.custom_derivatives.SymbolicZero):
+        terms += _along_kernel(x, dkernel)
     y = _on_device(x, kernel)
-    dy = jnp.zeros_like(y) if isinstance(dx, zero) else _along_image(kernel, dx)[0]
-    return y, dy if isinstance(dkernel, zero) else dy + by_xla(x, dkernel)
+    return y, reduce(add, terms) if terms else jnp.zeros_like(y)
 
 
 _on_device.defjvp(_on_device_jvp, symbolic_zeros=True)
 
 
-def _push(kernel: Array, dx: Array) -> list[Array]:
-    return [_on_device(dx, kernel)]
-
-
-def _pull(cotangents: Any, kernel: Array) -> list[Array | None]:
+def _pull_image(cotangents: Any, kernel: Array) -> list[Array | None]:
     """Returns the gradient by the image.
 
     The kernel is turned around for it, which takes as long as the products save where there are few pixels.
@@ -131,8 +147,27 @@ def _pull(cotangents: Any, kernel: Array) -> list[Array | None]:
     return [jax.lax.platform_dependent(dy, kernel, cpu=turned, default=transposed)]
 
 
-def _outputs(kernel: Any, dx: Any) -> list[Any]:
-    return [dx.update(shape=(*dx.shape[:3], kernel.shape[3]))]
+def _pull_kernel(cotangents: Any, x: Array) -> list[Array | None]:
+    (dy,) = cotangents
+    kernel = jax.ShapeDtypeStruct((3, 3, x.shape[3], dy.shape[3]), dy.dtype)
+
+    def transposed(x: Array, dy: Array) -> Array:
+        return jax.linear_transpose(lambda kernel: by_xla(x, kernel), kernel)(dy)[0]
+
+    return [jax.lax.platform_dependent(x, dy, cpu=kernel_gradient, default=transposed)]
 
 
-_along_image = make_tangent("convolution_tangent", 1, _push, _pull, _outputs)
+_along_image = make_tangent(
+    "convolution_along_image",
+    1,
+    push=lambda kernel, dx: [_on_device(dx, kernel)],
+    pull=_pull_image,
+    outputs=lambda kernel, dx: [dx.update(shape=(*dx.shape[:3], kernel.shape[3]))],
+)
+_along_kernel = make_tangent(
+    "convolution_along_kernel",
+    1,
+    push=lambda x, dkernel: [_on_device(x, dkernel)],
+    pull=_pull_kernel,
+    outputs=lambda x, dkernel: [x.update(shape=(*x.shape[:3], dkernel.shape[3]))],
+)
