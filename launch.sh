@@ -170,9 +170,9 @@ lint)
 esac
 
 # On a CPU, memory that malloc gives back and asks for again is most of the page faults of a step: keep it, in huge
-# pages (glibc >= 2.35; an older one ignores this). As diffusion.compiler.keep_memory, which cannot have huge pages.
+# pages (glibc >= 2.35; an older one ignores this).
 if [ "$(jax_extra)" = cpu ]; then
-  export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000}
+  export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000}
 fi
 
 if [ "$1" = demo ]; then

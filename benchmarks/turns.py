@@ -13,7 +13,6 @@ from typing import Any
 import jax
 
 from benchmarks import common
-from diffusion.compiler import keep_memory
 from diffusion.training import Experiment, init_state, make_mesh, make_train_step, place_batch
 
 # timer(what, count) -> the seconds per run of `count` runs of "train" or "forward", after one that does not count: the
@@ -34,7 +33,6 @@ class Ours:
     """
 
     def __init__(self, experiment: Experiment, forward: Callable[[Any, Any], Any], batch: dict[str, Any]):
-        keep_memory()  # as in training
         self.batch = place_batch(make_mesh(), batch)
         self.state = jax.jit(lambda: init_state(experiment, 0, self.batch))()
         step = jax.jit(make_train_step(experiment, seed=0, ema_decay=0.9999), donate_argnums=0)

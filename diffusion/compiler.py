@@ -7,11 +7,9 @@ request 11243), and of `jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2))` the 
 Installing the package excludes these releases; where one is there all the same, XLA does without YNNPACK.
 """
 
-import ctypes
 import importlib
 import importlib.util
 import os
-import platform
 import sys
 import warnings
 
@@ -20,8 +18,6 @@ KNOWN = ("0.10.", "0.11.", "0.12.")  # XLA ends a process for a flag that it doe
 WRONG = ("0.10.2", "0.11.0", "0.11.1", "0.11.2")
 NOISY = ("0.10.0", "0.10.1")
 CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-# Of mallopt in glibc (malloc.h): one arena, nothing from mmap, and an end of the heap under 2 GiB is not given back.
-ONE_ARENA, NO_MMAP, NO_TRIM = (-8, 1), (-4, 0), (-1, 2**31 - 1)
 
 
 def cpu_flags(version: str) -> str:
@@ -61,25 +57,5 @@ def hush_cache() -> None:
     """
     from jaxlib.version import __version__ as version
 
-    if version in NOISY and not has_gpu_plugin():
+    if version in NOISY and not any(map(importlib.util.find_spec, (*CUDA_PLUGINS, "jax_rocm7_plugin"))):
         importlib.import_module("jaxlib.utils").absl_set_min_log_level(3)  # fatal ones alone
-
-
-def keep_memory() -> bool:
-    """Has the C library keep what a program gives back, for its next run, and returns whether it does.
-
-    Otherwise the temporaries of every run (of a training step of DDPM's U-Net 0.7 GB) are mapped anew page by page,
-    which is a tenth of its time on 2 cores. All threads share one arena, since the others hold no such pieces; so it is
-    to be called before XLA starts its own. Nothing is changed where there is a GPU, where the C library is another, or
-    where the environment says how memory is handed out, as launch.sh does (which asks for huge pages, too).
-    """
-    said = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    if said or has_gpu_plugin() or platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return all(mallopt(option, value) == 1 for option, value in (ONE_ARENA, NO_MMAP, NO_TRIM))
-
-
-def has_gpu_plugin() -> bool:
-    """Returns whether JAX is installed for GPUs."""
-    return any(map(importlib.util.find_spec, (*CUDA_PLUGINS, "jax_rocm7_plugin")))

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from absl import flags
 
-from diffusion.compiler import keep_memory
 from diffusion.demo.engine import Engine
 from diffusion.demo.requests import Limits
 from diffusion.extras import MissingExtra, need
@@ -106,7 +105,6 @@ def open_runs(folders: Sequence[str | Path]) -> dict[str, Run]:
 def serve(argv: list[str]) -> None:
     """Opens the runs and serves them until it is interrupted."""
     values = parse(argv)
-    keep_memory()
     use_compilation_cache()
     runs = open_runs(values.workdir or default_folders())
     limits = Limits()._replace(**{name: values[f"limit_{name}"].value for name in Limits._fields})

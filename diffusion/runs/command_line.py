@@ -12,7 +12,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from diffusion.compiler import hush_cache, keep_memory
+from diffusion.compiler import hush_cache
 from diffusion.extras import MissingExtra
 from diffusion.files import cache_folder, check_file, check_folder
 from diffusion.model import formats
@@ -200,7 +200,6 @@ def parse(
         check_changes(folder, old, config)
     check_ranges(config)
     refuse_idle(config, fields_asked(rest))
-    keep_memory()
     use_compilation_cache()
     processes.join()
     if "target" in values and values.target:
