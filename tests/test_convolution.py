@@ -64,7 +64,8 @@ def test_errors_are_a_few_times_those_of_the_sums(float64):
         return jax.vjp(lambda kernel: by_xla(x, kernel), jnp.zeros(kernel.shape, x.dtype))[1](dy)[0]
 
     for ours, plain, arguments in ((by_winograd, by_xla, (x, kernel)), (kernel_gradient, gradient, (x, dy))):
-        right = plain(*(jnp.asarray(one, jnp.float64) for one in arguments))
+        first, second = (jnp.asarray(one, jnp.float64) for one in arguments)
+        right = plain(first, second)
         one, other = (jnp.sqrt(jnp.mean((jax.jit(f)(*arguments) - right) ** 2)) for f in (ours, plain))
         assert 0 < one < 5 * other
 
