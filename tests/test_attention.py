@@ -36,7 +36,7 @@ def kernel(monkeypatch):
     # XLA compiles the default branch for a CPU; the kernel is to be taken here.
     monkeypatch.setattr(attention, "by_cudnn", by_kernel)
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, cuda, default: cuda(*arrays))
-    monkeypatch.setattr(attention, "has_kernels", lambda: True)
+    monkeypatch.setattr(attention, "largest_head", lambda: 128)
     return calls
 
 
@@ -107,14 +107,19 @@ def test_what_no_kernel_takes_is_left_to_xla(kernel):
 
 
 def test_without_a_plugin_of_gpus_all_is_xlas(monkeypatch):
-    monkeypatch.setattr(attention, "has_kernels", lambda: False)
+    monkeypatch.setattr(attention, "largest_head", lambda: 0)
     assert not attention.fits(*heads(dtype=jnp.bfloat16))
 
 
-@pytest.mark.parametrize(("capabilities", "expected"), [((), True), (("9.0",), True), (("10.3", "7.5"), False)])
-def test_a_gpu_older_than_the_kernel_is_left_to_xla(monkeypatch, capabilities, expected):
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [((), 128), (("8.9",), 128), (("9.0",), 256), (("10.3",), 128), (("9.0", "8.0"), 128), (("9.0", "7.5"), 0)],
+)
+def test_the_largest_heads_of_a_kernel_are_those_that_all_gpus_take(monkeypatch, capabilities, expected):
     """On a machine without one the program may be compiled for another that has it."""
     gpus = [SimpleNamespace(compute_capability=capability) for capability in capabilities]
     monkeypatch.setattr(attention, "CUDA_PLUGINS", ("jax",))
     monkeypatch.setattr(jax, "local_devices", lambda: gpus or [SimpleNamespace()])
-    assert attention.has_kernels.__wrapped__() is expected
+    monkeypatch.setattr(attention, "largest_head", attention.largest_head.__wrapped__)
+    assert attention.largest_head() == expected
+    assert attention.has_kernels() is (expected > 0)

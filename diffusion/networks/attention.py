@@ -15,8 +15,9 @@ from jaxtyping import Array, Float
 from diffusion.compiler import CUDA_PLUGINS
 from diffusion.networks.tangents import make_tangent
 
-LARGEST_HEAD = 128  # of cuDNN's kernel with a gradient, on every GPU since Ampere
-OLDEST = 8.0  # compute capability: Ampere
+# Of cuDNN's kernel with a gradient, by the compute capability since which they hold: Ampere's, Hopper's, Blackwell's.
+# JAX's own tests compare heads of 256 on Hopper alone.
+LARGEST_HEADS = {8.0: 128, 9.0: 256, 10.0: 128}
 
 Heads = Float[Array, "B T heads head"]
 
@@ -44,20 +45,27 @@ def fits(*heads: Array) -> bool:
     """Returns whether a fused kernel takes query, key and value."""
     size = heads[0].shape[-1]
     taken = all(x.dtype == jnp.bfloat16 and x.ndim == 4 and x.shape[-1] == size for x in heads)
-    return taken and size <= LARGEST_HEAD and size % 8 == 0 and has_kernels()
+    return taken and size <= largest_head() and size % 8 == 0
 
 
 @functools.cache
-def has_kernels() -> bool:
-    """Returns whether JAX is installed for GPUs, and none here is older than the kernel.
+def largest_head() -> int:
+    """Returns the largest size of heads that the kernel takes on every GPU here; 0 where it takes none.
 
-    The program decides by the device it is compiled for, which may be one that is not here; JAX compiles the kernel for
-    any GPU, and an older one then finds no engine that runs it.
+    The program decides by the device it is compiled for, which may be one that is not here: that is taken for an
+    Ampere. JAX compiles the kernel for any GPU, and an older one then finds no engine that runs it.
     """
     # Without a plugin JAX cannot even trace cuDNN's kernel.
     if not any(importlib.util.find_spec(name) is not None for name in CUDA_PLUGINS):
-        return False
-    return all(float(getattr(device, "compute_capability", OLDEST)) >= OLDEST for device in jax.local_devices())
+        return 0
+    found = (float(getattr(device, "compute_capability", min(LARGEST_HEADS))) for device in jax.local_devices())
+    newest = (max((since for since in LARGEST_HEADS if since <= capability), default=0.0) for capability in found)
+    return min(LARGEST_HEADS.get(since, 0) for since in newest)
+
+
+def has_kernels() -> bool:
+    """Returns whether JAX is installed for GPUs, and none here is older than the kernels."""
+    return largest_head() > 0
 
 
 def by_xla(query: Heads, key: Array, value: Array, is_causal: bool, scale: float | None) -> Heads:
