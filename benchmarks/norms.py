@@ -3,7 +3,7 @@
     python -m benchmarks.norms --batch 512 --json OUT.json
 
 Each norm with its SiLU and dropout, forward and with its gradient, in XLA's steps and by the kernel with several values
-of `norm_kernel`'s CHANNELS, PIXELS and WARPS. "a step" is the sum over the norms of one training step.
+of `norm_kernel`'s CHANNELS, WARPS and LOADS. "a step" is the sum over the norms of one training step.
 """
 
 import contextlib
@@ -11,8 +11,10 @@ import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -25,7 +27,23 @@ from diffusion.networks.group_norm import Plan
 from diffusion.networks.layers import FusedNorm
 from diffusion.networks.unet import UNet
 
-SETTINGS = [(64, 32, 8), (64, 64, 8), (32, 64, 8), (64, 32, 4)]  # channels, pixels, warps
+# Channels, warps and loads of a program.
+SETTINGS = [
+    (64, 8, 4),
+    (64, 8, 2),
+    (64, 8, 8),
+    (64, 4, 4),
+    (64, 16, 2),
+    (64, 16, 4),
+    (128, 8, 4),
+    (128, 16, 2),
+    (128, 16, 4),
+    (128, 32, 2),
+    (32, 8, 4),
+    (32, 4, 4),
+]
+
+QUEUED = 8  # programs
 
 
 class Case(NamedTuple):
@@ -58,67 +76,77 @@ def norms_of(network: UNet, side: int) -> Counter[Case]:
     return found
 
 
-def timer(case: Case, batch: int, count: int, training: bool, kernel: bool) -> Callable[[], float]:
-    """Returns what measures the seconds of a norm, each of `count` on the result of the one before."""
-    plan = Plan(case.groups, 1e-6, case.silu, case.rate, jnp.bfloat16)
+def arrays_of(case: Case, batch: int) -> tuple[jax.Array, ...]:
+    """Returns x, shift, scale and bias of a norm; and what dropout lets pass, if there is dropout."""
     shape = (batch, case.pixels, case.channels)
-    x, dy = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(2))
+    x = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
     shift, scale, bias = jnp.ones((batch, case.channels)), jnp.ones(case.channels), jnp.zeros(case.channels)
-    keep = [jnp.ones(shape, jnp.uint8)] if case.rate else []
+    return x, shift, scale, bias, *([jnp.ones(shape, jnp.uint8)] if case.rate else [])
 
-    def norm(x: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return (fused if kernel else unfused)(plan, x, *arrays, *keep)
 
-    def once(_: Any, carry: Any) -> Any:
-        x, shift, scale, bias = carry
-        if not training:
-            return norm(x, shift, scale, bias)[1], shift, scale, bias
-        _, pull = jax.vjp(norm, x, shift, scale, bias)
-        return pull((x, dy))  # what the network's gradient adds to x's is as large
+def lower(case: Case, arrays: Sequence[jax.Array], count: int, training: bool, kernel: bool) -> jax.stages.Lowered:
+    """Returns the program of a norm, `count` times, each on the result of the one before."""
+    plan = Plan(case.groups, 1e-6, case.silu, case.rate, jnp.bfloat16)
 
-    run = jax.jit(lambda *carry: jax.lax.fori_loop(0, count, once, carry)).lower(x, shift, scale, bias).compile()
+    def run(x: jax.Array, shift: jax.Array, scale: jax.Array, bias: jax.Array, *keep: jax.Array) -> Any:
+        def norm(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return (fused if kernel else unfused)(plan, *arrays, *keep)
 
-    def seconds() -> float:
-        begun = time.perf_counter()
-        jax.block_until_ready(run(x, shift, scale, bias))
-        return (time.perf_counter() - begun) / count
+        carry = (x, shift, scale, bias)
+        for _ in range(count):  # XLA's loop would copy what a kernel returns
+            if training:
+                outputs, pull = jax.vjp(norm, *carry)
+                carry = pull(outputs)  # what the network's gradient adds to x's is as large
+            else:
+                carry = norm(*carry)[1], *carry[1:]
+        return carry
 
-    seconds()
-    return seconds
+    return jax.jit(run).lower(*arrays)
+
+
+def seconds(run: Callable[..., Any], arrays: Sequence[jax.Array], count: int) -> float:
+    """Returns the seconds of one of the `count` norms of a program, of which some are queued."""
+    begun = time.perf_counter()
+    for _ in range(QUEUED):
+        last = run(*arrays)
+    jax.block_until_ready(last)
+    return (time.perf_counter() - begun) / (count * QUEUED)
 
 
 def measure(
-    cases: Counter[Case], batch: int, settings: Sequence[tuple[int, int, int]], count: int, rounds: int
+    cases: Counter[Case], batch: int, settings: Sequence[tuple[int, ...]], count: int, rounds: int
 ) -> dict[str, Any]:
-    """Returns, forward and in training, the milliseconds of each case and their sum over a step's norms."""
+    """Returns, forward and in training, the milliseconds of each case and their sum over these norms of a step."""
     found: dict[str, Any] = {}
+    pool = ThreadPoolExecutor()
     for what in ("forward", "training"):
         rows: list[dict[str, Any]] = []
         sums: dict[str, float] = defaultdict(float)
         for case, number in cases.items():
-            make = partial(timer, case, batch, count, what == "training")
-            timers = {"steps": make(False)}
+            arrays = arrays_of(case, batch)
+            lowered = {"steps": lower(case, arrays, count, what == "training", False)}
             for setting in settings:
                 with cut(setting):
-                    timers["kernel {}, {}, {}".format(*setting)] = make(True)
+                    program = lower(case, arrays, count, what == "training", True)
+                    lowered["kernel {}, {}, {}".format(*setting)] = program
+            compiled = pool.map(lambda program: program.compile(), lowered.values())
+            timers = {name: partial(seconds, run, arrays, count) for name, run in zip(lowered, compiled, strict=True)}
+            take_turns(timers, 1)
             taken = {name: statistics.median(values) for name, values in take_turns(timers, rounds).items()}
-            for name, seconds in taken.items():
-                sums[name] += number * seconds
+            for name, value in taken.items():
+                sums[name] += number * value
             rows.append({**case._asdict(), "number": number, "milliseconds": in_milliseconds(taken)})
         found[what] = {"a step": in_milliseconds(sums), "norms": rows}
     return found
 
 
 @contextlib.contextmanager
-def cut(setting: tuple[int, int, int]) -> Iterator[None]:
-    """Lets programs of the kernel take so many channels and pixels, with so many warps."""
-    before = norm_kernel.CHANNELS, norm_kernel.PIXELS, norm_kernel.WARPS
-    norm_kernel.CHANNELS, norm_kernel.PIXELS, norm_kernel.WARPS = setting
-    try:
+def cut(setting: tuple[int, ...]) -> Iterator[None]:
+    """Lets programs of the kernel take so many channels, with so many warps and loads."""
+    cuts = {1: norm_kernel.Cut(*setting)}
+    with mock.patch.multiple(norm_kernel, FORWARD=cuts, GRADIENT=cuts):
         jax.clear_caches()
         yield
-    finally:
-        norm_kernel.CHANNELS, norm_kernel.PIXELS, norm_kernel.WARPS = before
 
 
 def in_milliseconds(seconds: Mapping[str, float]) -> dict[str, float]:
@@ -129,13 +157,16 @@ def in_milliseconds(seconds: Mapping[str, float]) -> dict[str, float]:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--count", type=int, default=20, help="runs in a row")
+    parser.add_argument("--count", type=int, default=4, help="norms of a program")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cases", type=int, help="only so many different norms: those with the largest images")
     parser.add_argument("--json", help="where to write the result")
     arguments = parser.parse_args()
     if jax.default_backend() != "gpu":
         parser.error(f"this times a kernel for GPUs, and JAX has {jax.default_backend()}")
     cases = norms_of(UNet(fused_norms=True, dtype=jnp.bfloat16), 32)
+    largest = sorted(cases.items(), key=lambda case: -case[0].pixels * case[0].channels)
+    cases = Counter(dict(largest[: arguments.cases]))
     found = measure(cases, arguments.batch, SETTINGS, arguments.count, arguments.rounds)
     print(write_results(arguments.json, {"batch_size": arguments.batch, **found}), end="")
 
