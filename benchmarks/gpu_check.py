@@ -6,6 +6,8 @@ Errors are |a - b| / |b|, b from float32 products at the highest precision. Need
 with what else is to be known there.
 """
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +56,19 @@ def attention_errors(shape: tuple[int, int, int, int, int, bool]) -> dict[str, A
         with jax.default_matmul_precision("highest"):
             return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="xla")
 
-    def both(function: Any, *heads: jax.Array) -> Any:
+    # What is an argument is no constant, which XLA would compute with for minutes while it compiles.
+    def both(function: Any, cotangent: jax.Array, tangent: jax.Array, *heads: jax.Array) -> Any:
         output, pull = jax.vjp(function, *heads)
-        return output, *pull(cotangent.astype(output.dtype))
+        _, pushed = jax.jvp(lambda q: function(q, *heads[1:]), heads[:1], (tangent,))
+        return output, *pull(cotangent), pushed
 
-    exact = [x.astype(jnp.float32) for x in (query, key, value)]
-    found = jax.jit(lambda *h: both(attend, *h))(query, key, value)
-    expected = jax.jit(lambda *h: both(plain, *h))(*exact)
-    push = jax.jit(lambda q, t: jax.jvp(lambda q: attend(q, key, value), (q,), (t,)))(query, tangent)[1]
-    pushed = jax.jit(lambda q, t: jax.jvp(lambda q: plain(q, *exact[1:]), (q,), (t,)))(
-        exact[0], tangent.astype(jnp.float32)
-    )[1]
+    arrays = (cotangent, tangent, query, key, value)
+    found = jax.jit(partial(both, attend))(*arrays)
+    expected = jax.jit(partial(both, plain))(*(x.astype(jnp.float32) for x in arrays))
     text = jax.jit(attend).lower(query, key, value).compile().as_text() or ""
-    names = ("output", "query", "key", "value")
+    names = ("output", "query", "key", "value", "forward mode")
     errors = {name: relative(a, b) for name, a, b in zip(names, found, expected, strict=True)}
-    return {"shape": shape, "fused": "fmha" in text, **errors, "forward mode": relative(push, pushed)}
+    return {"shape": shape, "fused": "fmha" in text, **errors}
 
 
 def norm_errors(shape: tuple[int, int, int, float]) -> dict[str, Any]:
@@ -79,21 +79,21 @@ def norm_errors(shape: tuple[int, int, int, float]) -> dict[str, Any]:
     shift = jax.random.normal(draws[4], (size[0], size[2]))
     scale, bias = jax.random.normal(draws[5], (2, size[2]))
     keep = [jax.random.bernoulli(draws[6], 1 - rate, x.shape).astype(jnp.uint8)] if rate else []
-    inputs = (x, shift, scale, bias)
+    arrays = (x, past, dy, along, shift, scale, bias, *keep)
 
-    def both(function: Any, dtype: Any) -> Any:
+    def both(function: Any, dtype: Any, *arrays: jax.Array) -> Any:
         plan = Plan(32, 1e-6, True, rate, dtype)
-        first, *others = (inputs[0].astype(dtype), *inputs[1:])
+        (x, past, dy, along), (shift, scale, bias, *keep) = (image.astype(dtype) for image in arrays[:4]), arrays[4:]
 
         def of(*inputs: jax.Array) -> Any:
             return function(plan, *inputs, *keep)
 
-        (_, y), pull = jax.vjp(of, first, *others)
-        tangent = jax.jvp(lambda x: of(x, *others)[1], (first,), (along.astype(dtype),))[1]
-        return y, *pull((past.astype(dtype), dy.astype(dtype))), tangent
+        (_, y), pull = jax.vjp(of, x, shift, scale, bias)
+        tangent = jax.jvp(lambda x: of(x, shift, scale, bias)[1], (x,), (along,))[1]
+        return y, *pull((past, dy)), tangent
 
-    found = jax.jit(lambda: both(fused_norm.fused, jnp.bfloat16))()
-    expected = jax.jit(lambda: both(fused_norm.unfused, jnp.float32))()
+    found = jax.jit(partial(both, fused_norm.fused, jnp.bfloat16))(*arrays)
+    expected = jax.jit(partial(both, fused_norm.unfused, jnp.float32))(*arrays)
     names = ("output", "x", "shift", "scale", "bias", "forward mode")
     errors = {name: relative(a, b) for name, a, b in zip(names, found, expected, strict=True)}
     return {"shape": shape, "fused": fused_norm.fits(x), **errors}
@@ -133,19 +133,25 @@ def network_errors() -> dict[str, float]:
     return found
 
 
+def shown(errors: dict[str, Any]) -> dict[str, Any]:
+    """Prints errors at once, as all of them take minutes, and returns them."""
+    print(json.dumps(errors), flush=True)
+    return errors
+
+
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if jax.default_backend() != "gpu":
         parser.error(f"this checks a GPU, and JAX has {jax.default_backend()}")
-    rows = [attention_errors(shape) for shape in SHAPES]
-    norms = [norm_errors(shape) for shape in NORMS]
-    networks = network_errors()
-    print(write_results(arguments.json, {"attention": rows, "norms": norms, "networks": networks}))
+    norms = [shown(norm_errors(shape)) for shape in NORMS]
+    rows = [shown(attention_errors(shape)) for shape in SHAPES]
+    networks = shown(network_errors())
+    write_results(arguments.json, {"norms": norms, "attention": rows, "networks": networks})
     wrong = [
         (row["shape"], name)
-        for row in (*rows, *norms)
+        for row in (*norms, *rows)
         for name, error in row.items()
         if name not in ("shape", "fused") and not error < LARGEST
     ]
