@@ -71,9 +71,9 @@ def main() -> None:
     parser = turns.make_parser(__doc__)
     parser.add_argument("--tiny", action="store_true", help="two small towers, to see that it runs")
     arguments = parser.parse_args()
+    peer = turns.start_peer(arguments, "clip_peer.py", ["--tiny"] if arguments.tiny else [])
     clip = make_clip(arguments.dtype, arguments.tiny)
-    extra = ["--tiny"] if arguments.tiny else []
-    turns.compare(arguments, make_ours(clip, arguments.batch), "clip_peer.py", extra, forward_flop(clip))
+    turns.compare(arguments, make_ours(clip, arguments.batch), peer, forward_flop(clip))
 
 
 if __name__ == "__main__":

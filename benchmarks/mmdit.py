@@ -81,8 +81,8 @@ def main() -> None:
     parser.set_defaults(batch=32)
     arguments = parser.parse_args()
     extra = ["--width", str(arguments.width), "--depth", str(arguments.depth)]
-    flop = forward_flop(arguments.width, arguments.depth)
-    turns.compare(arguments, make_ours(arguments), "mmdit_peer.py", extra, flop)
+    peer = turns.start_peer(arguments, "mmdit_peer.py", extra)
+    turns.compare(arguments, make_ours(arguments), peer, forward_flop(arguments.width, arguments.depth))
 
 
 if __name__ == "__main__":

@@ -73,22 +73,53 @@ class Peer:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self.unread = 0
         self.versions = self._answer()
 
     def _answer(self) -> Any:
         assert self.process.stdout is not None
         return json.loads(self.process.stdout.readline())
 
+    def _ask(self, mode: str, what: str, count: int) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"mode": mode, "what": what, "count": count}) + "\n")
+        self.process.stdin.flush()
+
+    def prepare(self, modes: list[str]) -> None:
+        """Has it compile while this process does other things."""
+        for mode in modes:
+            for what in ("train", "forward"):
+                self._ask(mode, what, 1)
+                self.unread += 1
+
     def mode(self, mode: str) -> Timer:
         """Returns timer(what, count) for "eager" or "compiled"."""
 
         def run(what: str, count: int) -> float:
-            assert self.process.stdin is not None
-            self.process.stdin.write(json.dumps({"mode": mode, "what": what, "count": count}) + "\n")
-            self.process.stdin.flush()
+            self._ask(mode, what, count)
+            while self.unread:
+                self._answer()
+                self.unread -= 1
             return self._answer()
 
         return run
+
+
+def start_peer(arguments: argparse.Namespace, script: str, extra: list[str]) -> Peer | None:
+    """Returns the peer, where --peer_python names an interpreter for it.
+
+    Args:
+      arguments: of `make_parser`.
+      script: the peer's file.
+      extra: its arguments beside --batch and --dtype.
+    """
+    if not arguments.peer_python:
+        return None
+    given = ["--batch", str(arguments.batch), "--dtype", arguments.dtype, *extra]
+    peer = Peer(arguments.peer_python, script, given)
+    if arguments.peer_first:
+        peer.prepare(arguments.peer_modes.split(","))
+    return peer
 
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -100,6 +131,7 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--count", type=int, default=2, help="runs per round")
     parser.add_argument("--peer_python", help="an interpreter with the packages that the peer needs")
     parser.add_argument("--peer_modes", default="eager,compiled")
+    parser.add_argument("--peer_first", action="store_true", help="the peer compiles while ours does")
     parser.add_argument("--json", help="where to write the result")
     return parser
 
@@ -107,26 +139,21 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
 def compare(
     arguments: argparse.Namespace,
     ours: Ours,
-    script: str,
-    extra: list[str],
+    peer: Peer | None,
     flop: float,
     variants: dict[str, Ours] | None = None,
 ) -> None:
-    """Prints, and writes to --json, what `measure` finds of ours, and of the peer where --peer_python names one.
+    """Prints, and writes to --json, what `measure` finds of ours, and of the peer.
 
     Args:
       arguments: of `make_parser`.
       ours: what is timed.
-      script: the peer's file.
-      extra: its arguments beside --batch and --dtype.
+      peer: of `start_peer`.
       flop: of one forward pass of one example.
       variants: of ours, by names, which take turns with it.
     """
     timers: dict[str, Timer] = {"ours": ours, **(variants or {})}
-    peer = None
-    if arguments.peer_python:
-        given = ["--batch", str(arguments.batch), "--dtype", arguments.dtype, *extra]
-        peer = Peer(arguments.peer_python, script, given)
+    if peer is not None:
         timers |= {f"torch {mode}": peer.mode(mode) for mode in arguments.peer_modes.split(",")}
     results = {
         "batch_size": arguments.batch,

@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--fused_norms", action="store_true", help="time the network with fused norms, too")
     parser.add_argument("--plain_convolutions", action="store_true", help="time the network with XLA's own, too")
     arguments = parser.parse_args()
+    peer = turns.start_peer(arguments, "unet_peer.py", [])
     ours = make_ours(arguments.batch, arguments.dtype)
     variants = {}
     if arguments.fused_norms:
@@ -59,7 +60,7 @@ def main() -> None:
     if arguments.plain_convolutions:
         with mock.patch.object(convolution, "fits", return_value=False):
             variants["ours, plain convolutions"] = make_ours(arguments.batch, arguments.dtype)
-    turns.compare(arguments, ours, "unet_peer.py", [], FORWARD_FLOP, variants)
+    turns.compare(arguments, ours, peer, FORWARD_FLOP, variants)
 
 
 if __name__ == "__main__":
