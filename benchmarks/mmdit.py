@@ -23,7 +23,7 @@ SIDE, CHANNELS, WORDS, HEAD = 8, 32, 12, 32
 TOKENS = SIDE**2
 
 
-def make_ours(arguments: argparse.Namespace) -> turns.Ours:
+def make_ours(arguments: argparse.Namespace, options: dict[str, Any] | None = None) -> turns.Ours:
     """Returns this project's network and its own train step."""
     width, batch_size = arguments.width, arguments.batch
     network = MMDiT(
@@ -64,7 +64,7 @@ def make_ours(arguments: argparse.Namespace) -> turns.Ours:
         batches=lambda step: (_ for _ in ()),
         batch_size=batch_size,
     )
-    return turns.Ours(experiment, forward, batch)
+    return turns.Ours(experiment, forward, batch, options)
 
 
 def forward_flop(width: int, depth: int) -> float:
@@ -82,7 +82,9 @@ def main() -> None:
     arguments = parser.parse_args()
     extra = ["--width", str(arguments.width), "--depth", str(arguments.depth)]
     peer = turns.start_peer(arguments, "mmdit_peer.py", extra)
-    turns.compare(arguments, make_ours(arguments), peer, forward_flop(arguments.width, arguments.depth))
+    ours = make_ours(arguments)
+    variants = {"ours, cuBLAS": make_ours(arguments, turns.CUBLAS)} if arguments.cublas else {}
+    turns.compare(arguments, ours, peer, forward_flop(arguments.width, arguments.depth), variants)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python -m benchmarks.norms --batch 512 --json OUT.json
 
-Each norm with its SiLU and dropout, forward and with its gradient, in XLA's steps and by the kernel with several values
-of `norm_kernel`'s CHANNELS, WARPS and LOADS. "a step" is the sum over the norms of one training step.
+Each norm with its SiLU and dropout, forward and with its gradient, in XLA's steps, by the kernel as it is, and as it
+would be with other cuts than `norm_kernel.FORWARD` and `GRADIENT`. "a step" is the sum over the norms of one training
+step.
 """
 
 import contextlib
@@ -124,7 +125,10 @@ def measure(
         sums: dict[str, float] = defaultdict(float)
         for case, number in cases.items():
             arrays = arrays_of(case, batch)
-            lowered = {"steps": lower(case, arrays, count, what == "training", False)}
+            lowered = {
+                name: lower(case, arrays, count, what == "training", kernel)
+                for name, kernel in (("steps", False), ("kernel", True))
+            }
             for setting in settings:
                 with cut(setting):
                     program = lower(case, arrays, count, what == "training", True)

@@ -12,8 +12,8 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.45} # 
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
 code=0
 timeout 160 "$python" -m benchmarks.gpu_check --json "$out/gpu_check.json" || code=$?
-timeout 230 "$python" -m benchmarks.unet --batch "${BATCH:-512}" --dtype bfloat16 --rounds 5 --count 20 --fused_norms \
+timeout 250 "$python" -m benchmarks.unet --batch "${BATCH:-512}" --dtype bfloat16 --rounds 5 --count 20 --fused_norms --cublas \
   --peer_python "${PEER:-$python}" --peer_modes compiled --peer_first --json "$out/unet_gpu.json" || code=$?
-timeout 200 "$python" -m benchmarks.mmdit --batch 256 --width 768 --depth 12 --dtype bfloat16 --rounds 5 --count 20 \
+timeout 180 "$python" -m benchmarks.mmdit --batch 256 --width 768 --depth 12 --dtype bfloat16 --rounds 5 --count 20 --cublas \
   --peer_python "${PEER:-$python}" --peer_modes compiled --peer_first --json "$out/mmdit_gpu.json" || code=$?
 exit $code

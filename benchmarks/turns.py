@@ -19,6 +19,7 @@ from diffusion.training import Experiment, init_state, make_mesh, make_train_ste
 # first after the other's turn took our networks up to twice as long, which no training does that goes on. Runs are
 # queued as in training, where the host prepares one while the device computes the one before.
 Timer = Callable[[str, int], float]
+CUBLAS = {"xla_gpu_enable_triton_gemm": False}
 
 
 class Ours:
@@ -30,9 +31,16 @@ class Ours:
       experiment: that is trained.
       forward: (params, batch) -> output.
       batch: arrays of the host.
+      options: of the compiler.
     """
 
-    def __init__(self, experiment: Experiment, forward: Callable[[Any, Any], Any], batch: dict[str, Any]):
+    def __init__(
+        self,
+        experiment: Experiment,
+        forward: Callable[[Any, Any], Any],
+        batch: dict[str, Any],
+        options: dict[str, Any] | None = None,
+    ):
         self.batch = place_batch(make_mesh(), batch)
         self.state = jax.jit(lambda: init_state(experiment, 0, self.batch))()
         step = jax.jit(make_train_step(experiment, seed=0, ema_decay=0.9999), donate_argnums=0)
@@ -43,7 +51,7 @@ class Ours:
             ("forward", jax.jit(forward), self.state.params),
         ):
             begun = time.perf_counter()
-            self.compiled[name] = function.lower(argument, self.batch).compile()
+            self.compiled[name] = function.lower(argument, self.batch).compile(options)
             self.compile_seconds[name] = round(time.perf_counter() - begun, 2)
 
     def __call__(self, what: str, count: int) -> float:
@@ -131,6 +139,7 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--count", type=int, default=2, help="runs per round")
     parser.add_argument("--peer_python", help="an interpreter with the packages that the peer needs")
     parser.add_argument("--peer_modes", default="eager,compiled")
+    parser.add_argument("--cublas", action="store_true", help="time ours without Triton's products, too (GPUs)")
     parser.add_argument("--peer_first", action="store_true", help="the peer compiles while ours does")
     parser.add_argument("--json", help="where to write the result")
     return parser

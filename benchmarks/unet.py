@@ -3,8 +3,8 @@
     python -m benchmarks.unet --batch 8 --peer_python /path/to/python/with/torch/and/diffusers --json OUT.json
 
 Ours and the peer take turns, so that a machine whose speed drifts does not favour one; medians are reported, and ratios
-round by round. Without a peer only ours is timed. On a GPU: `--batch 512 --dtype bfloat16 --fused_norms`; on a CPU
-`--plain_convolutions` shows what Winograd's are worth.
+round by round. Without a peer only ours is timed. On a GPU: `--batch 512 --dtype bfloat16 --fused_norms --cublas`; on a
+CPU `--plain_convolutions` shows what Winograd's are worth.
 """
 
 from typing import Any
@@ -24,7 +24,9 @@ from diffusion.training import Experiment
 FORWARD_FLOP = 2 * 6.22e9
 
 
-def make_ours(batch_size: int, dtype: str, fused_norms: bool = False) -> turns.Ours:
+def make_ours(
+    batch_size: int, dtype: str, fused_norms: bool = False, options: dict[str, Any] | None = None
+) -> turns.Ours:
     """Returns this project's network and its own train step (Adam, averaging, clipping off)."""
     network = UNet(dtype=jnp.dtype(dtype), fused_norms=fused_norms)
     random = np.random.RandomState(0)
@@ -44,7 +46,9 @@ def make_ours(batch_size: int, dtype: str, fused_norms: bool = False) -> turns.O
         batches=lambda step: (_ for _ in ()),
         batch_size=batch_size,
     )
-    return turns.Ours(experiment, lambda params, batch: network.apply(params, batch["x"], batch["time"]), batch)
+    return turns.Ours(
+        experiment, lambda params, batch: network.apply(params, batch["x"], batch["time"]), batch, options
+    )
 
 
 def main() -> None:
@@ -57,6 +61,9 @@ def main() -> None:
     variants = {}
     if arguments.fused_norms:
         variants["ours, fused norms"] = make_ours(arguments.batch, arguments.dtype, True)
+    if arguments.cublas:
+        name = "ours, fused norms, cuBLAS" if arguments.fused_norms else "ours, cuBLAS"
+        variants[name] = make_ours(arguments.batch, arguments.dtype, arguments.fused_norms, turns.CUBLAS)
     if arguments.plain_convolutions:
         with mock.patch.object(convolution, "fits", return_value=False):
             variants["ours, plain convolutions"] = make_ours(arguments.batch, arguments.dtype)

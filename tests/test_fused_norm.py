@@ -244,7 +244,7 @@ def test_every_norm_of_a_network_is_timed_by_steps_and_by_each_cut_of_the_kernel
     found = norms.measure(cases, batch=2, settings=[(8, 1, 2)], count=2, rounds=1)
     assert before == norms.norm_kernel.FORWARD
     for what in ("forward", "training"):
-        assert set(found[what]["a step"]) == {"steps", "kernel 8, 1, 2"}
+        assert set(found[what]["a step"]) == {"steps", "kernel", "kernel 8, 1, 2"}
         total = sum(row["number"] * row["milliseconds"]["steps"] for row in found[what]["norms"])
         assert found[what]["a step"]["steps"] == pytest.approx(total, abs=12 * 1e-4)
 

@@ -22,7 +22,7 @@ UNET = dict(
     head_channels=0,  # of each attention head; 0: one head
     dtype="float32",  # of convolutions and products; parameters, statistics and output are float32
     remat=False,  # recompute activations in the backward pass: less memory, more time
-    fused_norms=False,  # normalisation, SiLU and dropout in one kernel on GPUs; not measured on one yet
+    fused_norms=False,  # norm, SiLU, dropout in one kernel on GPUs: fast, but not checked on one yet
 )
 MMDIT = dict(
     name="mmdit",
