@@ -32,6 +32,7 @@ SHAPES = [
 # (images, pixels, channels, rate of dropout) of the norms, in 32 groups
 NORMS = [(8, 1024, 128, 0.1), (8, 1024, 384, 0.0), (8, 256, 512, 0.0), (8, 16, 256, 0.1), (8, 49, 96, 0.1)]
 LARGEST = 1e-2  # of an error in bfloat16
+UNTUNED = {"xla_gpu_autotune_level": 0}  # what is compared with may be slow, and is compiled sooner
 
 
 def relative(found: Any, expected: Any) -> float:
@@ -64,7 +65,7 @@ def attention_errors(shape: tuple[int, int, int, int, int, bool]) -> dict[str, A
 
     arrays = (cotangent, tangent, query, key, value)
     found = jax.jit(partial(both, attend))(*arrays)
-    expected = jax.jit(partial(both, plain))(*(x.astype(jnp.float32) for x in arrays))
+    expected = jax.jit(partial(both, plain), compiler_options=UNTUNED)(*(x.astype(jnp.float32) for x in arrays))
     text = jax.jit(attend).lower(query, key, value).compile().as_text() or ""
     names = ("output", "query", "key", "value", "forward mode")
     errors = {name: relative(a, b) for name, a, b in zip(names, found, expected, strict=True)}
@@ -93,7 +94,7 @@ def norm_errors(shape: tuple[int, int, int, float]) -> dict[str, Any]:
         return y, *pull((past, dy)), tangent
 
     found = jax.jit(partial(both, fused_norm.fused, jnp.bfloat16))(*arrays)
-    expected = jax.jit(partial(both, fused_norm.unfused, jnp.float32))(*arrays)
+    expected = jax.jit(partial(both, fused_norm.unfused, jnp.float32), compiler_options=UNTUNED)(*arrays)
     names = ("output", "x", "shift", "scale", "bias", "forward mode")
     errors = {name: relative(a, b) for name, a, b in zip(names, found, expected, strict=True)}
     return {"shape": shape, "fused": fused_norm.fits(x), **errors}
@@ -126,7 +127,7 @@ def network_errors() -> dict[str, float]:
         results = []
         for device in (jax.devices()[0], jax.devices("cpu")[0]):
             with jax.default_device(device):
-                loss, grads = jax.jit(gradient)(params)
+                loss, grads = jax.jit(gradient, compiler_options=UNTUNED)(params)
                 results.append((np.asarray(loss), np.concatenate([np.ravel(g) for g in jax.tree.leaves(grads)])))
         found |= {f"{name}, loss": relative(results[0][0], results[1][0])}
         found |= {f"{name}, gradient": relative(results[0][1], results[1][1])}
