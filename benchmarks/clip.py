@@ -30,7 +30,7 @@ def make_clip(dtype: str, tiny: bool) -> CLIP:
     return CLIP(ImageTower(**(image if tiny else {}), **shared), TextTower(**(text if tiny else {}), **shared))
 
 
-def make_ours(clip: CLIP, batch_size: int) -> turns.Ours:
+def make_ours(clip: CLIP, batch_size: int, options: dict[str, Any] | None = None) -> turns.Ours:
     """Returns this project's network and its own train step."""
     random = np.random.RandomState(0)
     size, text = clip.image.height_width, clip.text
@@ -53,7 +53,7 @@ def make_ours(clip: CLIP, batch_size: int) -> turns.Ours:
         batches=lambda step: (_ for _ in ()),
         batch_size=batch_size,
     )
-    return turns.Ours(experiment, forward, batch)
+    return turns.Ours(experiment, forward, batch, options)
 
 
 def forward_flop(clip: CLIP) -> float:
@@ -70,10 +70,12 @@ def forward_flop(clip: CLIP) -> float:
 def main() -> None:
     parser = turns.make_parser(__doc__)
     parser.add_argument("--tiny", action="store_true", help="two small towers, to see that it runs")
-    arguments = parser.parse_args()
+    arguments = turns.parse(parser)
     peer = turns.start_peer(arguments, "clip_peer.py", ["--tiny"] if arguments.tiny else [])
     clip = make_clip(arguments.dtype, arguments.tiny)
-    turns.compare(arguments, make_ours(clip, arguments.batch), peer, forward_flop(clip))
+    ours = make_ours(clip, arguments.batch)
+    variants = {"ours, cuBLAS": make_ours(clip, arguments.batch, turns.CUBLAS)} if arguments.cublas else {}
+    turns.compare(arguments, ours, peer, forward_flop(clip), variants)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--depth", type=int, default=6)
     parser.set_defaults(batch=32)
-    arguments = parser.parse_args()
+    arguments = turns.parse(parser)
     extra = ["--width", str(arguments.width), "--depth", str(arguments.depth)]
     peer = turns.start_peer(arguments, "mmdit_peer.py", extra)
     ours = make_ours(arguments)

@@ -44,7 +44,7 @@ SETTINGS = [
     (32, 4, 4),
 ]
 
-QUEUED = 8  # programs
+QUEUED = 8  # runs of a program that are waited for together
 
 
 class Case(NamedTuple):
@@ -106,7 +106,7 @@ def lower(case: Case, arrays: Sequence[jax.Array], count: int, training: bool, k
 
 
 def seconds(run: Callable[..., Any], arrays: Sequence[jax.Array], count: int) -> float:
-    """Returns the seconds of one of the `count` norms of a program, of which some are queued."""
+    """Returns the seconds of one of the `count` norms of a program, which is queued `QUEUED` times."""
     begun = time.perf_counter()
     for _ in range(QUEUED):
         last = run(*arrays)

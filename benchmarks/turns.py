@@ -145,6 +145,16 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Returns the arguments of a parser of `make_parser`; exits where a flag would change nothing."""
+    arguments = parser.parse_args()
+    if arguments.cublas and jax.default_backend() != "gpu":
+        parser.error(f"--cublas is for GPUs, and JAX has {jax.default_backend()}")
+    if arguments.peer_first and not arguments.peer_python:
+        parser.error("--peer_first needs a peer: --peer_python")
+    return arguments
+
+
 def compare(
     arguments: argparse.Namespace,
     ours: Ours,

@@ -55,7 +55,7 @@ def main() -> None:
     parser = turns.make_parser(__doc__)
     parser.add_argument("--fused_norms", action="store_true", help="time the network with fused norms, too")
     parser.add_argument("--plain_convolutions", action="store_true", help="time the network with XLA's own, too")
-    arguments = parser.parse_args()
+    arguments = turns.parse(parser)
     peer = turns.start_peer(arguments, "unet_peer.py", [])
     ours = make_ours(arguments.batch, arguments.dtype)
     variants = {}

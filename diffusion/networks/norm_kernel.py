@@ -3,8 +3,8 @@
 A program takes one image and some of its groups. It reads them twice, the second time out of the GPU's cache: first
 for sums over the pixels, then for what it writes. The formulas are `group_norm.in_steps`'s, in float32.
 
-A GPU waits for memory here, so a thread has several loads under way, and as few instructions between them as can be:
-XLA has Triton compute `exp`, divisions and x y + z in three times as many as their own instructions are.
+Small images are read once. A GPU waits for memory here, so a thread has several loads under way, and few instructions
+between them: of `exp`, divisions and x y + z XLA has Triton make two to three times as many as the GPU's own are.
 
 JAX 0.11 still has Pallas's way to Triton, and warns that a later version will not: then these kernels are to be written
 for Mosaic GPU, or called through jax_triton.
@@ -37,7 +37,7 @@ class Cut(NamedTuple):
     loads: int
 
 
-# By pixels of an image: the fastest on an H100 in the exact U-Net (`benchmarks.norms`).
+# By pixels of an image: the fastest on an H100 for the exact U-Net (benchmarks/results/norms_h100.json).
 FORWARD = {1024: Cut(64, 16, 2), 256: Cut(128, 16, 4), 64: Cut(64, 4, 4), 16: Cut(64, 2, 2)}
 GRADIENT = {1024: Cut(64, 16, 4), 256: Cut(32, 4, 8), 64: Cut(64, 4, 4), 16: Cut(64, 1, 4)}
 
