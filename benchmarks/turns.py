@@ -15,10 +15,12 @@ import jax
 from benchmarks import common
 from diffusion.training import Experiment, init_state, make_mesh, make_train_step, place_batch
 
-# timer(what, count) -> the seconds per run of `count` runs of "train" or "forward", after one that does not count: the
-# first after the other's turn took our networks up to twice as long, which no training does that goes on. Runs are
-# queued as in training, where the host prepares one while the device computes the one before.
+# timer(what, count) -> the seconds per run of `count` runs of "train" or "forward", after UNCOUNTED that do not count:
+# after the other's turn, or seconds of sleep, a run takes half as long again, since the memory it works in has gone
+# cold, which training does not see while it goes on. Runs are queued as in training, where the host prepares one while
+# the device computes the one before: two have memory at once, so two warm it.
 Timer = Callable[[str, int], float]
+UNCOUNTED = 2  # as in turns_peer.py
 CUBLAS = {"xla_gpu_enable_triton_gemm": False}
 
 
@@ -56,7 +58,7 @@ class Ours:
 
     def __call__(self, what: str, count: int) -> float:
         """Returns the seconds per run, see `Timer`."""
-        jax.block_until_ready(self.run(what))
+        jax.block_until_ready([self.run(what) for _ in range(UNCOUNTED)][-1])
         begun = time.perf_counter()
         for _ in range(count):
             last = self.run(what)
