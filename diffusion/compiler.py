@@ -12,12 +12,14 @@ import importlib.util
 import os
 import sys
 import warnings
+from typing import Any
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 KNOWN = ("0.10.", "0.11.", "0.12.")  # XLA ends a process for a flag that it does not know
 WRONG = ("0.10.2", "0.11.0", "0.11.1", "0.11.2")
 NOISY = ("0.10.0", "0.10.1")
 CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+TARGET: list[Any] = []  # devices that are not here, which this process compiles for (training.ahead); [] for its own
 
 
 def cpu_flags(version: str) -> str:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion import compiler
 from diffusion.networks import attention
 
 OPTIONS = [(False, None), (True, 0.3)]
@@ -115,11 +116,12 @@ def test_without_a_plugin_of_gpus_all_is_xlas(monkeypatch):
     ("capabilities", "expected"),
     [((), 128), (("8.9",), 128), (("9.0",), 256), (("10.3",), 128), (("9.0", "8.0"), 128), (("9.0", "7.5"), 0)],
 )
-def test_the_largest_heads_of_a_kernel_are_those_that_all_gpus_take(monkeypatch, capabilities, expected):
-    """On a machine without one the program may be compiled for another that has it."""
-    gpus = [SimpleNamespace(compute_capability=capability) for capability in capabilities]
-    monkeypatch.setattr(attention, "CUDA_PLUGINS", ("jax",))
-    monkeypatch.setattr(jax, "local_devices", lambda: gpus or [SimpleNamespace()])
-    monkeypatch.setattr(attention, "largest_head", attention.largest_head.__wrapped__)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_largest_heads_of_a_kernel_are_those_that_all_gpus_take(monkeypatch, elsewhere, capabilities, expected):
+    """GPUs of this machine, or those of one that is not here and that this process compiles for."""
+    gpus = [SimpleNamespace(compute_capability=capability) for capability in capabilities] or [SimpleNamespace()]
+    monkeypatch.setattr(attention, "_has_plugin", lambda: True)
+    monkeypatch.setattr(compiler, "TARGET", gpus if elsewhere else [])
+    monkeypatch.setattr(jax, "local_devices", lambda: [] if elsewhere else gpus)
     assert attention.largest_head() == expected
     assert attention.has_kernels() is (expected > 0)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from diffusion.compiler import CUDA_PLUGINS
+from diffusion import compiler
 from diffusion.networks.tangents import make_tangent
 
 # Of cuDNN's kernel with a gradient, by the compute capability since which they hold: Ampere's, Hopper's, Blackwell's.
@@ -48,19 +48,25 @@ def fits(*heads: Array) -> bool:
     return taken and size <= largest_head() and size % 8 == 0
 
 
-@functools.cache
 def largest_head() -> int:
-    """Returns the largest size of heads that the kernel takes on every GPU here; 0 where it takes none.
+    """Returns the largest size of heads that the kernel takes on every GPU compiled for; 0 where it takes none.
 
-    The program decides by the device it is compiled for, which may be one that is not here: that is taken for an
-    Ampere. JAX compiles the kernel for any GPU, and an older one then finds no engine that runs it.
+    The program decides by the kind of device it is compiled for, which may be none of these: JAX exports one for CUDA
+    on a machine without GPUs, whose devices are taken for Ampere's. JAX compiles the kernel for any GPU, and an older
+    one then finds no engine that runs it.
     """
-    # Without a plugin JAX cannot even trace cuDNN's kernel.
-    if not any(importlib.util.find_spec(name) is not None for name in CUDA_PLUGINS):
+    if not _has_plugin():
         return 0
-    found = (float(getattr(device, "compute_capability", min(LARGEST_HEADS))) for device in jax.local_devices())
+    devices = compiler.TARGET or jax.local_devices()
+    found = (float(getattr(device, "compute_capability", min(LARGEST_HEADS))) for device in devices)
     newest = (max((since for since in LARGEST_HEADS if since <= capability), default=0.0) for capability in found)
     return min(LARGEST_HEADS.get(since, 0) for since in newest)
+
+
+@functools.cache
+def _has_plugin() -> bool:
+    """Returns whether JAX's plugin for GPUs is installed, without which it cannot even trace cuDNN's kernel."""
+    return any(importlib.util.find_spec(name) is not None for name in compiler.CUDA_PLUGINS)
 
 
 def has_kernels() -> bool:

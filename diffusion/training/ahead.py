@@ -5,18 +5,21 @@ CPU, and nothing runs. The program is the one that the machine would run, but fo
 has one, such as the choice among cuDNN's algorithms.
 """
 
+import importlib
 import importlib.util
 import math
 import os
 import re
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from diffusion import compiler
 from diffusion.extras import DISTRIBUTION
 from diffusion.training.chips import Chip, Target, gpu_config
 from diffusion.training.dry_run import jit_step
@@ -109,7 +112,25 @@ def target_mesh(target: Target, spec: str = "") -> Mesh:
         found = topologies.get_topology_desc(target.topology, platform=chip.platform, **options)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise RunError(f"{where}: {one_line(error, 300)}") from error
+    _trace_for(found.devices)
     return make_mesh(spec=spec, devices=found.devices)
+
+
+def _trace_for(devices: Sequence[Any]) -> None:
+    """Has networks, and JAX's fused attention, choose by these devices where they would ask those of this machine.
+
+    JAX has no setting for that. Where its function has moved, both go on asking this machine, which has no GPU: heads
+    larger than an Ampere's kernel takes are then compiled without it.
+    """
+    name = "check_compute_capability"
+    try:
+        module = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+        capabilities = [tuple(map(int, device.compute_capability.split("."))) for device in devices]
+    except (ImportError, AttributeError):  # the devices are TPUs
+        return
+    if hasattr(module, name):
+        setattr(module, name, lambda least: min(capabilities) >= tuple(map(int, least.split("."))))
+        compiler.TARGET[:] = devices
 
 
 def is_installed(name: str) -> bool:
