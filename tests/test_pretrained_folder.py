@@ -4,6 +4,9 @@ import json
 import os
 import tracemalloc
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from test_torch_files import Storage, as_zip, dumps, tensor
 
 from diffusion.pretrained.folder import read_json, read_weights, resolve, weights_files
-from diffusion.pretrained.strict import check_keys
+from diffusion.pretrained.strict import check_keys, shapes_of
 from diffusion.pretrained.unet import load_unet
 
 STEM = "diffusion_pytorch_model"
@@ -201,3 +204,21 @@ def test_published_shards_are_those_of_the_whole_file(tmp_path):
     assert len(weights_files(folder)) == 4 and weights_files(folder) == weights_files(folder, variant="fp16")
     stored = {name: weight for path in weights_files(folder) for name, weight in load_file(path).items()}
     equal(read_weights(folder), {name: weight.astype(np.float32) for name, weight in stored.items()})
+
+
+def test_a_network_is_traced_once_for_its_shapes():
+    calls = []
+
+    class Counted(nn.Module):
+        width: int = 3
+
+        @nn.compact
+        def __call__(self, x):
+            calls.append(x.shape)
+            return nn.Dense(self.width)(x)
+
+    x = jax.ShapeDtypeStruct((1, 2), jnp.float32)
+    first = shapes_of(Counted(), x)
+    assert first["Dense_0"].pop("kernel").shape == (2, 3)
+    assert shapes_of(Counted(), x)["Dense_0"]["kernel"].shape == (2, 3) and len(calls) == 1
+    assert shapes_of(Counted(4), x)["Dense_0"]["kernel"].shape == (2, 4) and len(calls) == 2

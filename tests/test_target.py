@@ -1,11 +1,13 @@
 """--mode=check --target: chips, the roofline, the report; a step for chips that are not there, where plugins are."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,8 @@ from helpers import SMALL, SMALL_TEXT, make_call
 from test_hlo import UNET
 from test_training import BATCH_SIZE, make_experiment, settings
 
+from diffusion import compiler
+from diffusion.networks import attention
 from diffusion.runs.target import report, source_of, to_json, training_batch, verdict
 from diffusion.runs.train import describe
 from diffusion.training import RunError, ahead, make_mesh
@@ -151,6 +155,18 @@ def test_a_plugin_that_is_missing_is_named_in_one_line(tmp_path, monkeypatch, sp
     monkeypatch.setattr(ahead, "is_installed", lambda name: False)
     with pytest.raises(RunError, match=r"is not installed: pip install 'diffusion-jax\[aot\]'"):
         make_call(digits.TASK, "digits", tmp_path, *SMALL, "--mode=check", f"--target={spec}")
+
+
+@pytest.mark.parametrize("devices, largest", [(("9.0", "9.0"), 256), (("8.0",), 128), ((None,), 0)])
+def test_kernels_are_chosen_by_the_gpus_of_the_target(monkeypatch, devices, largest):
+    """In this process, whose own devices are CPUs; a TPU has no capability, and changes nothing."""
+    jaxs = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(jaxs, "check_compute_capability", jaxs.check_compute_capability)  # to be set back
+    monkeypatch.setattr(compiler, "TARGET", [])
+    monkeypatch.setattr(attention, "_has_plugin", lambda: largest > 0)
+    ahead.trace_for([SimpleNamespace(**({"compute_capability": found} if found else {})) for found in devices])
+    assert attention.largest_head() == largest and len(compiler.TARGET) == (len(devices) if largest else 0)
+    assert jaxs.check_compute_capability("9.0") is (largest == 256)
 
 
 def test_a_target_is_for_checks(tmp_path):

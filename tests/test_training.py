@@ -17,6 +17,8 @@ from diffusion.training import (
     Mean,
     RunError,
     Settings,
+    abstract_train_state,
+    abstract_weights,
     check_finite,
     check_seed,
     digest,
@@ -68,6 +70,19 @@ def make_experiment(loss=noisy_loss, **changes):
         batch_size=BATCH_SIZE,
     )
     return experiment._replace(**changes)
+
+
+def test_weights_are_described_without_the_loss_being_traced():
+    def untraced(*_):
+        raise AssertionError("the loss was traced")
+
+    batch = next(batches_from(0))
+    how = settings(ema_profiles=(0.05,))
+    whole = abstract_train_state(make_experiment(), how, make_mesh(), batch)
+    weights = abstract_weights(make_experiment(untraced), how, make_mesh())
+    assert weights == whole._replace(opt_state=None, metrics=None) and weights.profiles
+    with pytest.raises(AssertionError, match="was traced"):
+        abstract_train_state(make_experiment(untraced), how, make_mesh(), batch)
 
 
 def run_steps(experiment, num_steps, mesh, *, spread=("fsdp",), accumulate=1):

@@ -86,15 +86,31 @@ def init(model: Model, key: jax.Array) -> Any:
     if model.space.init is not None:
         others["space"] = model.space.init(jax.random.fold_in(key, SPACE_KEY))
     told = model.condition.of_request(others.get("text"), empty)
-    network = model.network.init(network_key, x_0, time, **told)
+    network = _init_network(model.network, network_key, x_0, time, told)
     if model.lora is not None:
         others["lora"] = lora.init(model.lora, network, jax.random.fold_in(key, LORA_KEY))
     if model.teacher is not None:
         teacher_key = jax.random.fold_in(key, TEACHER_KEY)
-        others["teacher"] = {"network": model.teacher.model.network.init(teacher_key, x_0, time, **told)}
+        others["teacher"] = {"network": _init_network(model.teacher.model.network, teacher_key, x_0, time, told)}
         if model.condition.init is not None and not model.condition.frozen:
             others["teacher"]["text"] = model.condition.init(teacher_key)
     return {"network": network, **others} if model.grouped else network
+
+
+def _init_network(network: Any, *inputs: Any) -> Any:
+    try:
+        hash(network)
+    except TypeError:  # it has a field that is a list, an array
+        return _init(network, *inputs)
+    return _traced_once(network, *inputs)
+
+
+def _init(network: Any, key: jax.Array, x_0: jax.Array, time: jax.Array, told: Told) -> Any:
+    return network.init(key, x_0, time, **told)
+
+
+# Equal networks are traced once: a student's start asks a dozen times for its network's and its teacher's shapes.
+_traced_once = jax.jit(_init, static_argnums=0, inline=True)
 
 
 class Parts(NamedTuple):

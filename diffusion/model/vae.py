@@ -265,9 +265,7 @@ def open_trained(workdir: Path, mesh: Mesh | None = None, step: int | None = Non
         if stored["experiment"] != NAME:
             raise RunError(f"{workdir} holds experiment {stored['experiment']}, not {NAME}")
         config = from_plain(stored["config"])
-        learner, batch = make_learner(config), abstract_batch(config)
-        abstract = training.abstract_train_state(learner, make_settings(config), mesh, batch)
-        state = checkpoints.restore(abstract)
+        state = checkpoints.restore(training.abstract_weights(make_learner(config), make_settings(config), mesh))
     return make_trained(config, mesh, state)
 
 

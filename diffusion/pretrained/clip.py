@@ -18,7 +18,7 @@ from diffusion.data.text import END, START
 from diffusion.networks.clip import ACTIVATIONS, CLIP, ImageTower, TextTower
 from diffusion.pretrained.folder import new_folder, read_json, read_weights, resolve, write_json, write_weights
 from diffusion.pretrained.identify import identify
-from diffusion.pretrained.strict import check_keys, few, without_memory
+from diffusion.pretrained.strict import check_keys, few, shapes_of, without_memory
 
 # The mean and the standard deviation, by channel, that pixels in [0, 1] are normalised with.
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -116,9 +116,9 @@ def load_clip(folder: str | os.PathLike, dtype: Any = jnp.float32) -> tuple[CLIP
     clip = CLIP(
         _image_tower(config["vision_config"] | shared, dtype), text_tower(config["text_config"] | shared, dtype)
     )
-    image = jnp.zeros((1, *clip.image.height_width, 3))
-    like: Any = jax.eval_shape(clip.init, jax.random.key(0), image, jnp.zeros((1, 2), jnp.int32))
-    return clip, {"params": from_transformers(read_weights(folder, "model"), like["params"])}
+    image = jax.ShapeDtypeStruct((1, *clip.image.height_width, 3), jnp.float32)
+    like = shapes_of(clip, image, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    return clip, {"params": from_transformers(read_weights(folder, "model"), like)}
 
 
 def load_text_tower(
@@ -166,8 +166,7 @@ def write_text_tower(folder: Path, tower: TextTower, params: Mapping[str, Any]) 
 
 def text_shapes(tower: TextTower) -> dict[str, Any]:
     """Returns {"text": the tree of parameters as shapes}, nothing allocated."""
-    like: Any = jax.eval_shape(tower.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
-    return {"text": like["params"]}
+    return {"text": shapes_of(tower, jax.ShapeDtypeStruct((1, 2), jnp.int32))}
 
 
 def load_normalisation(folder: str | os.PathLike) -> Normalisation | None:

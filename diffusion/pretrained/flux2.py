@@ -19,7 +19,7 @@ from diffusion.pretrained.flux2_config import CLASS, config_of, network_of_confi
 from diffusion.pretrained.folder import new_folder, read_json, read_weights, resolve, write_json
 from diffusion.pretrained.identify import identify
 from diffusion.pretrained.shards import LARGEST, write_sharded
-from diffusion.pretrained.strict import check_keys, without_memory
+from diffusion.pretrained.strict import check_keys, shapes_of, without_memory
 
 WEIGHTS = "diffusion_pytorch_model"
 Put = Callable[[Any, np.ndarray], Any]
@@ -69,7 +69,7 @@ def shapes(network: Flux2) -> dict[str, Any]:
         "guidance": (1,) if network.guidance_embedding else None,
     }
     inputs: Any = {name: size and jax.ShapeDtypeStruct(size, jnp.float32) for name, size in sizes.items()}
-    return jax.eval_shape(network.init, jax.random.key(0), **inputs)["params"]
+    return shapes_of(network, **inputs)
 
 
 def load_flux2(

@@ -10,7 +10,7 @@ import numpy as np
 
 from diffusion.networks.inception import Inception
 from diffusion.pretrained.public import PublicFile, obtain
-from diffusion.pretrained.strict import check_keys
+from diffusion.pretrained.strict import check_keys, shapes_of
 from diffusion.pretrained.torch_files import read_torch_file
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -49,8 +49,7 @@ def from_torch(weights: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndar
 def _kernels() -> dict[str, tuple[int, ...]]:
     """Returns the shape of every layer's kernel."""
     image = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
-    params = jax.eval_shape(Inception().init, jax.random.key(0), image)["params"]
-    return {name: layer["kernel"].shape for name, layer in params.items()}
+    return {name: layer["kernel"].shape for name, layer in shapes_of(Inception(), image).items()}
 
 
 def _shapes(name: str, kernel: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:

@@ -14,7 +14,7 @@ from diffusion.networks.mmdit import MMDiT, position_table
 from diffusion.pretrained.config_fields import check_counts, read_fields
 from diffusion.pretrained.folder import read_json, read_weights, resolve, write_json, write_weights
 from diffusion.pretrained.identify import identify
-from diffusion.pretrained.strict import check_keys, without_memory
+from diffusion.pretrained.strict import check_keys, shapes_of, without_memory
 
 # Our modules -> diffusers'. Theirs has three layers where ours, "qkv", has one.
 _MODULES = {
@@ -76,7 +76,7 @@ def shapes(network: MMDiT) -> dict[str, Any]:
         jax.ShapeDtypeStruct((1, 1, network.context_width), jnp.float32),
         jax.ShapeDtypeStruct((1, network.pooled_width), jnp.float32),
     )
-    return jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
+    return shapes_of(network, *inputs)
 
 
 def to_diffusers(network: MMDiT, params: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from diffusion.pretrained.config_fields import check_counts
 from diffusion.pretrained.folder import new_folder, read_json, read_weights, resolve, write_json
 from diffusion.pretrained.identify import identify
 from diffusion.pretrained.shards import LARGEST, write_sharded
-from diffusion.pretrained.strict import check_keys, few, without_memory
+from diffusion.pretrained.strict import check_keys, few, shapes_of, without_memory
 
 Put = Callable[[Any, np.ndarray], Any]
 STATES = (9, 18, 27)  # that FLUX.2 [klein] reads
@@ -64,7 +64,7 @@ def shapes(encoder: Qwen3) -> dict[str, Any]:
     """Returns the tree of parameters as shapes (the one under "params"), nothing allocated."""
     encoder.check()
     short = encoder.clone(depth=2, states=(1,))  # all layers are of one shape, and tracing each takes a while
-    found = jax.eval_shape(short.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
+    found = shapes_of(short, jax.ShapeDtypeStruct((1, 1), jnp.int32))
     layers = {f"layer_{i}": found["layer_0"] for i in range(encoder.depth if encoder.whole else encoder.states[-1])}
     return {name: leaf for name, leaf in found.items() if not name.startswith("layer_")} | layers
 

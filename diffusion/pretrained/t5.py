@@ -18,7 +18,7 @@ from diffusion.networks.t5 import T5Encoder
 from diffusion.pretrained.config_fields import check_counts
 from diffusion.pretrained.folder import new_folder, read_json, read_weights, resolve, write_json, write_weights
 from diffusion.pretrained.identify import identify
-from diffusion.pretrained.strict import check_keys, few, without_memory
+from diffusion.pretrained.strict import check_keys, few, shapes_of, without_memory
 
 SINGLE_FILE = "text_encoders.t5xxl.transformer."
 # Ours -> transformers'.
@@ -53,7 +53,7 @@ _FIXED = {"model_type": ("t5", "t5"), "feed_forward_proj": ("gated-gelu", "relu"
 
 def shapes(encoder: T5Encoder) -> dict[str, Any]:
     """Returns the tree of parameters as shapes (the one under "params"), nothing allocated."""
-    return jax.eval_shape(encoder.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
+    return shapes_of(encoder, jax.ShapeDtypeStruct((1, 1), jnp.int32))
 
 
 def to_transformers(params: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from diffusion.networks.unet import UNet
 from diffusion.pretrained.blocks import block_name, count_levels, from_torch, to_torch, with_modern_names
 from diffusion.pretrained.folder import new_folder, read_json, read_weights, resolve, write_json, write_weights
 from diffusion.pretrained.identify import identify
-from diffusion.pretrained.strict import check_keys, without_memory
+from diffusion.pretrained.strict import check_keys, shapes_of, without_memory
 from diffusion.pretrained.unet_config import config_of, network_of
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -73,9 +73,9 @@ def unet_folder(folder: str | os.PathLike) -> Path:
 
 def shapes(network: UNet, image_shape: tuple[int, int, int]) -> dict[str, Any]:
     """Returns the network's tree of parameters as shapes (the one under "params"), nothing allocated."""
-    images, numbers = jnp.zeros((1, *image_shape)), jnp.zeros(1)
-    label = None if network.num_classes is None else jnp.zeros(1, jnp.int32)
-    return jax.eval_shape(network.init, jax.random.key(0), images, numbers, label)["params"]
+    images, numbers = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+    label = None if network.num_classes is None else jax.ShapeDtypeStruct((1,), jnp.int32)
+    return shapes_of(network, images, numbers, label)
 
 
 def save_unet(

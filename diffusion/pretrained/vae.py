@@ -22,7 +22,7 @@ from diffusion.pretrained.folder import (
     write_weights,
 )
 from diffusion.pretrained.identify import identify
-from diffusion.pretrained.strict import check_keys, without_memory
+from diffusion.pretrained.strict import check_keys, shapes_of, without_memory
 from diffusion.pretrained.vae_config import BATCH_NORM_EPS, FLUX2, KL, Settings, config_of, settings_of
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -118,7 +118,7 @@ def shapes(module: Any) -> dict[str, Any]:
     """Returns an autoencoder's tree of parameters as shapes (the one under "params"), nothing allocated."""
     side = module.factor
     images = jax.ShapeDtypeStruct((1, side, side, module.image_channels), jnp.float32)
-    return jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+    return shapes_of(module, images)
 
 
 def to_diffusers(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:

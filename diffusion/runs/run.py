@@ -21,7 +21,7 @@ from diffusion.data.images import check_uint8_images
 from diffusion.model import formats
 from diffusion.model.condition import rows_away, rows_of
 from diffusion.model.config import Config, from_plain, make_settings, plain
-from diffusion.model.experiment import abstract_batch, check_references, make_learner, make_model
+from diffusion.model.experiment import check_references, make_learner, make_model
 from diffusion.model.fields import change
 from diffusion.model.likelihood import Likelihood, bits_per_dim
 from diffusion.model.model import Model, from_noise, guided
@@ -320,8 +320,7 @@ def load(
         return Run(stored["experiment"], workdir, config, mesh, model, params, at, average, {}, own, stored)
     settings = make_settings(config)
     learner = make_learner(config, model)
-    abstract = training.abstract_train_state(learner, settings, mesh, abstract_batch(config, model))
-    abstract = abstract._replace(opt_state=None)  # which nobody reads who only uses the weights
+    abstract = training.abstract_weights(learner, settings, mesh)
     make = partial(Run, stored["experiment"], workdir, config, mesh, model, programs={}, stored=stored)
     if ema_length is None:
         with open_existing(workdir, step) as checkpoints:

@@ -19,7 +19,7 @@ from diffusion.training.experiment import (
     run_key,
 )
 from diffusion.training.kept import Kept, kept_program
-from diffusion.training.loop import abstract_train_state, train
+from diffusion.training.loop import abstract_train_state, abstract_weights, train
 from diffusion.training.settings import Settings
 from diffusion.training.sharding import batch_sharding, make_mesh, on_mesh, place_batch, state_shardings
 from diffusion.training.step import make_train_step
@@ -36,6 +36,7 @@ __all__ = [
     "Settings",
     "TrainState",
     "abstract_train_state",
+    "abstract_weights",
     "averaged",
     "batch_sharding",
     "check_finite",

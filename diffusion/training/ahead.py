@@ -112,11 +112,11 @@ def target_mesh(target: Target, spec: str = "") -> Mesh:
         found = topologies.get_topology_desc(target.topology, platform=chip.platform, **options)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise RunError(f"{where}: {one_line(error, 300)}") from error
-    _trace_for(found.devices)
+    trace_for(found.devices)
     return make_mesh(spec=spec, devices=found.devices)
 
 
-def _trace_for(devices: Sequence[Any]) -> None:
+def trace_for(devices: Sequence[Any]) -> None:
     """Has networks, and JAX's fused attention, choose by these devices where they would ask those of this machine.
 
     JAX has no setting for that. Where its function has moved, both go on asking this machine, which has no GPU: heads

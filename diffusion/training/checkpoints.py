@@ -139,14 +139,14 @@ class Checkpoints:
     def restore(self, abstract_state: TrainState) -> TrainState:
         """Returns the newest state with the shapes, dtypes and shardings of `abstract_state`.
 
-        Any number of devices reads what any other number wrote. Where `opt_state` is None, all but that is read.
+        Any number of devices reads what any other number wrote. Parts that are None are not read.
 
         Raises:
           RunError: it does not fit `abstract_state`.
         """
         path = self._folder / str(self._newest)
         wanted = {name: part for name, part in abstract_state._asdict().items() if part is not None}
-        partial = "opt_state" not in wanted
+        partial = len(wanted) < len(abstract_state)
         try:
             with _context(partial):
                 found = ocp.load(str(path), abstract_state=wanted if partial else abstract_state)

@@ -71,8 +71,8 @@ class TrainState(NamedTuple):
       params: the parameters.
       ema: the exponential moving average of those that are trained; see `averaged`.
       profiles: their power-function averages by sigma_rel, see `diffusion.averages`.
-      opt_state: of the optimizer.
-      metrics: sums since the last log line, so that a resumed run logs the same numbers.
+      opt_state: of the optimizer; None where the weights alone are read.
+      metrics: sums since the last log line, so that a resumed run logs the same numbers; None as well.
     """
 
     step: jax.Array
@@ -141,13 +141,22 @@ def init_state(
       ema_profiles: relative lengths of the power-function averages to carry along.
       begun: see `Experiment.begun`; an argument, for weights are not to become constants of a compiled program.
     """
+    state = init_weights(experiment, seed, ema_profiles, begun)
+    names = jax.eval_shape(experiment.loss, state.params, batch, run_key(seed, "train"))[1]
+    metrics = {name: Mean(jnp.zeros(()), jnp.zeros(())) for name in ["loss", "grad_norm", *names]}
+    opt_state = experiment.optimizer.init(trained(state.params, experiment.frozen))
+    return state._replace(opt_state=opt_state, metrics=metrics)
+
+
+def init_weights(
+    experiment: Experiment, seed: int, ema_profiles: Sequence[float] = (), begun: dict[str, Params] | None = None
+) -> TrainState:
+    """Returns the state before the first step without what only training reads; see `init_state`."""
     params = jax.jit(experiment.init)(run_key(seed, "init"))  # traced once, for whoever asks for its shapes too
     params = {**params, **begun} if begun else params
-    names = jax.eval_shape(experiment.loss, params, batch, run_key(seed, "train"))[1]
     # One buffer cannot be donated under two names: the averages start as copies.
     learned = trained(params, experiment.frozen)
     copy = lambda: jax.tree.map(jnp.copy, learned)  # noqa: E731
     profiles = {f"{sigma_rel:g}": copy() for sigma_rel in ema_profiles}
-    metrics = {name: Mean(jnp.zeros(()), jnp.zeros(())) for name in ["loss", "grad_norm", *names]}
-    opt_state = experiment.optimizer.init(learned)
-    return TrainState(jnp.zeros((), jnp.int32), params, copy(), profiles, opt_state, metrics)
+    none: Any = None
+    return TrainState(jnp.zeros((), jnp.int32), params, copy(), profiles, opt_state=none, metrics=none)

@@ -20,7 +20,7 @@ from diffusion.training import snapshots
 from diffusion.training.checkpoints import Checkpoints, provenance
 from diffusion.training.description import Description, Migrate, unchanged
 from diffusion.training.errors import one_line
-from diffusion.training.experiment import Batch, Experiment, TrainState, averaged, init_state
+from diffusion.training.experiment import Batch, Experiment, TrainState, averaged, init_state, init_weights
 from diffusion.training.health import Watch
 from diffusion.training.interrupt import StopSignal
 from diffusion.training.kept import Kept
@@ -39,7 +39,19 @@ from diffusion.training.writers import MakeWriter, tensorboard
 
 def abstract_train_state(experiment: Experiment, settings: Settings, mesh: Mesh, batch: dict[str, Any]) -> TrainState:
     """Returns the state's shapes, dtypes and shardings; nothing is allocated."""
-    state = jax.eval_shape(partial(init_state, experiment, settings.seed, shapes_of(batch), settings.ema_profiles))
+    make = partial(init_state, experiment, settings.seed, shapes_of(batch), settings.ema_profiles)
+    return _abstract(experiment, settings, mesh, make)
+
+
+def abstract_weights(experiment: Experiment, settings: Settings, mesh: Mesh) -> TrainState:
+    """Returns `abstract_train_state` less the optimizer's part and the metrics, which need the loss traced."""
+    return _abstract(
+        experiment, settings, mesh, partial(init_weights, experiment, settings.seed, settings.ema_profiles)
+    )
+
+
+def _abstract(experiment: Experiment, settings: Settings, mesh: Mesh, make: Callable[[], TrainState]) -> TrainState:
+    state = jax.eval_shape(make)
     shardings = state_shardings(mesh, state, experiment.rules, settings.spread)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
