@@ -2,9 +2,13 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import make_call, random_images
@@ -17,6 +21,7 @@ from diffusion import training
 from diffusion.model.config import make_settings, plain
 from diffusion.model.experiment import abstract_batch, make_learner, make_model
 from diffusion.model.fields import load_config
+from diffusion.model.model import init
 from diffusion.runs import export
 from diffusion.runs.begin import Origin, adopt, check_fit, find_origin, first_weights
 from diffusion.runs.run import load, open_run, read_description
@@ -40,6 +45,26 @@ def begin(kind, origin, vocabulary=(), *arguments):
     batch = abstract_batch(call.config, model)
     abstract = training.abstract_train_state(learner, settings, call.mesh, batch)
     return first_state(learner, settings, abstract, batch)(), model, about
+
+
+@pytest.mark.parametrize("widths, traces", [((5,), 1), ([5], 2)])
+def test_equal_networks_are_traced_once_for_their_weights(widths, traces):
+    """Unless a field cannot be hashed, as a list; weights are those that Linen draws."""
+    traced = []
+
+    class Counted(nn.Module):
+        widths: Any
+
+        @nn.compact
+        def __call__(self, x, time):
+            traced.append(x.shape)
+            return nn.Dense(self.widths[0])(x)
+
+    model = make_model(load_config("digits"), (8, 8, 1))
+    one, other = (partial(init, model._replace(network=Counted(widths))) for _ in range(2))
+    shapes = jax.eval_shape(one, jax.random.key(0))
+    assert jax.eval_shape(other, jax.random.key(0)) == shapes and traced == [(1, 8, 8, 1)] * traces
+    equal(jax.jit(one)(jax.random.key(3)), jax.jit(Counted(widths).init)(jax.random.key(3), jnp.zeros((1, 8, 8, 1)), 0))
 
 
 @pytest.mark.parametrize("raw", [False, True])

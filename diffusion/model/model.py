@@ -98,19 +98,19 @@ def init(model: Model, key: jax.Array) -> Any:
 
 
 def _init_network(network: Any, *inputs: Any) -> Any:
+    """Returns the variables that a key draws; equal networks are traced once, and a student's start has a dozen."""
     try:
         hash(network)
-    except TypeError:  # it has a field that is a list, an array
+    except TypeError:  # a field is a list, or an array
         return _init(network, *inputs)
-    return _traced_once(network, *inputs)
+    return _init_once(network, *inputs)
 
 
 def _init(network: Any, key: jax.Array, x_0: jax.Array, time: jax.Array, told: Told) -> Any:
     return network.init(key, x_0, time, **told)
 
 
-# Equal networks are traced once: a student's start asks a dozen times for its network's and its teacher's shapes.
-_traced_once = jax.jit(_init, static_argnums=0, inline=True)
+_init_once = jax.jit(_init, static_argnums=0, inline=True)
 
 
 class Parts(NamedTuple):
