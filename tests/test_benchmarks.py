@@ -2,6 +2,7 @@
 
 import copy
 import json
+import platform
 import random
 import sys
 from pathlib import Path
@@ -220,6 +221,24 @@ def test_results_are_written_with_the_machine(tmp_path):
     assert result["versions"]["jax"] == jax.__version__ and result["versions"]["torch"] == "2.0"
     assert {"processor", "cpu_count", "date", "git"} <= result.keys()
     assert set(compare.MACHINE) <= result.keys()
+
+
+@pytest.mark.parametrize(
+    "info, expected",
+    [
+        (
+            "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\n",
+            "AMD EPYC, family 25, model 17",
+        ),
+        ("processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\n", "AMD EPYC, family 26, model 2"),
+        ("model name\t: Some ARM\n\nmodel name\t: Another\n", "Some ARM"),
+        ("BogoMIPS : 100\n", platform.processor() or platform.machine()),
+    ],
+)
+def test_a_processor_is_named_by_its_generation_too(tmp_path, monkeypatch, info, expected):
+    (tmp_path / "cpuinfo").write_text(info)
+    monkeypatch.setattr(common, "CPU_INFO", tmp_path / "cpuinfo")
+    assert common.processor() == expected
 
 
 def test_nothing_is_written_without_a_path(tmp_path, monkeypatch):
