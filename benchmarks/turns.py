@@ -20,7 +20,7 @@ from diffusion.training import Experiment, init_state, make_mesh, make_train_ste
 # cold, which training does not see while it goes on. Runs are queued as in training, where the host prepares one while
 # the device computes the one before: two have memory at once, so two warm it.
 Timer = Callable[[str, int], float]
-UNCOUNTED = 2  # as in turns_peer.py
+UNCOUNTED = 2
 CUBLAS = {"xla_gpu_enable_triton_gemm": False}
 
 
@@ -92,7 +92,8 @@ class Peer:
 
     def _ask(self, mode: str, what: str, count: int) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"mode": mode, "what": what, "count": count}) + "\n")
+        request = {"mode": mode, "what": what, "count": count, "uncounted": UNCOUNTED}
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
 
     def prepare(self, modes: list[str]) -> None:

@@ -1,7 +1,8 @@
 """The side of `benchmarks.turns` that runs in an interpreter with PyTorch and nothing of this project.
 
-Reads lines of JSON from standard input, {"mode": "eager" | "compiled", "what": "train" | "forward", "count": n}, and
-answers each with the seconds per run of n runs, after two that do not count. The first line it prints describes it.
+Reads lines of JSON from standard input, {"mode": "eager" | "compiled", "what": "train" | "forward", "count": n,
+"uncounted": m}, and answers each with the seconds per run of n runs, after m that do not count. The first line it prints
+describes it.
 """
 
 import argparse
@@ -11,7 +12,6 @@ import time
 
 import torch
 
-UNCOUNTED = 2  # as in turns.py
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -57,7 +57,7 @@ def serve(make, versions):
         if mode not in made:
             made[mode] = make(mode == "compiled")
         run = made[mode][request["what"]]
-        for _ in range(UNCOUNTED):
+        for _ in range(request["uncounted"]):
             run()
         synchronize()
         begun = time.perf_counter()
