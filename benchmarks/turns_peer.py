@@ -1,8 +1,8 @@
 """The side of `benchmarks.turns` that runs in an interpreter with PyTorch and nothing of this project.
 
 Reads lines of JSON from standard input, {"mode": "eager" | "compiled", "what": "train" | "forward", "count": n,
-"uncounted": m}, and answers each with the seconds per run of n runs, after m that do not count. The first line it prints
-describes it.
+"uncounted": m}, and answers each with the seconds per run of n runs, after m that do not count. The first line that it
+prints describes it.
 """
 
 import argparse
