@@ -20,13 +20,11 @@ from diffusion.training import (
     abstract_train_state,
     abstract_weights,
     check_finite,
-    check_seed,
     digest,
     init_state,
     make_mesh,
     make_train_step,
     place_batch,
-    run_key,
     state_shardings,
     train,
 )
@@ -166,16 +164,6 @@ def test_metrics_are_means_over_the_log_interval():
     assert values["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
     assert 0 < float(state.metrics["loss_of_big"].count) < 4 * BATCH_SIZE
     assert "grad_norm" in values
-
-
-def test_keys_differ_by_seed_purpose_and_index():
-    draws = {
-        float(jax.random.uniform(run_key(seed, purpose, index)))
-        for seed in (0, 1)
-        for purpose in ("init", "train")
-        for index in (0, 1)
-    }
-    assert len(draws) == 8
 
 
 def test_digest_names_weights_by_paths_and_bytes_however_they_are_sharded():
@@ -382,20 +370,6 @@ def test_weights_that_are_not_finite_are_counted_and_refused(tmp_path):
         checkpoints.save(5, state._replace(ema={**state.ema, "b": jnp.full((), jnp.nan)}), stored)
     with pytest.raises(RunError, match=r"checkpoints/5 cannot be used: 1 of its .* the first in ema/b"):
         do_train(tmp_path)
-
-
-@pytest.mark.parametrize("seed", [-1, 2**32])
-def test_seeds_that_would_be_another_seed_silently_are_refused(seed):
-    line = f"seed is {seed}: it must be 0 to 4294967295"
-    for call in (lambda: check_seed(seed), lambda: run_key(seed, "sample"), lambda: run_key(seed, "sample", 3)):
-        with pytest.raises(RunError, match=f"^{line}$"):
-            call()
-
-
-def test_every_seed_in_range_is_a_key_of_its_own():
-    seeds = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
-    assert [check_seed(seed) for seed in seeds] == seeds
-    assert len({tuple(np.ravel(jax.random.key_data(run_key(seed, "init"))).tolist()) for seed in seeds}) == 5
 
 
 def test_previews_show_raw_and_averaged_weights(tmp_path):
