@@ -169,6 +169,13 @@ def test_kernels_are_chosen_by_the_gpus_of_the_target(monkeypatch, devices, larg
     assert jaxs.check_compute_capability("9.0") is (largest == 256)
 
 
+def test_a_jax_that_cannot_be_told_of_the_target_is_reported(monkeypatch, caplog):
+    monkeypatch.setattr(compiler, "TARGET", [])
+    monkeypatch.delattr("jax._src.cudnn.fused_attention_stablehlo.check_compute_capability")
+    ahead.trace_for([SimpleNamespace(compute_capability="9.0")])
+    assert "heads over 128 is counted without kernels" in caplog.text and not compiler.TARGET
+
+
 def test_a_target_is_for_checks(tmp_path):
     with pytest.raises(RunError, match="--target is not read by --mode=sample, but by check"):
         make_call(digits.TASK, "digits", tmp_path, "--mode=sample", "--target=h100")

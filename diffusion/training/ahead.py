@@ -7,6 +7,7 @@ has one, such as the choice among cuDNN's algorithms.
 
 import importlib
 import importlib.util
+import logging
 import math
 import os
 import re
@@ -120,17 +121,22 @@ def trace_for(devices: Sequence[Any]) -> None:
     """Has networks, and JAX's fused attention, choose by these devices where they would ask those of this machine.
 
     JAX has no setting for that. Where its function has moved, both go on asking this machine, which has no GPU: heads
-    larger than an Ampere's kernel takes are then compiled without it.
+    larger than an Ampere's kernel takes are then compiled without it, and a warning says so. TPUs have no such kernel.
     """
+    if not all(hasattr(device, "compute_capability") for device in devices):
+        return
+    capabilities = [tuple(map(int, device.compute_capability.split("."))) for device in devices]
     name = "check_compute_capability"
     try:
         module = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
-        capabilities = [tuple(map(int, device.compute_capability.split("."))) for device in devices]
-    except (ImportError, AttributeError):  # the devices are TPUs
+        getattr(module, name)
+    except (ImportError, AttributeError):
+        logging.warning(
+            f"jax {jax.__version__} has no {name}: attention with heads over 128 is counted without kernels"
+        )
         return
-    if hasattr(module, name):
-        setattr(module, name, lambda least: min(capabilities) >= tuple(map(int, least.split("."))))
-        compiler.TARGET[:] = devices
+    setattr(module, name, lambda least: min(capabilities) >= tuple(map(int, least.split("."))))
+    compiler.TARGET[:] = devices
 
 
 def is_installed(name: str) -> bool:
