@@ -1,6 +1,7 @@
 """The U-Net against diffusers' (a recorded golden), and its options against the plain network."""
 
 import pathlib
+from functools import partial
 from typing import Any
 
 import chex
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion.networks.group_norm import by_axis, by_product, group_norm
 from diffusion.networks.layers import Attention, Conv, GroupNorm, average_pool, sinusoidal_embedding, upsample
 from diffusion.networks.unet import UNet
 from diffusion.pretrained.unet import from_diffusers, to_diffusers
@@ -231,6 +233,30 @@ def test_group_norm_against_float64(mean, outlier):
     of_means = 28 * mean / deviation.min()
     of_variance = (256 if outlier else 2) * 28 / 2 * largest
     np.testing.assert_allclose(actual, expected, atol=(of_means + of_variance + 4) * 2.0**-24 * np.abs(scale).max())
+
+
+def test_both_ways_of_group_norm_are_the_same(float64):
+    """In float64, where 1 / groups and the groups' means are off by some units of 2^-53; derivatives, too."""
+    rng = np.random.RandomState(0)
+    arrays = [rng.randn(2, 1, 1, 24), rng.uniform(0.5, 2.0, (2, 1, 1, 24)), rng.randn(24), rng.randn(24)]
+    arrays = list(map(jnp.asarray, arrays))
+    weights = rng.randn(2, 2, 1, 1, 24)
+
+    def value(way: Any, *arrays: Any) -> Any:
+        return jnp.sum(jnp.stack(way(8, 1e-6, *arrays)) * weights)
+
+    for function in (lambda way: partial(way, 8, 1e-6), lambda way: jax.grad(partial(value, way), (0, 1, 2, 3))):
+        for one, other in zip(function(by_axis)(*arrays), function(by_product)(*arrays), strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-13)
+
+
+def test_only_cpus_take_group_means_as_products():
+    x, scale = jnp.ones((2, 4, 4, 8)), jnp.ones(8)
+    step = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(group_norm(x, scale, scale, 4, 1e-6))))).trace(x)
+    products = {
+        name: step.lower(lowering_platforms=(name,)).as_text().count("dot_general") for name in ("cpu", "cuda", "tpu")
+    }
+    assert products == {"cpu": 4, "cuda": 0, "tpu": 0}
 
 
 def test_group_norm_of_channels_without_variance_is_the_bias():

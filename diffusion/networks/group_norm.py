@@ -1,5 +1,6 @@
 """Group normalisation, and with it what `fused_norm` joins, in the steps of their formulas."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 Channels = Float[Array | np.ndarray, "C"]
+PerImage = Float[Array, "B *one C"]  # as many axes of length 1 as x has of pixels
 
 
 class Plan(NamedTuple):
@@ -47,12 +49,53 @@ def group_norm(
     difference = jnp.mean(x - pixel, axis=space, keepdims=True)
     variance_c = jnp.mean(jnp.square(x - pixel), axis=space, keepdims=True) - jnp.square(difference)
     mean_c = pixel + difference
-    groups = (*mean_c.shape[:-1], num_groups, x.shape[-1] // num_groups)
+    gain, shift = _gain_and_shift(num_groups, epsilon, mean_c, variance_c, scale, bias)
+    return x * gain + shift
+
+
+def by_axis(
+    num_groups: int,
+    epsilon: float,
+    mean_c: PerImage,
+    variance_c: PerImage,
+    scale: Float[Array, "C"],
+    bias: Float[Array, "C"],
+) -> tuple[PerImage, PerImage]:
+    """Returns what x is multiplied by, and what is added then, from the moments of an image's channels."""
+    groups = (*mean_c.shape[:-1], num_groups, mean_c.shape[-1] // num_groups)
     mean = jnp.mean(mean_c.reshape(groups), axis=-1, keepdims=True)
     variance = jnp.mean(variance_c.reshape(groups) + jnp.square(mean_c.reshape(groups) - mean), -1, keepdims=True)
     gain = jax.lax.rsqrt(variance + epsilon) * scale.reshape(groups[-2:])
     shift = bias.reshape(groups[-2:]) - mean * gain
-    return x * gain.reshape(mean_c.shape) + shift.reshape(mean_c.shape)
+    return gain.reshape(mean_c.shape), shift.reshape(mean_c.shape)
+
+
+def by_product(
+    num_groups: int,
+    epsilon: float,
+    mean_c: PerImage,
+    variance_c: PerImage,
+    scale: Float[Array, "C"],
+    bias: Float[Array, "C"],
+) -> tuple[PerImage, PerImage]:
+    """Returns what `by_axis` does, by means over groups that are products of matrices, which XLA leaves whole.
+
+    Those over an axis it repeats on CPUs for each pixel that is normalised, forward and backward, in loops as short as
+    a group: the digits train 1.4 times as fast without. A channel that is not finite makes its whole image so.
+    """
+    group = jnp.arange(mean_c.shape[-1]) // (mean_c.shape[-1] // num_groups)
+    share = (group[:, None] == group).astype(mean_c.dtype) * (num_groups / mean_c.shape[-1])
+    mean = jnp.matmul(mean_c, share, precision="highest")
+    variance = jnp.matmul(variance_c + jnp.square(mean_c - mean), share, precision="highest")
+    gain = jax.lax.rsqrt(variance + epsilon) * scale
+    return gain, bias - mean * gain
+
+
+@partial(jax.jit, static_argnums=(0, 1))  # layers of one shape share a trace
+def _gain_and_shift(num_groups: int, epsilon: float, *arrays: Any) -> tuple[PerImage, PerImage]:
+    """Returns what both functions above do, by the faster one where the program is compiled for."""
+    cpu, default = (partial(function, num_groups, epsilon) for function in (by_product, by_axis))
+    return jax.lax.platform_dependent(*arrays, cpu=cpu, default=default)
 
 
 def in_steps(plan: Plan, x: Array, shift: Array, scale: Array, bias: Array, *keep: Array) -> Float[Array, "B P C"]:
