@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from diffusion import compiler
+from diffusion.networks.unet import UNet
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,3 +111,12 @@ def test_a_program_is_loaded_from_the_cache_without_a_word(tmp_path):
         done = subprocess.run([sys.executable, "-c", CACHED], env=environment, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
         assert list(tmp_path.glob("jit__lambda*"))
+
+
+def test_a_program_that_runs_once_has_the_same_bits():
+    network = UNet(channels=16, multipliers=(1, 2), num_blocks=1, attention_resolutions=(4,), num_groups=8)
+    arguments = jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1)
+    lowered = jax.jit(network.init).lower(*arguments)
+    assert compiler.run_once("gpu") is None
+    once, often = (lowered.compile(options)(*arguments) for options in (compiler.run_once("cpu"), None))
+    chex.assert_trees_all_equal(once, often)

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from diffusion.compiler import run_once
 from diffusion.data.images import image_grid, save_png
 from diffusion.training import snapshots
 from diffusion.training.checkpoints import Checkpoints, provenance
@@ -289,7 +290,7 @@ def first_state(
     init = partial(init_state, experiment, settings.seed, shapes_of(batch), settings.ema_profiles)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     lowered = jax.jit(init, out_shardings=shardings, donate_argnums=0).lower(placed)
-    return lambda: lowered.compile()(placed)
+    return lambda: lowered.compile(run_once(jax.default_backend()))(placed)
 
 
 def place_as(x: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
