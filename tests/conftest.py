@@ -181,6 +181,17 @@ def float64():
 
 
 @pytest.fixture
+def as_on_gpu(monkeypatch):
+    """Programs take what is for GPUs where they have something for each platform."""
+    import jax
+
+    def on_gpu(*arrays, default, cuda=None, cpu=None):
+        return (cuda or default)(*arrays)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_gpu)
+
+
+@pytest.fixture
 def refused(tmp_path):
     """refused(message, work) checks that work() is refused in a line of that message, and that no file changes."""
     from diffusion.training import RunError

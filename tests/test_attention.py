@@ -17,7 +17,7 @@ OPTIONS = [(False, None), (True, 0.3)]
 
 
 @pytest.fixture
-def kernel(monkeypatch):
+def kernel(as_on_gpu, monkeypatch):
     """A kernel as cuDNN's: its gradient is its own, and JAX refuses to push a tangent through it."""
     calls = []
 
@@ -36,7 +36,6 @@ def kernel(monkeypatch):
 
     # XLA compiles the default branch for a CPU; the kernel is to be taken here.
     monkeypatch.setattr(attention, "by_cudnn", by_kernel)
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, cuda, default: cuda(*arrays))
     monkeypatch.setattr(attention, "largest_head", lambda: 128)
     return calls
 

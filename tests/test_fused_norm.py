@@ -34,7 +34,7 @@ EPS = 2.0**-24
 
 
 @pytest.fixture
-def kernel(monkeypatch):
+def kernel(as_on_gpu, monkeypatch):
     """XLA compiles the formulas for a CPU; the kernel is to be taken here, and counted."""
     calls = []
 
@@ -47,7 +47,6 @@ def kernel(monkeypatch):
 
     for name in ("forward", "gradients"):
         monkeypatch.setattr(norm_kernel, name, interpreted(name, getattr(norm_kernel, name)))
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, cuda, default: cuda(*arrays))
     monkeypatch.setattr(fused_norm, "has_kernels", lambda: True)
     jax.clear_caches()
     yield calls

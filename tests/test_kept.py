@@ -158,7 +158,9 @@ def test_after_a_change_of_sources_the_text_is_made_first(cache, tmp_path, monke
     monkeypatch.setattr(kept_module, "digest_of_sources", lambda: "changed")
     compiled = []
     compile_ = jax.stages.Lowered.compile
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: compiled.append(self) or compile_(self))
+    monkeypatch.setattr(
+        jax.stages.Lowered, "compile", lambda self, *options: compiled.append(self) or compile_(self, *options)
+    )
     second, traced = start(tmp_path / "second")
     assert traced == 2
     assert len(compiled) == 1  # that of the first state
