@@ -4,7 +4,7 @@
 
 Ours and the peer take turns, so that a machine whose speed drifts does not favour one; medians are reported, and ratios
 round by round. Without a peer only ours is timed. On a GPU: `--batch 512 --dtype bfloat16 --fused_norms --cublas`; on a
-CPU `--plain_convolutions` shows what Winograd's are worth.
+CPU `--plain_convolutions` shows what Winograd's are worth, `--plain_norms` what group means as products are.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from benchmarks import turns
-from diffusion.networks import convolution
+from diffusion.networks import convolution, group_norm
 from diffusion.networks.unet import UNet
 from diffusion.training import Experiment
 
@@ -55,6 +55,7 @@ def main() -> None:
     parser = turns.make_parser(__doc__)
     parser.add_argument("--fused_norms", action="store_true", help="time the network with fused norms, too")
     parser.add_argument("--plain_convolutions", action="store_true", help="time the network with XLA's own, too")
+    parser.add_argument("--plain_norms", action="store_true", help="time it with means over an axis of groups, too")
     arguments = turns.parse(parser)
     peer = turns.start_peer(arguments, "unet_peer.py", [])
     ours = make_ours(arguments.batch, arguments.dtype)
@@ -67,6 +68,9 @@ def main() -> None:
     if arguments.plain_convolutions:
         with mock.patch.object(convolution, "fits", return_value=False):
             variants["ours, plain convolutions"] = make_ours(arguments.batch, arguments.dtype)
+    if arguments.plain_norms:
+        with mock.patch.object(group_norm, "gain_and_shift", group_norm.by_axis):
+            variants["ours, plain norms"] = make_ours(arguments.batch, arguments.dtype)
     turns.compare(arguments, ours, peer, FORWARD_FLOP, variants)
 
 

@@ -49,7 +49,7 @@ def group_norm(
     difference = jnp.mean(x - pixel, axis=space, keepdims=True)
     variance_c = jnp.mean(jnp.square(x - pixel), axis=space, keepdims=True) - jnp.square(difference)
     mean_c = pixel + difference
-    gain, shift = _gain_and_shift(num_groups, epsilon, mean_c, variance_c, scale, bias)
+    gain, shift = gain_and_shift(num_groups, epsilon, mean_c, variance_c, scale, bias)
     return x * gain + shift
 
 
@@ -92,7 +92,7 @@ def by_product(
 
 
 @partial(jax.jit, static_argnums=(0, 1))  # layers of one shape share a trace
-def _gain_and_shift(num_groups: int, epsilon: float, *arrays: Any) -> tuple[PerImage, PerImage]:
+def gain_and_shift(num_groups: int, epsilon: float, *arrays: Any) -> tuple[PerImage, PerImage]:
     """Returns what both functions above do, by the faster one where the program is compiled for."""
     cpu, default = (partial(function, num_groups, epsilon) for function in (by_product, by_axis))
     return jax.lax.platform_dependent(*arrays, cpu=cpu, default=default)
