@@ -1,4 +1,4 @@
-"""DDPM on scikit-learn's 1,797 handwritten digits (8x8): two minutes on 2 CPU cores.
+"""DDPM on scikit-learn's 1,797 handwritten digits (8x8): two to three minutes on 2 CPU cores.
 
     ./launch.sh digits
     ./launch.sh digits --config=digits:flow,class_conditional
