@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 Channels = Float[Array | np.ndarray, "C"]
+Params = Float[Array, "C"]
 PerImage = Float[Array, "B *one C"]  # as many axes of length 1 as x has of pixels
 
 
@@ -54,12 +55,7 @@ def group_norm(
 
 
 def by_axis(
-    num_groups: int,
-    epsilon: float,
-    mean_c: PerImage,
-    variance_c: PerImage,
-    scale: Float[Array, "C"],
-    bias: Float[Array, "C"],
+    num_groups: int, epsilon: float, mean_c: PerImage, variance_c: PerImage, scale: Params, bias: Params
 ) -> tuple[PerImage, PerImage]:
     """Returns what x is multiplied by, and what is added then, from the moments of an image's channels."""
     groups = (*mean_c.shape[:-1], num_groups, mean_c.shape[-1] // num_groups)
@@ -71,12 +67,7 @@ def by_axis(
 
 
 def by_product(
-    num_groups: int,
-    epsilon: float,
-    mean_c: PerImage,
-    variance_c: PerImage,
-    scale: Float[Array, "C"],
-    bias: Float[Array, "C"],
+    num_groups: int, epsilon: float, mean_c: PerImage, variance_c: PerImage, scale: Params, bias: Params
 ) -> tuple[PerImage, PerImage]:
     """Returns what `by_axis` does, by means over groups that are products of matrices, which XLA leaves whole.
 
