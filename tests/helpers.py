@@ -4,6 +4,7 @@ make_call(digits.TASK, "digits:flow", folder, *SMALL, "--mode=check")  # parsed,
 do_call(digits.TASK, "digits", folder, *SMALL, *SHORT)                 # trains
 """
 
+import copy
 import fcntl
 import json
 from collections.abc import Callable, Mapping
@@ -112,6 +113,18 @@ class Begun(Exception):
 
     settings: Any
     experiment: Any
+
+
+def with_fields(document: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """Returns a copy of nested dicts with fields at dotted places changed; __ stands for the dot."""
+    result = copy.deepcopy(document)
+    for place, value in fields.items():
+        *parents, last = place.split("__")
+        block = result
+        for parent in parents:
+            block = block[parent]
+        block[last] = value
+    return result
 
 
 def random_images(num_examples: int = 40, split: str = "train") -> Source:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import with_fields
 
 from benchmarks import compare
 
@@ -29,15 +30,8 @@ RESULT: dict[str, Any] = {
 
 
 def changed(**fields: Any) -> dict[str, Any]:
-    """RESULT with fields at dotted places changed; __ stands for the dot."""
-    result = copy.deepcopy(RESULT)
-    for place, value in fields.items():
-        *parents, last = place.split("__")
-        block = result
-        for parent in parents:
-            block = block[parent]
-        block[last] = value
-    return result
+    """Returns RESULT with fields changed: train__gflop_per_second=12."""
+    return with_fields(RESULT, **fields)
 
 
 def verdicts(old: dict[str, Any], new: dict[str, Any], noise: float = 0.1) -> dict[str, str]:

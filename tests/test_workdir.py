@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from helpers import with_fields
 from test_training import BATCH_SIZE, batches_from, make_experiment, settings
 
 from diffusion.training import RunError, make_mesh, train
@@ -23,14 +24,7 @@ CONFIG = {
 
 def changed(**fields):
     """Returns CONFIG with fields changed: training__num_steps=12."""
-    config = json.loads(json.dumps(CONFIG))
-    for name, value in fields.items():
-        *blocks, last = name.split("__")
-        block = config
-        for each in blocks:
-            block = block[each]
-        block[last] = value
-    return config
+    return with_fields(CONFIG, **fields)
 
 
 def do_train(workdir, config, experiment=None, migrate=lambda stored: stored, extra=None):
