@@ -1,5 +1,6 @@
 """Wide convolutions on CPUs: XLA's values and derivatives, exactly on integers, else to bounds of rounding."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,16 @@ import numpy as np
 import pytest
 
 from diffusion.networks import convolution
-from diffusion.networks.convolution import A_T, B_T, G_24, by_winograd, by_xla, convolve, fits, kernel_gradient
+from diffusion.networks.convolution import (
+    A_T,
+    B_T,
+    G_24,
+    by_winograd,
+    by_xla,
+    convolve,
+    fits,
+    kernel_gradient_by_winograd,
+)
 from diffusion.networks.layers import Conv
 from diffusion.training import make_mesh
 from diffusion.training.flops import count_flops
@@ -64,7 +74,10 @@ def test_errors_are_a_few_times_those_of_the_sums(float64):
     def gradient(x: Any, dy: Any) -> Any:
         return jax.vjp(lambda kernel: by_xla(x, kernel), jnp.zeros(kernel.shape, x.dtype))[1](dy)[0]
 
-    for ours, plain, arguments in ((by_winograd, by_xla, (x, kernel)), (kernel_gradient, gradient, (x, dy))):
+    for ours, plain, arguments in (
+        (by_winograd, by_xla, (x, kernel)),
+        (kernel_gradient_by_winograd, gradient, (x, dy)),
+    ):
         first, second = (jnp.asarray(one, jnp.float64) for one in arguments)
         right = plain(first, second)
         one, other = (jnp.sqrt(jnp.mean((jax.jit(f)(*arguments) - right) ** 2)) for f in (ours, plain))
@@ -122,14 +135,13 @@ def test_batched():
 @pytest.mark.parametrize(
     ("x", "kernel", "stride", "padding", "fitting"),
     [
-        ((2, 8, 6, 64), (3, 3, 64, 64), 1, "SAME", True),
         ((2, 8, 6, 64), (3, 3, 64, 64), 1, ((1, 1), (1, 1)), True),
         ((2, 8, 6, 64), (3, 3, 64, 64), 1, ((0, 0), (0, 0)), False),
-        ((2, 8, 6, 64), (3, 3, 64, 64), 2, "SAME", False),
-        ((2, 6, 8, 64), (3, 3, 64, 64), 1, "SAME", False),
-        ((2, 8, 6, 32), (3, 3, 32, 64), 1, "SAME", False),
-        ((2, 8, 6, 64), (3, 3, 64, 3), 1, "SAME", False),
-        ((2, 8, 6, 64), (4, 4, 64, 64), 1, "SAME", False),
+        ((2, 8, 6, 64), (3, 3, 64, 64), 2, ((1, 1), (1, 1)), False),
+        ((2, 6, 8, 64), (3, 3, 64, 64), 1, ((1, 1), (1, 1)), False),
+        ((2, 8, 6, 32), (3, 3, 32, 64), 1, ((1, 1), (1, 1)), False),
+        ((2, 8, 6, 64), (3, 3, 64, 3), 1, ((1, 1), (1, 1)), False),
+        ((2, 8, 6, 64), (4, 4, 64, 64), 1, ((1, 2), (1, 2)), False),
     ],
 )
 def test_what_fits(x, kernel, stride, padding, fitting):
@@ -138,6 +150,56 @@ def test_what_fits(x, kernel, stride, padding, fitting):
     if not fitting:
         np.testing.assert_array_equal(convolve(one, other, stride, padding), by_xla(one, other, stride, padding))
     assert not fits(one.astype(jnp.bfloat16), other.astype(jnp.bfloat16), stride, padding)
+
+
+OTHERS = [
+    # images, kernels, strides, paddings
+    ((3, 8, 6, 5), (3, 3, 5, 7), 1, "SAME"),
+    ((3, 8, 6, 5), (3, 3, 5, 7), 1, ((0, 0), (2, 1))),
+    ((3, 8, 6, 5), (3, 3, 5, 7), 2, "SAME"),
+    ((3, 7, 9, 5), (3, 3, 5, 7), 2, ((1, 1), (1, 1))),
+    ((3, 8, 6, 5), (3, 3, 5, 7), 3, "VALID"),  # the last pixels are in no product
+    ((3, 8, 6, 5), (2, 2, 5, 7), 2, "VALID"),
+    ((3, 8, 6, 5), (5, 1, 5, 7), 1, "SAME"),
+    ((3, 8, 6, 5), (4, 4, 5, 7), 2, ((1, 1), (1, 1))),
+]
+
+
+@pytest.mark.parametrize(("shape", "kernel", "stride", "padding"), OTHERS)
+def test_other_convolutions_have_the_bits_of_xla(shape, kernel, stride, padding):
+    random = np.random.RandomState(0)
+    x, kernel = (jnp.asarray(random.randn(*one), jnp.float32) for one in (shape, kernel))
+    dy = jnp.asarray(random.randn(*by_xla(x, kernel, stride, padding).shape), jnp.float32)
+
+    def gradients(f: Any, x: Any, kernel: Any) -> Any:
+        return jax.vjp(lambda *xs: f(xs[0], xs[1], stride, padding), x, kernel)[1](dy)
+
+    for ours, plain in zip(*(jax.jit(partial(gradients, f))(x, kernel) for f in (convolve, by_xla)), strict=True):
+        np.testing.assert_array_equal(ours, plain)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [5, 64])
+def test_in_a_loop_gradients_are_made_by_the_fast_convolution_too(channels, stride):
+    """XLA on CPUs has one for images NHWC and kernels HWIO alone, and arranges others so only outside of loops."""
+    x, kernel, *_ = integers((2, 8, 6, channels), channels)
+    dy = by_xla(x, kernel, stride)
+
+    def gradients(x: Any, kernel: Any) -> Any:
+        return jax.vjp(lambda x, kernel: convolve(x, kernel, stride), x, kernel)[1](dy)
+
+    def looped(x: Any, kernel: Any) -> Any:
+        def step(before, _):
+            now = gradients(*before)
+            return jax.tree.map(lambda one, gradient: one + 0 * gradient, before, now), now
+
+        return jax.lax.scan(step, (x, kernel), None, length=3)[1]
+
+    compiled = jax.jit(looped).lower(x, kernel).compile()
+    numbers = re.findall(r" convolution\(.*dim_labels=([^,]*)", str(compiled.as_text()))
+    assert set(numbers) == {"b01f_01io->b01f"}
+    for ours, plain in zip(compiled(x, kernel), gradients(x, kernel), strict=True):
+        np.testing.assert_array_equal(ours[-1], plain)
 
 
 def test_other_devices_convolve_as_before():
