@@ -27,6 +27,12 @@ from diffusion.training.flops import count_flops
 UNIT = 2.0**-24  # of float32's rounding
 
 
+@pytest.fixture(autouse=True)
+def few_products(monkeypatch):
+    """Small convolutions are made as large ones are."""
+    monkeypatch.setattr(convolution, "LEAST_PRODUCTS", 0)
+
+
 def drawn(shape: tuple[int, ...] = (2, 8, 6, 64), channels: int = 80) -> tuple[Any, Any]:
     random = np.random.RandomState(0)
     x = random.randn(*shape).astype(np.float32)
@@ -150,6 +156,14 @@ def test_what_fits(x, kernel, stride, padding, fitting):
     if not fitting:
         np.testing.assert_array_equal(convolve(one, other, stride, padding), by_xla(one, other, stride, padding))
     assert not fits(one.astype(jnp.bfloat16), other.astype(jnp.bfloat16), stride, padding)
+
+
+def test_small_convolutions_are_left_to_xla(monkeypatch):
+    monkeypatch.undo()
+    kernel = jnp.ones((3, 3, 64, 64))
+    for size, fitting in ((64, True), (32, False)):
+        x = jax.ShapeDtypeStruct((2, size, 64, 64), jnp.float32)
+        assert fits(x, kernel, 1, ((1, 1), (1, 1))) == fitting
 
 
 OTHERS = [

@@ -44,6 +44,7 @@ G_24 = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0
 A_T = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
 
 NARROWEST = 64  # channels on both sides: below, XLA's own convolution is as fast
+LEAST_PRODUCTS = 2**28  # of numbers: what fewer save repays compiling six products in thousands of steps only
 PIXELS_PER_CHANNEL = 16  # of a batch, for the gradient by the image
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 
@@ -69,7 +70,8 @@ def fits(x: Any, kernel: Any, stride: int, padding: Sides) -> bool:
     """Returns whether `by_winograd` computes this convolution, and sooner than XLA on a CPU."""
     same = stride == 1 and padding == ((1, 1), (1, 1)) and kernel.shape[:2] == (3, 3)
     wide = min(kernel.shape[2:]) >= NARROWEST and x.shape[1] % 4 == 0
-    return same and wide and x.dtype == kernel.dtype == jnp.float32
+    many = math.prod(x.shape[:3]) * math.prod(kernel.shape) >= LEAST_PRODUCTS
+    return same and wide and many and x.dtype == kernel.dtype == jnp.float32
 
 
 def by_xla(x: Array, kernel: Array, stride: int = 1, padding: Padding = "SAME", spread: int = 1) -> Array:
