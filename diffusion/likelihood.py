@@ -149,9 +149,11 @@ def estimate_bound(
     quantile = (jnp.arange(num_terms) + u[:, None]) / num_terms
     t = 2 + jnp.minimum((quantile**2 * (num_steps - 1)).astype(jnp.int32), num_steps - 2)
     probability = jnp.sqrt((t - 1) / (num_steps - 1)) - jnp.sqrt((t - 2) / (num_steps - 1))
-    decoder = terms_at(jnp.asarray(1)).bits
-    terms = jax.tree.map(jnp.transpose, jax.lax.scan(lambda _, t: (None, terms_at(t)), None, t.T)[1])
-    return BoundEstimate(_prior(schedule, x_0), decoder, t, 1 / (num_terms * probability), *terms)
+    # The decoder's term is the loop's first, so that the network is compiled once.
+    taken = jnp.concatenate([jnp.ones_like(t[:, :1]), t], axis=1)
+    terms = jax.tree.map(jnp.transpose, jax.lax.scan(lambda _, t: (None, terms_at(t)), None, taken.T)[1])
+    steps, eps_mse = (values[:, 1:] for values in terms)
+    return BoundEstimate(_prior(schedule, x_0), terms.bits[:, 0], t, 1 / (num_terms * probability), steps, eps_mse)
 
 
 class _Terms(NamedTuple):
