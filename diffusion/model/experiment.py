@@ -266,7 +266,7 @@ def make_experiment(
         return with_steps(found, start_step) if model.objective.by_step else found
 
     def preview(params: Any) -> jax.Array:
-        return generate(params, rows, away, np.uint32(config.seed), np.arange(num_previews), references=seen)[0]
+        return generate(params, rows, away, seeds, np.arange(num_previews), references=seen)[0]
 
     # What does not fit together is found here, before anything is written: the data, the network, the sampler.
     check_batches(config, source)
@@ -275,9 +275,10 @@ def make_experiment(
     rows = model.condition.read(preview_requests(model.condition, max(num_previews, mesh.size), examples))
     away = rows_away(model.condition, rows)
     seen = [picture[np.arange(len(rows)) % len(picture)] for picture in references]
+    seeds = np.full(len(rows), config.seed, np.uint32)  # one each as `draw` has: a batch as large is the same program
     if not known:
         shapes = jax.eval_shape(learner.init, run_key(config.seed, "init"))
         state_shardings(mesh, shapes, learner.rules)
-        jax.eval_shape(partial(generate, references=seen), shapes, rows, away, np.uint32(0), np.arange(len(rows)))
+        jax.eval_shape(partial(generate, references=seen), shapes, rows, away, seeds, np.arange(len(rows)))
     num_shapes = max(1, len(source.parts))
     return learner._replace(batches=batches, preview=preview if num_previews else None, num_shapes=num_shapes)
