@@ -16,7 +16,7 @@ import numpy as np
 import diffusion
 from benchmarks.common import make_parser, write_results
 from diffusion.data.sources import Source, digits
-from diffusion.evaluation import PIXELS, compare, reference_set
+from diffusion.evaluation import PIXELS, compare, extract, reference_set
 from diffusion.runs.run import Run
 
 EVALUATIONS = (5, 10, 20, 50, 1000)
@@ -55,7 +55,7 @@ def distance_to(train: Source) -> Callable[[np.ndarray], float]:
     reference = reference_set(train, PIXELS)
 
     def distance(image: np.ndarray) -> float:
-        value = compare(image, PIXELS, reference, ["fid"])["fid"].value
+        value = compare(extract(image, PIXELS, reference), PIXELS, reference, ["fid"])["fid"].value
         assert isinstance(value, float)
         return value
 

@@ -189,7 +189,8 @@ def measure(call: Call, trained: vae.Trained) -> None:
         extractor = evaluation.make_extractor(settings.features, settings.weights)
         reference = evaluation.reference_set(array_source(images, None, test.name, test.split, None), extractor)
         made |= {"features": extractor.name, "reference": reference.reference}
-        for name, score in evaluation.compare(found["image"], extractor, reference, list(settings.metrics)).items():
+        samples = evaluation.extract(found["image"], extractor, reference)
+        for name, score in evaluation.compare(samples, extractor, reference, list(settings.metrics)).items():
             title = f"{evaluation.METRICS[name].title} of reconstructions"
             note = "from the images that they are of"
             measurements.append(Measurement(title, score.value, score.num_samples, **made, note=note))

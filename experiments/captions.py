@@ -83,7 +83,8 @@ def score(call: Call, run: Run) -> Measurement:
     evaluation.check_names(names, extractor)  # before pictures are drawn
     source, _, _, images = draw_held_out(call, run)
     reference = evaluation.reference_set(source, extractor)
-    return score_sets(run, [images], [call.flags.seed], names, extractor, reference)[0]
+    samples = evaluation.extract(images, extractor, reference)
+    return score_sets(run, [samples], [call.flags.seed], names, extractor, reference)[0]
 
 
 def ready(call: Call) -> None:
@@ -111,7 +112,8 @@ def evaluate(call: Call, run: Run) -> list[Measurement]:
         return []
     seeds = [call.flags.seed]
     reference = evaluation.reference_set(source, extractor)
-    measurements = score_sets(run, [images], seeds, metrics_of(call), extractor, reference)
+    samples = evaluation.extract(images, extractor, reference)
+    measurements = score_sets(run, [samples], seeds, metrics_of(call), extractor, reference)
     if judge:
         how: dict[str, Any] = {"features": judge.name, "reference": None, "note": "100 max(0, cosine)"}
         drawn: dict[str, Any] = made_by(run) | {"seeds": seeds}

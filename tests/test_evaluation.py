@@ -12,6 +12,7 @@ from diffusion.data import digits
 from diffusion.evaluation import (
     METRICS,
     PIXELS,
+    HeldOutScore,
     Reference,
     ReferenceSet,
     bias_note,
@@ -19,6 +20,7 @@ from diffusion.evaluation import (
     class_shares,
     compare,
     count_bias,
+    extract,
     fit_classifier,
     fixed_subset,
     held_out_score,
@@ -58,38 +60,58 @@ def train_set(tmp_path_factory):
         yield reference_set(digits("train"), PIXELS)
 
 
+def beside(image: np.ndarray, held_out: np.ndarray, train: Any) -> HeldOutScore:
+    return held_out_score(extract(image, PIXELS, train), held_out, train)
+
+
 def test_held_out_score_separates_good_from_bad(real, train_set):
     train, held_out = real["train"]["image"], real["test"]["image"]
-    itself = held_out_score(held_out, held_out, train_set)
+    itself = beside(held_out, held_out, train_set)
     assert itself.ratio == 1 and itself.count == 500 and itself.samples == itself.held_out
+    assert itself.parts == 1 and itself.standard_error is None
     # Training images shown again are nearer than any fresh ones; noise and blur are farther, and by how much.
-    assert held_out_score(fixed_subset(train, 500), held_out, train_set).ratio < 0.7
+    assert beside(fixed_subset(train, 500), held_out, train_set).ratio < 0.7
     noisy = np.clip(held_out + rng.normal(0, 40, held_out.shape), 0, 255).astype(np.uint8)
     noisier = np.clip(held_out + rng.normal(0, 80, held_out.shape), 0, 255).astype(np.uint8)
-    ratios = [held_out_score(image, held_out, train_set).ratio for image in (noisy, noisier, 255 - held_out)]
+    ratios = [beside(image, held_out, train_set).ratio for image in (noisy, noisier, 255 - held_out)]
     assert 2 < ratios[0] < ratios[1] < ratios[2]
 
 
 def test_held_out_score_is_taken_at_one_count_and_in_no_order(real, train_set):
     held_out = real["test"]["image"]
     many = np.concatenate([held_out, 255 - held_out])
-    score = held_out_score(many, held_out, train_set)
+    score = beside(many, held_out, train_set)
     assert score.count == 500
-    again = held_out_score(many[rng.permutation(1000)], held_out[::-1], train_set)
-    assert again == pytest.approx(score, rel=1e-10)
-    few = held_out_score(held_out[:100], held_out, train_set)
+    assert beside(many[rng.permutation(1000)], held_out[::-1], train_set) == pytest.approx(score, rel=1e-10)
+    few = beside(held_out[:100], held_out, train_set)
     assert few.count == 100 and few.held_out > score.held_out  # the bias of a small count is in both
-    with pytest.raises(ValueError, match=r"samples have shape \[8, 8, 3\] but held-out images \[8, 8, 1\]"):
-        held_out_score(held_out.repeat(3, -1), held_out, train_set)
+    with pytest.raises(
+        ValueError, match=r"samples of shape \[8, 8, 3\] have 192 features, the reference digits has 64"
+    ):
+        beside(held_out, held_out.repeat(3, -1), train_set)
     with pytest.raises(ValueError, match="at least 2 features are needed, not 1"):
-        held_out_score(held_out[:1], held_out, train_set)
+        beside(held_out[:1], held_out, train_set)
+
+
+def test_held_out_score_of_many_samples_is_the_mean_of_sets(real, train_set):
+    """Each of 500; the error is that of their mean, and samples that make no whole set are left out."""
+    held_out = real["test"]["image"]
+    many = np.clip(np.tile(held_out, (3, 1, 1, 1)) + rng.normal(0, 20, (1500, 8, 8, 1)), 0, 255).astype(np.uint8)
+    score = beside(many, held_out, train_set)
+    parts = [beside(part, held_out, train_set).ratio for part in np.split(fixed_subset(many, 1500), 3)]
+    assert score.parts == 3 and score.count == 500
+    assert score.ratio == pytest.approx(np.mean(parts)) and np.std(parts) > 0
+    assert score.standard_error == pytest.approx(np.std(parts, ddof=1) / 3**0.5)
+    samples = extract(many, PIXELS, train_set)
+    fewer = held_out_score(samples._replace(features=samples.features[:1400]), held_out, train_set)
+    assert fewer.parts == 2 and fewer.ratio == pytest.approx(np.mean(parts[:2]))
 
 
 def test_held_out_images_that_are_the_training_images_are_refused(train_set):
     image = np.zeros((5, 8, 8, 1), np.uint8)
     itself = train_set._replace(statistics=metrics.statistics(pixel_features(image)))
     with pytest.raises(ValueError, match="distance 0 from the training images: are they the same"):
-        held_out_score(image + 9, image, itself)
+        beside(image + 9, image, itself)
 
 
 # --- scores
@@ -121,7 +143,8 @@ def test_scores_do_not_depend_on_batch_size_devices_or_order(real, monkeypatch, 
     backwards = slice(None, None, -1)
     for batch_size, devices, order in ((64, 1, slice(None)), (7, 1, rng.permutation(500)), (60, 8, backwards)):
         extractor = small_network(batch_size, devices)
-        scores = compare(image[order], extractor, reference_set(digits("train"), extractor), list(METRICS))
+        reference = reference_set(digits("train"), extractor)
+        scores = compare(extract(image[order], extractor, reference), extractor, reference, list(METRICS))
         expected = expected or scores
         for name, score in scores.items():
             assert score.num_samples == 500
@@ -130,7 +153,7 @@ def test_scores_do_not_depend_on_batch_size_devices_or_order(real, monkeypatch, 
 
 def test_scores_are_those_of_the_formulas(real, train_set):
     image = fixed_subset(real["test"]["image"], 300)
-    scores = compare(image, PIXELS, train_set, ["fid", "kid", "precision_recall"])
+    scores = compare(extract(image, PIXELS, train_set), PIXELS, train_set, ["fid", "kid", "precision_recall"])
     own, other = (metrics.statistics(pixel_features(x)) for x in (image, real["train"]["image"]))
     fid = metrics.frechet_distance(own.mean, own.cov, other.mean, other.cov)
     assert scores["fid"] == (pytest.approx(fid, rel=1e-9), 300)
@@ -198,10 +221,10 @@ def test_the_least_counts_are_those_that_can_be_computed(real, name):
     features = extractor.extract(real["train"]["image"][: max(metric.num_reference, 2)]).features
     reference = ReferenceSet(Reference("few", "train", len(features), ""), metrics.statistics(features), features)
     few = real["test"]["image"][: metric.num_samples]
-    value: Any = compare(few, extractor, reference, [name])[name].value
+    value: Any = compare(extract(few, extractor, reference), extractor, reference, [name])[name].value
     assert np.isfinite(list(value.values()) if isinstance(value, dict) else value).all()
     with pytest.raises(ValueError, match=f"{name} needs at least"):
-        compare(few[1:], extractor, reference, [name])
+        compare(extract(few[1:], extractor, reference), extractor, reference, [name])
 
 
 def test_features_that_are_not_finite_are_refused():

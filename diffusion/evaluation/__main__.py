@@ -125,6 +125,7 @@ def measure(
     metrics: Sequence[str],
 ) -> list[Measurement]:
     """Returns a measurement by each metric of samples of that name, of which nothing else is known."""
+    samples = evaluation.extract(image, extractor, reference)
     unknown = {"sampler": f"unknown ({name})", "num_steps": None, "seeds": [], "ema": None}
     made: dict[str, Any] = {"features": extractor.name, "reference": reference.reference, **unknown}
     return [
@@ -135,7 +136,7 @@ def measure(
             note=evaluation.bias_note(reference, found.num_samples) if metric == "fid" else "",
             **made,
         )
-        for metric, found in evaluation.compare(image, extractor, reference, metrics).items()
+        for metric, found in evaluation.compare(samples, extractor, reference, metrics).items()
     ]
 
 

@@ -149,29 +149,44 @@ def _covariance(cov: np.ndarray, path: Path) -> Float64[np.ndarray, "D D"]:
     return (vector * np.maximum(value, 0.0)) @ vector.T if rounded and value[0] < 0 else exact
 
 
-def compare(image: np.ndarray, extractor: Extractor, reference: ReferenceSet, names: Sequence[str]) -> dict[str, Score]:
-    """Returns scores of samples by metric.
+def extract(image: np.ndarray, extractor: Extractor, reference: ReferenceSet) -> Extracted:
+    """Returns what is compared of samples, in an order that is that of their content alone (`fixed_subset`).
 
     Args:
       image: uint8[N, H, W, C].
       extractor: that made the features of the reference.
-      reference: what they are compared with.
-      names: of `METRICS`.
+      reference: what they are to be compared with.
 
     Raises:
-      ValueError: a metric that is unknown or cannot be computed of these, or images that cannot be compared.
+      ValueError: images that cannot be compared with it.
     """
-    check_names(names, extractor, num_samples=len(image), num_reference=reference.num_images)
     check_uint8_images(image, "samples")
-    image = fixed_subset(image, len(image))
-    extracted = extractor.extract(image)
+    extracted = extractor.extract(fixed_subset(image, len(image)))
     if extracted.features.shape[1] != len(reference.statistics.mean):
         raise ValueError(
             f"samples of shape {list(image.shape[1:])} have {extracted.features.shape[1]} features, the reference "
             f"{reference.reference.name} has {len(reference.statistics.mean)}: is it of other features, or are its "
             "images of another size?"
         )
-    return {name: METRICS[name].score(extracted, reference) for name in names}
+    return extracted
+
+
+def compare(
+    samples: Extracted, extractor: Extractor, reference: ReferenceSet, names: Sequence[str]
+) -> dict[str, Score]:
+    """Returns scores of samples by metric.
+
+    Args:
+      samples: of `extract`.
+      extractor: that made their features and those of the reference.
+      reference: what they are compared with.
+      names: of `METRICS`.
+
+    Raises:
+      ValueError: a metric that is unknown or cannot be computed of these.
+    """
+    check_names(names, extractor, num_samples=len(samples.features), num_reference=reference.num_images)
+    return {name: METRICS[name].score(samples, reference) for name in names}
 
 
 def check_names(

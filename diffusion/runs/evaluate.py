@@ -9,7 +9,7 @@ from absl import flags
 
 from diffusion import evaluation
 from diffusion.data.sources import Source, check_apart
-from diffusion.evaluation import Extractor, Measurement, ReferenceSet
+from diffusion.evaluation import Extracted, Extractor, Measurement, ReferenceSet
 from diffusion.model.likelihood import check_mean
 from diffusion.model.losses import make_objective
 from diffusion.model.processes import make_process
@@ -92,9 +92,10 @@ def of_images(call: Call, run: Run) -> list[Measurement]:
     if jax.process_index() != 0:
         return []
     reference = evaluation.reference_set(train, extractor)
-    measurements = score(run, sets, seeds, metrics, extractor, reference)
+    extracted = [evaluation.extract(samples, extractor, reference) for samples in sets] if metrics else []
+    measurements = score(run, extracted, seeds, metrics, extractor, reference)
     if "fid" in metrics:
-        measurements += beside_held_out(run, sets[0], seeds[:1], test, extractor, reference)
+        measurements += beside_held_out(run, extracted[0], seeds[:1], test, extractor, reference)
     real = train.read(np.arange(train.num_examples))["image"]
     evaluation.draw_nearest(sets[0], real, run.workdir / "nearest.png")
     return [*measurements, *shares(run, sets[0], seeds[:1], train, test), *bits]
@@ -102,7 +103,7 @@ def of_images(call: Call, run: Run) -> list[Measurement]:
 
 def score(
     run: Run,
-    sets: list[np.ndarray],
+    sets: list[Extracted],
     seeds: list[int],
     metrics: list[str],
     extractor: Extractor,
@@ -111,7 +112,7 @@ def score(
     """Returns each metric of `sets` of samples, one per seed, over all seeds."""
     made: dict[str, Any] = {"features": extractor.name, "reference": reference.reference, "seeds": seeds}
     scores = [evaluation.compare(samples, extractor, reference, metrics) for samples in sets]
-    measurements = []
+    measurements: list[Measurement] = []
     for name in metrics:
         count = scores[0][name].num_samples
         note = evaluation.bias_note(reference, count) if name == "fid" else ""
@@ -124,22 +125,26 @@ def score(
 
 def beside_held_out(
     run: Run,
-    samples: np.ndarray,
+    samples: Extracted,
     seeds: list[int],
     test: Source,
     extractor: Extractor,
     reference: ReferenceSet,
 ) -> list[Measurement]:
-    """Returns the FID of unseen real images at the same count, and the samples' over it."""
+    """Returns the FID of unseen real images, and the samples' over it, at the same count."""
     held_out = test.read(np.arange(test.num_examples))["image"]
     found = evaluation.held_out_score(samples, held_out, reference, extractor)
     what: dict[str, Any] = {"features": extractor.name, "reference": reference.reference}
     unseen = {**what, **REAL, "sampler": f"real images, {test.name} {test.split}"}
-    note = f"1 is as good as unseen images; both over {found.count} images"
+    sets = f"the mean of {found.parts} sets of as many samples" if found.parts > 1 else "as many samples"
+    note = f"1 is as good as unseen images; both over {found.count} images, {sets}"
+    ratio: Any = found.ratio
+    if found.standard_error is not None:
+        ratio = {"mean": found.ratio, "standard error": found.standard_error}
     made = {**what, **made_by(run), "seeds": seeds, "note": note}
     return [
         Measurement("FID of held-out real images", found.held_out, found.count, **unseen),
-        Measurement("samples' FID over theirs", found.ratio, found.count, **made),
+        Measurement("samples' FID over theirs", ratio, found.count * found.parts, **made),
     ]
 
 
@@ -169,7 +174,8 @@ def first_metric(call: Call, run: Run) -> Measurement:
     num_samples = asked.num_samples or settings.num_samples
     metrics = list(asked.metrics or ["fid"])[:1]
     evaluation.check_names(metrics, extractor, num_samples=num_samples, num_reference=train.num_examples)
-    samples = draw_samples(run, run.requests(num_samples), np.arange(num_samples), asked.seed)
+    drawn = draw_samples(run, run.requests(num_samples), np.arange(num_samples), asked.seed)
     reference = evaluation.reference_set(train, extractor)
+    samples = evaluation.extract(drawn, extractor, reference)
     (measured,) = score(run, [samples], [asked.seed], metrics, extractor, reference)
     return measured

@@ -27,12 +27,12 @@ def get_config(methods: str = "") -> ConfigDict:
         log_every=50,
         checkpoint_every=850,
         preview_every=850,
-        num_previews=36,
+        num_previews=100,
     )
     config.sampling.sampler = ConfigDict(dict(name="dpm_solver_pp"))  # in 20 steps better than DDIM in 50
-    config.sampling.update(num_steps=20, batch_size=250)
+    config.sampling.update(num_steps=20, batch_size=100)  # as many as previews: their program is compiled already
     config.evaluation.update(
-        num_samples=500,
+        num_samples=2000,  # four sets as large as the held-out images, one of which alone varies by 6%
         features="pixels",
         metrics=("fid", "kid", "precision_recall", "bits_per_dim"),
         likelihood_images=100,
