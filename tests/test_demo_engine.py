@@ -241,7 +241,9 @@ def test_fifty_at_once_are_all_drawn_in_few_batches(engine, classes):
     batches = engine.batch_sizes - sizes
     assert sum(size * count for size, count in batches.items()) == 50 and batches.total() <= 25
     for number in (0, 17, 49):
-        np.testing.assert_array_equal(found[number], classes.sample(labels=[number % 10], seed=number, num_samples=1))
+        alone = classes.sample(labels=[number % 10], seed=number, num_samples=1)
+        # A batch sums in another order: a pixel on the edge between two of the 256 levels may fall to either side.
+        assert np.max(np.abs(found[number].astype(int) - alone)) <= 1
 
 
 def test_one_request_that_fails_fails_alone_and_the_engine_goes_on(engine, monkeypatch):
