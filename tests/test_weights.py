@@ -118,7 +118,7 @@ def test_a_trained_run_is_exported_and_imported_bit_for_bit(trained, tmp_path):
     run = open_run(source, num_devices=1)
     same = {
         "sampling.sampler": "dpm_solver_pp",
-        "sampling.grid": "karras",
+        "sampling.grid": "uniform",
         "sampling.num_steps": 3,
         "sampling.guidance": 1.5,
     }
