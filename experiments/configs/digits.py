@@ -40,7 +40,4 @@ def get_config(methods: str = "") -> ConfigDict:
         ode_steps=50,
         after_training=True,
     )
-    config = _base.apply(config, methods)
-    if config.sampling.sampler.name == "dpm_solver_pp":  # of methods that bring no sampler
-        config.sampling.grid = ConfigDict(dict(name="karras"))  # of 20 even steps digits differ too little
-    return config
+    return _base.apply(config, methods)
