@@ -1,8 +1,8 @@
 """The one way in which all networks convolve: XLA's, but for wide 3x3 kernels on CPUs, by half of the products.
 
-Gradients on CPUs are convolutions of a batch of images as any: XLA has a fast one for these alone, and brings the
-others into its form outside of loops alone, to the same bits. In a loop, of a likelihood's steps or of micro-batches,
-its gradients take up to 30 (by the image) and 200 times (by the kernel) as long.
+On CPUs gradients are written as convolutions of images NHWC with kernels HWIO, the form that XLA is fast of. JAX's own
+are not, and XLA brings them into it, to the same bits, outside of loops alone. In a loop, over a likelihood's steps or
+over micro-batches, they take up to 30 (by the image) and 200 times (by the kernel) as long.
 
 Winograd's minimal filtering F(4, 3) along the height: four rows of the output are made of six products, where the sum
 itself takes twelve; its gradients likewise. DDPM's U-Net trains 1.2 and runs forward 1.4 times as fast on CPUs. What it
