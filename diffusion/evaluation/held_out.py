@@ -6,7 +6,7 @@ import numpy as np
 
 from diffusion import metrics
 from diffusion.evaluation.features import PIXELS, Extracted, Extractor
-from diffusion.evaluation.scores import ReferenceSet, extract
+from diffusion.evaluation.scores import ReferenceSet, extract, fixed_subset
 
 
 class HeldOutScore(NamedTuple):
@@ -48,15 +48,15 @@ def held_out_score(
     Raises:
       ValueError: images of another shape, too few, or the held-out images are the training images.
     """
-    real = extract(held_out, extractor, train).features
-    count = min(len(samples.features), len(real))
+    count = min(len(samples.features), len(held_out))
+    real = extract(fixed_subset(held_out, count), extractor, train).features
     parts = len(samples.features) // count
 
     def distance(features: np.ndarray) -> float:
         own = metrics.statistics(features)
         return metrics.frechet_distance(own.mean, own.cov, train.statistics.mean, train.statistics.cov)
 
-    unseen = distance(real[:count])
+    unseen = distance(real)
     if unseen == 0:
         raise ValueError(
             "the held-out images have the distance 0 from the training images: are they the same? choose others"
