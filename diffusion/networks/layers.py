@@ -18,6 +18,7 @@ from diffusion.networks.attention import attention
 from diffusion.networks.convolution import convolve
 from diffusion.networks.fused_norm import BATCH, norm_silu_dropout
 from diffusion.networks.group_norm import Plan, group_norm
+from diffusion.networks.upsampling import convolve_upsampled, upsample
 
 # Weights of the released DDPM code. Its "zero" layers have scale 1e-10; here they are exactly zero.
 ddpm_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
@@ -92,6 +93,10 @@ class Conv(nn.Module):
       padding: pixels of zeros on every side. None pads as TensorFlow's SAME: equally for a stride of 1, and below and
         to the right only for a stride of 2 on an even size (the released DDPM code).
       use_bias: whether a bias is added.
+      upsampled: what is convolved is x at twice its size, see `upsample`; with a kernel of 3x3 and a stride of 1.
+
+    Raises:
+      ValueError: `upsampled` with another size, stride or padding.
     """
 
     channels: int
@@ -101,19 +106,23 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32
     kernel_init: Callable = ddpm_init
     use_bias: bool = True
+    upsampled: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], apart: bool = False) -> Any:
         """Returns the convolution plus the bias, computed in `dtype`; or both, not added, if asked `apart`."""
         kernel = self.param("kernel", self.kernel_init, (self.size, self.size, x.shape[-1], self.channels), jnp.float32)
-        x, kernel = jnp.asarray(x, self.dtype), jnp.asarray(kernel, self.dtype)
-        if self.size == self.stride == 1:
+        x, side = jnp.asarray(x, self.dtype), self.padding
+        if self.upsampled:
+            if (self.size, self.stride, side) != (3, 1, None):
+                raise ValueError("an upsampled image is convolved with a 3x3 kernel, a stride of 1, and padded as SAME")
+            y = convolve_upsampled(x, jnp.asarray(kernel))
+        elif self.size == self.stride == 1:
             # The same as a matrix product, whose gradient by the kernel XLA computes several times faster on CPUs.
-            y = merged_dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
+            y = merged_dot_general(x, jnp.asarray(kernel[0, 0], self.dtype), (((3,), (0,)), ((), ())))
         else:
-            side = self.padding
             padding = "SAME" if side is None else ((side, side), (side, side))
-            y = convolve(x, kernel, self.stride, padding)
+            y = convolve(x, jnp.asarray(kernel, self.dtype), self.stride, padding)
         bias = self.param("bias", zeros_init, (self.channels,), jnp.float32) if self.use_bias else None
         if apart:
             return y, bias
@@ -219,9 +228,10 @@ class ResidualBlock(nn.Module):
 
     def _in_steps(self, x: Array, embedding: Array | None, train: bool) -> tuple[Array, Array]:
         h = nn.silu(GroupNorm(self.num_groups, self.norm_eps, self.dtype, name="norm_1")(x))
+        upsampled = self.resample is upsample
         if self.resample is not None:
-            x, h = self.resample(x), self.resample(h)
-        h = Conv(self.channels, dtype=self.dtype, name="conv_1")(h)
+            x, h = self.resample(x), h if upsampled else self.resample(h)
+        h = Conv(self.channels, dtype=self.dtype, upsampled=upsampled, name="conv_1")(h)
         norm_2 = GroupNorm(self.num_groups, self.norm_eps, self.dtype, name="norm_2")
         if embedding is None:
             h = norm_2(h)
@@ -297,13 +307,6 @@ def interval_embedding(
     interval = jnp.zeros_like(time) if next_time is None else time - next_time
     h = nn.silu(dense(name="interval_1")(embed(interval)))
     return dense(name="interval_2", kernel_init=zeros_init)(h)
-
-
-def upsample(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
-    """Returns x at twice its height and width, every pixel repeated (nearest neighbour)."""
-    batch, height, width, channels = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
-    return x.reshape(batch, 2 * height, 2 * width, channels)
 
 
 def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from diffusion.networks.layers import Conv, GroupNorm, ddpm_init, upsample
+from diffusion.networks.layers import Conv, GroupNorm, ddpm_init
 from diffusion.networks.vae import Posterior, check_image, check_latent
 
 LARGEST = 3.0  # latents are pressed into [-3, 3] before they are decoded
@@ -74,7 +74,8 @@ class TinyDecoder(nn.Module):
         for level, count in reversed(list(enumerate(self.blocks))):
             h = _level(self, h, level, count, "up")
             if level > 0:
-                h = Conv(self.width, use_bias=False, dtype=self.dtype, name=f"up_{level}_upsample")(upsample(h))
+                name = f"up_{level}_upsample"
+                h = Conv(self.width, dtype=self.dtype, use_bias=False, upsampled=True, name=name)(h)
         return 2 * Conv(self.out_channels, kernel_init=ddpm_init, name="conv_out")(h) - 1
 
 

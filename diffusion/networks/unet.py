@@ -22,9 +22,9 @@ from diffusion.networks.layers import (
     average_pool,
     interval_embedding,
     sinusoidal_embedding,
-    upsample,
     zeros_init,
 )
+from diffusion.networks.upsampling import upsample
 
 # How a mesh cuts the parameters, see `training.sharding`: residual blocks are tensor parallel in the channels between
 # their two convolutions. Attention has one head in DDPM's network, and stays whole.
@@ -203,7 +203,7 @@ class UNet(nn.Module):
                 if self.resblock_updown:
                     h = block(h, level, name, upsample)
                 else:
-                    h = Conv(h.shape[-1], dtype=self.dtype, name=name)(upsample(h))
+                    h = Conv(h.shape[-1], dtype=self.dtype, upsampled=True, name=name)(h)
 
         if self.fused_norms:
             _, h = FusedNorm(self.num_groups, self.norm_eps, name="norm_out")(h)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diffusion.networks.layers import Attention, Conv, GroupNorm, ResidualBlock, ddpm_init, upsample
+from diffusion.networks.layers import Attention, Conv, GroupNorm, ResidualBlock, ddpm_init
 from diffusion.randomness import normal_like
 
 LOG_VARIANCE = (-30.0, 20.0)  # what it is clamped to
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
             for i in range(self.blocks_per_level + 1):
                 h = _block(self, channels, f"up_{level}_block_{i}")(h)
             if level > 0:
-                h = Conv(channels, dtype=self.dtype, name=f"up_{level}_upsample")(upsample(h))
+                h = Conv(channels, dtype=self.dtype, upsampled=True, name=f"up_{level}_upsample")(h)
         return _out(self, h)
 
 
