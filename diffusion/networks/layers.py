@@ -112,17 +112,18 @@ class Conv(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"], apart: bool = False) -> Any:
         """Returns the convolution plus the bias, computed in `dtype`; or both, not added, if asked `apart`."""
         kernel = self.param("kernel", self.kernel_init, (self.size, self.size, x.shape[-1], self.channels), jnp.float32)
-        x, side = jnp.asarray(x, self.dtype), self.padding
+        x, kernel = jnp.asarray(x, self.dtype), jnp.asarray(kernel, self.dtype)
         if self.upsampled:
-            if (self.size, self.stride, side) != (3, 1, None):
+            if (self.size, self.stride, self.padding) != (3, 1, None):
                 raise ValueError("an upsampled image is convolved with a 3x3 kernel, a stride of 1, and padded as SAME")
-            y = convolve_upsampled(x, jnp.asarray(kernel))
+            y = convolve_upsampled(x, kernel)
         elif self.size == self.stride == 1:
             # The same as a matrix product, whose gradient by the kernel XLA computes several times faster on CPUs.
-            y = merged_dot_general(x, jnp.asarray(kernel[0, 0], self.dtype), (((3,), (0,)), ((), ())))
+            y = merged_dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
         else:
+            side = self.padding
             padding = "SAME" if side is None else ((side, side), (side, side))
-            y = convolve(x, jnp.asarray(kernel, self.dtype), self.stride, padding)
+            y = convolve(x, kernel, self.stride, padding)
         bias = self.param("bias", zeros_init, (self.channels,), jnp.float32) if self.use_bias else None
         if apart:
             return y, bias

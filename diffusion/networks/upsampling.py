@@ -1,21 +1,18 @@
-"""Images at twice their size by repeating pixels, and the convolution that follows, without making the large image.
+"""Images at twice their size by repeating pixels, and the convolution that follows, on CPUs without the large image.
 
 Two neighbouring pixels of the output see two pixels of the small image each. Along one axis, of a kernel w,
 
     y[2i]     = w_0 x[i-1] + (w_1 + w_2) x[i] = (w_0 + w_1 + w_2) x[i] - w_0 (x[i] - x[i-1])
     y[2i + 1] = (w_0 + w_1) x[i] + w_2 x[i+1] = (w_0 + w_1 + w_2) x[i] + w_2 (x[i+1] - x[i])
 
-As a transposed convolution, of the left form, four pixels take 16 products in place of 36: what GPUs and TPUs have
-programs for. The right form shares the differences: 9 products, of matrices, for CPUs.
+in three products for the sum's six, as the differences are shared. Along both axes four pixels take 9 products for 36.
 """
-
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from diffusion.networks.convolution import by_xla
+from diffusion.networks.convolution import convolve
 
 
 def upsample(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
@@ -26,26 +23,13 @@ def upsample(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
 
 
 def convolve_upsampled(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C K"]) -> Float[Array, "B h w K"]:
-    """Returns `upsample(x)` convolved with a kernel, padded to its size, by what is faster where it is compiled for.
-
-    Args:
-      x: images of channels.
-      kernel: in float32 whatever the dtype of x is: its sums are rounded, not what they are of.
-    """
-    return jax.lax.platform_dependent(x, kernel, cpu=by_differences, default=by_transposition)
+    """Returns `upsample(x)` convolved with a kernel, padded to its size, by what is faster where it is compiled for."""
+    return jax.lax.platform_dependent(x, kernel, cpu=by_differences, default=by_repeating)
 
 
-def by_transposition(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C K"]) -> Float[Array, "B h w K"]:
-    """Returns it as the gradient of a convolution of stride 2, whose kernel has four rows and columns.
-
-    As a gradient, since XLA on GPUs fills the image with zeros for any other convolution with a spread input.
-    """
-    batch, height, width, _ = x.shape
-    turned = kernel[::-1, ::-1].swapaxes(2, 3)
-    shifts = [((row, 1 - row), (column, 1 - column), (0, 0), (0, 0)) for row in (0, 1) for column in (0, 1)]
-    wide = jnp.stack([jnp.pad(turned, shift) for shift in shifts]).sum(axis=0).astype(x.dtype)
-    y = jax.ShapeDtypeStruct((batch, 2 * height, 2 * width, kernel.shape[3]), x.dtype)
-    return jax.linear_transpose(partial(by_xla, kernel=wide, stride=2, padding=((1, 1), (1, 1))), y)(x)[0]
+def by_repeating(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C K"]) -> Float[Array, "B h w K"]:
+    """Returns it as it is defined."""
+    return convolve(upsample(x), kernel)
 
 
 def by_differences(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C K"]) -> Float[Array, "B h w K"]:
