@@ -77,6 +77,9 @@ def main() -> None:
         "--transposed_upsampling", action="store_true", help="time it with transposed convolutions, too"
     )
     arguments = turns.parse(parser)
+    for device, asked in {"GPUs": arguments.transposed_upsampling, "CPUs": arguments.plain_upsampling}.items():
+        if asked and (jax.default_backend() == "cpu") != (device == "CPUs"):
+            parser.error(f"upsampling differs in that way on {device} alone, this is {jax.default_backend()}")
     peer = turns.start_peer(arguments, "unet_peer.py", [])
     ours = make_ours(arguments.batch, arguments.dtype)
     variants = {}

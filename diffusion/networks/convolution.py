@@ -1,4 +1,6 @@
-"""The one way in which all networks convolve: XLA's, but for wide 3x3 kernels on CPUs, by half of the products.
+"""How all networks convolve: by XLA, but for wide 3x3 kernels on CPUs, by half of the products.
+
+Of upsampled images CPUs convolve by still fewer, see `upsampling.convolve_upsampled`.
 
 On CPUs gradients are written as convolutions of images NHWC with kernels HWIO, the form that XLA is fast of. JAX's own
 are not, and XLA brings them into it, to the same bits, outside of loops alone. In a loop, over a likelihood's steps or
